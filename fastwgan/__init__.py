@@ -1,0 +1,20 @@
+"""FastWGAN: Wasserstein GANs whose critic step is a few Triton kernels. See README.md."""
+
+from fastwgan import functional, reference
+from fastwgan.constraints import GradientPenalty, WeightClip
+from fastwgan.optim import Adam, RMSprop
+from fastwgan.trainer import Metrics, Trainer, warmup_schedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adam",
+    "GradientPenalty",
+    "Metrics",
+    "RMSprop",
+    "Trainer",
+    "WeightClip",
+    "functional",
+    "reference",
+    "warmup_schedule",
+]

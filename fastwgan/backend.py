@@ -1,0 +1,51 @@
+"""Which implementation runs an op: Triton kernels or the plain-PyTorch reference."""
+
+from typing import Literal
+
+import torch
+
+Backend = Literal["auto", "triton", "torch"]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+try:
+    from fastwgan import kernels
+
+    _IMPORT_PROBLEM = None
+except ImportError as error:
+    if error.name is None or error.name.split(".")[0] != "triton":
+        raise
+    kernels = None
+    _IMPORT_PROBLEM = str(error)
+
+
+def triton_problem(device: torch.device) -> str | None:
+    """Why Triton cannot run on ``device``, or None if it can."""
+    if _IMPORT_PROBLEM is not None:
+        return f"Triton cannot be imported ({_IMPORT_PROBLEM})"
+    if kernels.INTERPRETED:
+        return None if device.type == "cpu" else "TRITON_INTERPRET=1 runs kernels on CPU tensors only"
+    if device.type == "cuda":
+        return None
+    return f"Triton needs a GPU tensor, or TRITON_INTERPRET=1 for a CPU one; the device is {device}"
+
+
+def resolve(backend: str, device: torch.device) -> Literal["triton", "torch"]:
+    """The implementation that ``backend`` asks for on ``device``.
+
+    ``auto`` takes Triton wherever it can run; only ``auto`` falls back.
+
+    Raises:
+        ValueError: ``backend`` is not one of the three words.
+        RuntimeError: ``backend="triton"`` cannot be met; the message says why.
+    """
+    if backend == "torch":
+        return "torch"
+    if backend not in ("auto", "triton"):
+        raise ValueError(f"backend: expected 'auto', 'triton' or 'torch', got {backend!r}")
+    problem = triton_problem(device)
+    if problem is None:
+        return "triton"
+    if backend == "triton":
+        raise RuntimeError(f"backend: 'triton' was asked for, but {problem}")
+    return "torch"

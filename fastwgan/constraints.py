@@ -1,0 +1,99 @@
+"""How the critic is kept Lipschitz: WGAN's weight clipping or WGAN-GP's gradient penalty."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from torch import nn
+
+from fastwgan.functional import check_number, check_penalty
+
+__all__ = ["GradientPenalty", "WeightClip"]
+
+
+@dataclass(frozen=True)
+class WeightClip:
+    """Clamp every critic weight to [-bound, bound] after each update, in the update's launch.
+
+    Args:
+        bound: c > 0.
+        exclude: parameters to leave alone: shell patterns of parameter names (``"norm.*"``) or module types
+            (``torch.nn.BatchNorm2d``), whose parameters are meant. The default clamps all: leaving BatchNorm's
+            scales out lets the critic grow through them.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+
+    Source: WGAN, arXiv 1701.07875, Algorithm 1, line 7.
+
+    >>> WeightClip(0.02).bound
+    0.02
+    """
+
+    bound: float = 0.01
+    exclude: tuple[str | type[nn.Module], ...] = ()
+
+    def __post_init__(self) -> None:
+        check_number("bound", self.bound, minimum=0, exclusive=True)
+        if isinstance(self.exclude, (str, type)):
+            object.__setattr__(self, "exclude", (self.exclude,))
+        else:
+            object.__setattr__(self, "exclude", tuple(self.exclude))
+        for entry in self.exclude:
+            if not isinstance(entry, str) and not (isinstance(entry, type) and issubclass(entry, nn.Module)):
+                raise TypeError(f"exclude: expected parameter-name patterns or module types, got {entry!r}")
+
+    def clipped(self, critic: nn.Module) -> list[nn.Parameter]:
+        """The critic's parameters that are to be clamped.
+
+        Raises:
+            ValueError: an entry of ``exclude`` matches nothing in the critic.
+        """
+        excluded: set[nn.Parameter] = set()
+        for entry in self.exclude:
+            if isinstance(entry, str):
+                matched = [p for name, p in critic.named_parameters() if fnmatchcase(name, entry)]
+            else:
+                matched = [p for m in critic.modules() if isinstance(m, entry) for p in m.parameters()]
+            if not matched:
+                raise ValueError(f"exclude: {entry!r} matches no parameter of the critic")
+            excluded.update(matched)
+        return [p for p in critic.parameters() if p not in excluded]
+
+
+@dataclass(frozen=True)
+class GradientPenalty:
+    """Add weight * penalty(d critic / dx) to the critic's loss.
+
+    Args:
+        weight: lambda > 0.
+        kind: "two-sided", "one-sided", "zero-centered" or "power"; see :func:`fastwgan.functional.penalty`.
+        target: the norm wanted, >= 0.
+        at: where x lies: "interpolates" between real and fake samples, or at the "real" or "fake" ones (R1, R2).
+        every: compute the penalty on every k-th critic step only, with k times the weight (lazy regularisation,
+            arXiv 1912.04958, appendix B).
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+
+    Source: WGAN-GP, arXiv 1704.00028, equation 3.
+
+    >>> GradientPenalty(weight=1.0, kind="zero-centered", at="real").target
+    1.0
+    """
+
+    weight: float = 10.0
+    kind: str = "two-sided"
+    target: float = 1.0
+    at: Literal["interpolates", "real", "fake"] = "interpolates"
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        check_number("weight", self.weight, minimum=0, exclusive=True)
+        check_penalty(self.kind, self.target)
+        if self.at not in ("interpolates", "real", "fake"):
+            raise ValueError(f"at: expected 'interpolates', 'real' or 'fake', got {self.at!r}")
+        if isinstance(self.every, bool) or not isinstance(self.every, int):
+            raise TypeError(f"every: expected an int, got {type(self.every).__name__}")
+        if self.every < 1:
+            raise ValueError(f"every: expected an int >= 1, got {self.every}")

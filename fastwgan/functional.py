@@ -1,0 +1,581 @@
+"""The public ops: each checks its arguments, picks a backend, launches once and differentiates.
+
+Every op takes ``backend="auto" | "triton" | "torch"`` (see :mod:`fastwgan.backend`); the torch backend is
+:mod:`fastwgan.reference`. First derivatives come out of the launch or cost one elementwise op; asked for a graph
+(``create_graph=True``), a backward pass is made of differentiable PyTorch ops, so derivatives of any order are right.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastwgan import reference
+from fastwgan.backend import DTYPES, Backend, kernels, resolve
+
+PENALTY_KINDS = ("two-sided", "one-sided", "zero-centered", "power")
+
+__all__ = [
+    "clip_weights_",
+    "critic_loss",
+    "generator_loss",
+    "gradient_penalty",
+    "hinge_critic_loss",
+    "interpolate",
+    "penalty",
+    "wasserstein_loss",
+]
+
+
+# Checks
+
+
+def _check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
+    if x.numel() == 0:
+        raise ValueError(f"{name}: expected at least one element, got shape {tuple(x.shape)}")
+
+
+def check_samples(name: str, x: object, device: torch.device) -> None:
+    """Raise unless ``x`` is a floating tensor [N, ...] on ``device``."""
+    _check_tensor(name, x)
+    assert isinstance(x, Tensor)
+    if x.dim() == 0:
+        raise ValueError(f"{name}: expected shape [N, ...], got a 0-d tensor")
+    if x.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
+
+
+def check_like(name: str, x: Tensor, other_name: str, other: Tensor, *, shape: bool) -> None:
+    """Raise unless ``x`` has the other's dtype and device, and its shape where ``shape``."""
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name}: expected {other_name}'s dtype {other.dtype}, got {x.dtype}")
+    if x.device != other.device:
+        raise ValueError(f"{name}: expected {other_name}'s device {other.device}, got {x.device}")
+    if shape and x.shape != other.shape:
+        raise ValueError(f"{name}: expected {other_name}'s shape {tuple(other.shape)}, got {tuple(x.shape)}")
+
+
+def check_number(name: str, value: object, *, minimum: float, exclusive: bool = False) -> float:
+    """``value`` as a finite float not below ``minimum`` (above it where ``exclusive``), or an error naming it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
+        raise ValueError(f"{name}: expected a finite number {'>' if exclusive else '>='} {minimum:g}, got {value}")
+    return float(value)
+
+
+def check_penalty(kind: object, target: object) -> None:
+    """Raise unless ``kind`` is one of PENALTY_KINDS and ``target`` a finite number >= 0."""
+    if kind not in PENALTY_KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(map(repr, PENALTY_KINDS))}, got {kind!r}")
+    check_number("target", target, minimum=0)
+
+
+def check_seed(name: str, seed: object) -> None:
+    """Raise unless ``seed`` is an int in [0, 2^63)."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"{name}: expected an int, got {type(seed).__name__}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"{name}: expected an int in [0, 2**63), got {seed}")
+
+
+# Scores
+
+
+class _CriticLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(real: Tensor, fake: Tensor) -> Tensor:
+        loss, _ = kernels.scores.mean_scores("critic", real, fake)
+        return loss[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.shapes = [x.shape for x in inputs]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        real, fake = ctx.shapes
+        return (grad / -real.numel()).expand(real), (grad / fake.numel()).expand(fake)
+
+
+class _GeneratorLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(fake: Tensor) -> Tensor:
+        loss, _ = kernels.scores.mean_scores("generator", fake, fake)
+        return loss[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.shape = inputs[0].shape
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return (grad / -ctx.shape.numel()).expand(ctx.shape)
+
+
+class _WassersteinLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(y_true: Tensor, y_pred: Tensor) -> Tensor:
+        loss, _ = kernels.scores.mean_scores("labels", y_true, y_pred)
+        return loss[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        y_true, y_pred = ctx.saved_tensors
+        grad = grad / y_pred.numel()
+        needs_true, needs_pred = ctx.needs_input_grad
+        return grad * y_pred if needs_true else None, grad * y_true if needs_pred else None
+
+
+class _HingeCriticLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        loss, _ = kernels.scores.mean_scores("hinge", real, fake)
+        return loss[0], loss[1]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, real_grad: Tensor, fake_grad: Tensor) -> tuple[Tensor, Tensor]:
+        real, fake = ctx.saved_tensors
+        return (real < 1) * (real_grad / -real.numel()), (fake > -1) * (fake_grad / fake.numel())
+
+
+def critic_loss(real_scores: Tensor, fake_scores: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """The critic's loss, mean(fake_scores) - mean(real_scores): minus the Wasserstein estimate.
+
+    Args:
+        real_scores: D(real), any shape, e.g. [N], [N, 1] or [N, 1, H, W].
+        fake_scores: D(fake), any shape; dtype and device as ``real_scores``.
+        backend: see :mod:`fastwgan.backend`.
+
+    Returns:
+        0-d tensor in the scores' dtype, summed in float32 or wider.
+
+    Raises:
+        TypeError, ValueError: an argument is not a floating tensor, is empty, or they do not match.
+
+    Source: WGAN, arXiv 1701.07875, Algorithm 1, line 5 (which ascends; this is to be descended).
+
+    >>> critic_loss(torch.tensor([3.0, 1.0]), torch.tensor([0.5]))
+    tensor(-1.5000)
+    """
+    _check_tensor("real_scores", real_scores)
+    _check_tensor("fake_scores", fake_scores)
+    check_like("fake_scores", fake_scores, "real_scores", real_scores, shape=False)
+    if resolve(backend, real_scores.device) == "torch":
+        return reference.critic_loss(real_scores, fake_scores)
+    return _CriticLoss.apply(real_scores, fake_scores)
+
+
+def generator_loss(fake_scores: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """The generator's loss, -mean(fake_scores).
+
+    Args:
+        fake_scores: D(G(z)), any shape.
+        backend: see :mod:`fastwgan.backend`.
+
+    Returns:
+        0-d tensor in the scores' dtype, summed in float32 or wider.
+
+    Raises:
+        TypeError, ValueError: ``fake_scores`` is not a floating tensor or is empty.
+
+    Source: WGAN, arXiv 1701.07875, Algorithm 1, line 10.
+
+    >>> generator_loss(torch.tensor([3.0, 1.0]))
+    tensor(-2.)
+    """
+    _check_tensor("fake_scores", fake_scores)
+    if resolve(backend, fake_scores.device) == "torch":
+        return reference.generator_loss(fake_scores)
+    return _GeneratorLoss.apply(fake_scores)
+
+
+def wasserstein_loss(y_true: Tensor, y_pred: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """mean(y_true * y_pred), the label form that Keras code uses.
+
+    With labels -1 for real and +1 for fake, and as many of each, twice this is :func:`critic_loss`.
+
+    Args:
+        y_true: labels, usually +1 and -1, shape as ``y_pred``: [N] against [N, 1] is an error, not a broadcast.
+        y_pred: scores, any shape; dtype and device as ``y_true``.
+        backend: see :mod:`fastwgan.backend`.
+
+    Returns:
+        0-d tensor in the scores' dtype, summed in float32 or wider.
+
+    Raises:
+        TypeError, ValueError: an argument is not a floating tensor, is empty, or they do not match.
+
+    Source: WGAN, arXiv 1701.07875, Algorithm 1, lines 5 and 10, with the sign moved into a label.
+
+    >>> wasserstein_loss(torch.tensor([-1.0, 1.0]), torch.tensor([3.0, 1.0]))
+    tensor(-1.)
+    """
+    _check_tensor("y_pred", y_pred)
+    _check_tensor("y_true", y_true)
+    check_like("y_true", y_true, "y_pred", y_pred, shape=True)
+    if resolve(backend, y_pred.device) == "torch":
+        return reference.wasserstein_loss(y_true, y_pred)
+    return _WassersteinLoss.apply(y_true, y_pred)
+
+
+def hinge_critic_loss(
+    real_scores: Tensor, fake_scores: Tensor, *, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The hinge form's two halves, (mean(relu(1 - real_scores)), mean(relu(1 + fake_scores))).
+
+    Args:
+        real_scores: D(real), any shape.
+        fake_scores: D(fake), any shape; dtype and device as ``real_scores``.
+        backend: see :mod:`fastwgan.backend`.
+
+    Returns:
+        Two 0-d tensors in the scores' dtype, summed in float32 or wider. The critic minimises their sum.
+
+    Raises:
+        TypeError, ValueError: an argument is not a floating tensor, is empty, or they do not match.
+
+    Source: Lim and Ye, Geometric GAN, arXiv 1705.02894.
+
+    >>> hinge_critic_loss(torch.tensor([3.0, 0.0]), torch.tensor([-0.5]))
+    (tensor(0.5000), tensor(0.5000))
+    """
+    _check_tensor("real_scores", real_scores)
+    _check_tensor("fake_scores", fake_scores)
+    check_like("fake_scores", fake_scores, "real_scores", real_scores, shape=False)
+    if resolve(backend, real_scores.device) == "torch":
+        return reference.hinge_critic_loss(real_scores, fake_scores)
+    real, fake = _HingeCriticLoss.apply(real_scores, fake_scores)
+    return real, fake
+
+
+def score_statistics(real_scores: Tensor, fake_scores: Tensor, backend: Backend) -> Tensor:
+    """One launch, no graph: [mean real, mean fake, Wasserstein estimate, its negative]. For the trainer."""
+    real_scores, fake_scores = real_scores.detach(), fake_scores.detach()
+    if resolve(backend, real_scores.device) == "torch":
+        return reference.score_statistics(real_scores, fake_scores)
+    return kernels.scores.mean_scores("critic", real_scores, fake_scores)[1]
+
+
+# Penalty
+
+
+class _Interpolate(torch.autograd.Function):
+    @staticmethod
+    def forward(real: Tensor, fake: Tensor, seed: int, offset: int | Tensor) -> tuple[Tensor, Tensor]:
+        out, eps = kernels.penalty.interpolate(real, fake, seed, offset)
+        return out, eps
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, eps = output
+        ctx.mark_non_differentiable(eps)
+        ctx.save_for_backward(eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (eps,) = ctx.saved_tensors
+        eps = eps.view(-1, *[1] * (grad.dim() - 1))
+        real_grad = (grad * eps).to(grad.dtype)
+        return real_grad, grad - real_grad, None, None
+
+
+def interpolate(
+    real: Tensor, fake: Tensor, *, seed: int, offset: int | Tensor = 0, backend: Backend = "auto"
+) -> Tensor:
+    """fake + eps * (real - fake), with one eps in [0, 1) per sample, drawn inside the launch.
+
+    Args:
+        real: samples [N, ...].
+        fake: samples; shape, dtype and device as ``real``.
+        seed: int in [0, 2^63), the key of the random stream.
+        offset: sample i takes number ``offset + i`` of the stream. An int, or a one-element int64 tensor on the
+            samples' device, which a CUDA graph reads anew at each replay.
+        backend: see :mod:`fastwgan.backend`. eps is bit-identical in both.
+
+    Returns:
+        Interpolates, shape and dtype of ``fake``. Differentiable in ``real`` and ``fake``.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, is empty, or does not match.
+
+    Source: WGAN-GP, arXiv 1704.00028, Algorithm 1, line 6.
+
+    >>> interpolate(torch.ones(2, 1), torch.zeros(2, 1), seed=0).shape
+    torch.Size([2, 1])
+    """
+    _check_tensor("fake", fake)
+    _check_tensor("real", real)
+    check_like("real", real, "fake", fake, shape=True)
+    if fake.dim() == 0:
+        raise ValueError("fake: expected shape [N, ...], got a 0-d tensor")
+    check_seed("seed", seed)
+    if isinstance(offset, Tensor):
+        if offset.dtype != torch.int64 or offset.numel() != 1 or offset.device != fake.device:
+            got = f"{offset.dtype} {tuple(offset.shape)} on {offset.device}"
+            raise ValueError(f"offset: expected one int64 element on {fake.device}, got {got}")
+    else:
+        check_seed("offset", offset)
+    if resolve(backend, fake.device) == "torch":
+        return reference.interpolate(real, fake, seed=seed, offset=offset)
+    out, _ = _Interpolate.apply(real, fake, seed, offset)
+    return out  # type: ignore[no-any-return]
+
+
+class _Penalty(torch.autograd.Function):
+    @staticmethod
+    def forward(gradients: Tensor, kind: str, target: float) -> tuple[Tensor, Tensor]:
+        loss, _, cotangent = kernels.penalty.gradient_penalty(gradients, kind, target, 1.0, True)
+        return loss[0], cotangent
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        gradients, ctx.kind, ctx.target = inputs
+        _, cotangent = output
+        ctx.mark_non_differentiable(cotangent)
+        ctx.save_for_backward(gradients, cotangent)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        gradients, cotangent = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a graph is asked for, and the kernel's cotangent has none
+            _, cotangent = reference.penalty_cotangent(gradients, kind=ctx.kind, target=ctx.target)
+        return grad * cotangent, None, None
+
+
+def penalty(
+    gradients: Tensor, *, kind: str = "two-sided", target: float = 1.0, backend: Backend = "auto"
+) -> Tensor:
+    """The mean over samples of a function of the gradient's norm n, taken over all of a sample's dimensions.
+
+    Args:
+        gradients: d critic / d input, [N, ...].
+        kind: "two-sided" (n - target)^2, "one-sided" max(n - target, 0)^2, "zero-centered" n^2 or "power" n^6.
+        target: the norm wanted, >= 0; used by the first two kinds.
+        backend: see :mod:`fastwgan.backend`.
+
+    Returns:
+        0-d tensor in the gradients' dtype, summed in float32 or wider. At n = 0 its gradient is 0.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+
+    Source: WGAN-GP, arXiv 1704.00028, equation 3; WGAN-LP, 1709.08894; R1, 1801.04406; WGAN-div, 1712.01026.
+
+    >>> penalty(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+    tensor(8.)
+    """
+    _check_tensor("gradients", gradients)
+    if gradients.dim() == 0:
+        raise ValueError("gradients: expected shape [N, ...], got a 0-d tensor")
+    check_penalty(kind, target)
+    if resolve(backend, gradients.device) == "torch":
+        return reference.penalty(gradients, kind=kind, target=target)
+    if not (gradients.requires_grad and torch.is_grad_enabled()):
+        loss: Tensor = kernels.penalty.gradient_penalty(gradients, kind, float(target), 1.0, False)[0]
+        return loss[0]
+    loss, _ = _Penalty.apply(gradients, kind, float(target))
+    return loss
+
+
+def penalty_cotangent(
+    gradients: Tensor, kind: str, target: float, weight: float, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """One launch, no graph: ([mean penalty, mean norm], d(weight * penalty) / d gradients). For the trainer."""
+    gradients = gradients.detach()
+    if resolve(backend, gradients.device) == "torch":
+        return reference.penalty_cotangent(gradients, kind=kind, target=target, weight=weight)
+    _, statistics, cotangent = kernels.penalty.gradient_penalty(gradients, kind, target, weight, True)
+    return statistics, cotangent
+
+
+def input_gradient(
+    critic: Callable[..., Tensor],
+    x: Tensor,
+    args: tuple[Any, ...],
+    ones_like: Callable[[Tensor], Tensor] = torch.ones_like,
+) -> Tensor:
+    """d sum(critic(x, *args)) / dx, [N, ...], with a graph.
+
+    Raises:
+        ValueError: the critic does not give scores for each of the N samples, or they do not depend on ``x``.
+    """
+    scores = critic(x, *args)
+    check_scores("critic", scores, len(x))
+    g = None
+    if scores.requires_grad:
+        (g,) = torch.autograd.grad(scores, x, ones_like(scores), create_graph=True, allow_unused=True)
+    if g is None:
+        raise ValueError("critic: expected scores that depend on its input, got scores that do not")
+    return g
+
+
+def check_scores(name: str, scores: object, batch: int) -> None:
+    """Raise unless ``scores`` is a floating tensor with ``batch`` samples along its first dimension."""
+    _check_tensor(f"{name}: its output", scores)
+    assert isinstance(scores, Tensor)
+    if scores.dim() == 0 or len(scores) != batch:
+        raise ValueError(f"{name}: its output: expected shape [{batch}, ...], got {tuple(scores.shape)}")
+
+
+def gradient_penalty(
+    critic: Callable[..., Tensor],
+    real: Tensor,
+    fake: Tensor,
+    *,
+    weight: float = 10.0,
+    kind: str = "two-sided",
+    target: float = 1.0,
+    seed: int | None = None,
+    args: tuple[Any, ...] = (),
+    backend: Backend = "auto",
+) -> Tensor:
+    """WGAN-GP's term of the critic's loss: weight * penalty(d critic / dx) at random interpolates x.
+
+    The graph reaches the critic's parameters, not ``real`` or ``fake``, and is built even under ``torch.no_grad``.
+
+    Args:
+        critic: maps samples [N, ...] (and ``args``) to scores [N, ...].
+        real: samples [N, ...].
+        fake: samples; shape, dtype and device as ``real``.
+        weight: lambda, >= 0.
+        kind, target: see :func:`penalty`.
+        seed: the seed of eps, or None to draw one from PyTorch's CPU generator.
+        args: further positional arguments of the critic, such as labels.
+        backend: see :mod:`fastwgan.backend`.
+
+    Returns:
+        0-d tensor in the samples' dtype.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range, or the critic's scores do not
+            depend on its input.
+
+    Source: WGAN-GP, arXiv 1704.00028, Algorithm 1, lines 6 and 7.
+
+    >>> gradient_penalty(torch.nn.Linear(2, 1), torch.randn(4, 2), torch.randn(4, 2)).shape
+    torch.Size([])
+    """
+    if not callable(critic):
+        raise TypeError(f"critic: expected a callable, got {type(critic).__name__}")
+    check_number("weight", weight, minimum=0)
+    check_penalty(kind, target)
+    _check_tensor("real", real)
+    _check_tensor("fake", fake)
+    if seed is None:
+        seed = int(torch.randint(2**63 - 1, ()))
+    with torch.enable_grad():
+        x = interpolate(real.detach(), fake.detach(), seed=seed, backend=backend).requires_grad_()
+        g = input_gradient(critic, x, args)
+        return weight * penalty(g, kind=kind, target=target, backend=backend)
+
+
+# Update
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether x's elements fill one stretch of memory, each once, in some order of the dimensions."""
+    if x.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def check_parameter(name: str, p: object) -> None:
+    """Raise unless ``p`` can be updated in place by a kernel: dense layout or sliced, floating, not expanded."""
+    if not isinstance(p, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(p).__name__}")
+    if p.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {p.dtype}")
+    if p.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {p.layout}")
+    if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+        raise ValueError(f"{name}: expected each element to have its own memory, got an expanded tensor")
+
+
+@cache
+def _clipper(device: torch.device, dtype: torch.dtype) -> Any:
+    return kernels.update.Update(device, dtype)
+
+
+def clip_and_count_(parameters: Iterable[Tensor], bound: float, backend: Backend) -> tuple[Tensor, int] | None:
+    """:func:`clip_weights_` that also tells (the share of weights on their bound, of how many). For the trainer."""
+    unique = {id(p): p for p in parameters}
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for i, p in enumerate(unique.values()):
+        check_parameter(f"parameters[{i}]", p)
+        if p.numel():
+            groups.setdefault((p.device, p.dtype), []).append(p)
+    check_number("bound", bound, minimum=0, exclusive=True)
+    backends = [resolve(backend, device) for device, _ in groups]
+    shares = []
+    for ((device, dtype), params), name in zip(groups.items(), backends, strict=True):
+        if name == "torch":
+            reference.clip_weights_(params, bound)
+            on_bound, total = reference.saturation(params, bound)
+            shares.append((on_bound / total, total))
+            continue
+        dense = [p.detach() if is_dense(p) else p.detach().contiguous() for p in params]
+        limit = torch.tensor(bound, dtype=dtype).item()
+        hyper = ((*[0.0] * (len(kernels.update.HYPER) - 1), limit),)
+        share = _clipper(device, dtype).launch("clamp", dense, None, [()] * len(dense), None, hyper, [0] * len(dense))
+        torch.autograd.graph.increment_version(params)
+        for p, work in zip(params, dense, strict=True):
+            if work.data_ptr() != p.data_ptr():
+                p.detach().copy_(work)
+        shares.append((share, sum(p.numel() for p in params)))
+    return combine_shares(shares)
+
+
+def combine_shares(shares: list[tuple[Tensor, int]]) -> tuple[Tensor, int] | None:
+    """Shares of several sets of weights as the share of them all; None of none."""
+    if len(shares) <= 1:
+        return shares[0] if shares else None
+    total = sum(n for _, n in shares)
+    parts = [share.double() * (n / total) for share, n in shares]
+    return sum((part.to(parts[0].device) for part in parts[1:]), parts[0]), total
+
+
+def clip_weights_(parameters: Iterable[Tensor], bound: float, *, backend: Backend = "auto") -> None:
+    """Clamp every weight to [-bound, bound] in place, in one launch per device and dtype. NaN stays NaN.
+
+    Args:
+        parameters: tensors of any shapes and floating dtypes; any layout but expanded.
+        bound: c > 0.
+        backend: see :mod:`fastwgan.backend`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range. Nothing is changed then.
+
+    Source: WGAN, arXiv 1701.07875, Algorithm 1, line 7.
+
+    >>> w = torch.tensor([-3.0, 0.005, 2.0])
+    >>> clip_weights_([w], 0.01)
+    >>> w
+    tensor([-0.0100,  0.0050,  0.0100])
+    """
+    if isinstance(parameters, Tensor):
+        parameters = [parameters]
+    clip_and_count_(parameters, bound, backend)

@@ -1,0 +1,393 @@
+"""RMSprop and Adam whose step, with the weight clamp, is one launch for all parameters of a device and dtype.
+
+Defaults, formulas and ``state_dict`` keys are ``torch.optim``'s, so a checkpoint of one loads into the other. New is
+``clip``: after the update each weight is clamped to [-clip, clip] in the same launch; None leaves it alone. It can
+be given per parameter group.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastwgan import reference
+from fastwgan.backend import Backend, kernels, resolve
+from fastwgan.functional import check_number, check_parameter, combine_shares, is_dense
+
+__all__ = ["Adam", "RMSprop"]
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+def _log(x: float) -> float:
+    return math.log(x) if x > 0 else -math.inf
+
+
+class _Optimizer(Optimizer):
+    """What the two share: checks, state, grouping into launches. A subclass names its state and its numbers."""
+
+    _algorithm: str
+    _states: tuple[str, ...]  # every state tensor the algorithm can have, in the kernel's order
+
+    def __init__(self, params: Params, defaults: dict[str, Any], backend: Backend) -> None:
+        if backend not in ("auto", "triton", "torch"):
+            raise ValueError(f"backend: expected 'auto', 'triton' or 'torch', got {backend!r}")
+        self.backend: Backend = backend
+        self._updates: dict[tuple[torch.device, torch.dtype, bool, bool], Any] = {}
+        self.shares: list[tuple[Tensor, int]] = []  # of the last step: (share of weights on their bound, of how many)
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for name in ("lr", "eps", "weight_decay"):
+            check_number(name, group[name], minimum=0)
+        if group["clip"] is not None:
+            check_number("clip", group["clip"], minimum=0, exclusive=True)
+
+    def _used_states(self, group: dict[str, Any]) -> tuple[str | None, ...]:
+        """The names of the state tensors that ``group`` uses, None where one is not used."""
+        return self._states
+
+    def _hyper(self, group: dict[str, Any], clip: float) -> tuple[float, ...]:
+        raise NotImplementedError
+
+    def _step_reference(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; options it does not name take the optimizer's defaults.
+
+        Raises:
+            TypeError, ValueError: an option or a parameter cannot be used. Nothing is changed then.
+        """
+        self._check_group({**self.defaults, **param_group})
+        params = param_group["params"]
+        if not isinstance(params, (Tensor, set)):
+            params = param_group["params"] = list(params)  # it may be a generator
+            for i, p in enumerate(params):
+                check_parameter(f"params[{i}]", p[1] if isinstance(p, tuple) else p)
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("backend", "auto")
+        self._updates = {}
+        self.shares = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups, "backend": self.backend}
+
+    @property
+    def saturation(self) -> Tensor | None:
+        """The share of clamped weights that lay on their bound after the last step, 0-d; None if none are clamped."""
+        combined = combine_shares(self.shares)
+        return None if combined is None else combined[0]
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient, and clamp it.
+
+        Args:
+            closure: computes and returns the loss, with gradients, before the update.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            TypeError, ValueError: a gradient or an option cannot be used. Nothing is changed then.
+            RuntimeError: ``backend="triton"`` cannot be met.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        buckets: dict[tuple[torch.device, torch.dtype, bool, bool], list[tuple[Tensor, dict[str, Any]]]] = {}
+        for group in self.param_groups:
+            self._check_group(group)
+            shape = (group.get("momentum", 0) > 0, group.get("centered", False))
+            for p in group["params"]:
+                if p.grad is not None and p.numel():
+                    if p.grad.layout != torch.strided:
+                        raise TypeError(f"grad: expected a dense gradient, got layout {p.grad.layout}")
+                    buckets.setdefault((p.device, p.dtype, *shape), []).append((p, group))
+        backends = {key: resolve(self.backend, key[0]) for key in buckets}
+        self.shares = []
+        with torch.no_grad():
+            for key, members in buckets.items():
+                if backends[key] == "torch":
+                    self._step_torch(members)
+                else:
+                    self._step_triton(key, members)
+        return loss
+
+    def _ensure_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[p]
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        for name in self._used_states(group):
+            if name is not None and name not in state:
+                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return state
+
+    def _step_torch(self, members: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        clamped: dict[float, list[Tensor]] = {}
+        for p, group in members:
+            assert p.grad is not None
+            self._step_reference(p, p.grad, self._ensure_state(p, group), group)
+            if group["clip"] is not None:
+                clamped.setdefault(group["clip"], []).append(p)
+        for clip, params in clamped.items():
+            on_bound, total = reference.saturation(params, clip)
+            self.shares.append((on_bound / total, total))
+
+    def _step_triton(
+        self, key: tuple[torch.device, torch.dtype, bool, bool], members: list[tuple[Tensor, dict[str, Any]]]
+    ) -> None:
+        device, dtype, momentum, centered = key
+        params, grads, states, steps, copies = [], [], [], [], []
+        rows: dict[tuple[float, ...], int] = {}
+        hyper_rows, clamped = [], 0
+        limits: dict[float | None, float] = {None: math.inf}
+        row_of_group: dict[int, int] = {}
+        for p, group in members:
+            if id(group) not in row_of_group:
+                clip = group["clip"]
+                if clip not in limits:  # the bound as this dtype holds it, so that weights on it are counted
+                    limits[clip] = torch.tensor(clip, dtype=dtype).item()
+                row_of_group[id(group)] = rows.setdefault(self._hyper(group, limits[clip]), len(rows))
+            state = self._ensure_state(p, group)
+            work = p if is_dense(p) else p.detach().contiguous()
+            if work is not p:
+                copies.append((p, work))
+            grad = p.grad
+            assert grad is not None
+            if grad.stride() != work.stride():
+                grad = torch.empty_like(work).copy_(grad)
+            names = self._used_states(group)
+            for name in names:
+                if name is not None and state[name].stride() != work.stride():
+                    state[name] = torch.empty_like(work).copy_(state[name])
+            params.append(work)
+            grads.append(grad)
+            states.append([None if name is None else state[name] for name in names])
+            steps.append(state["step"])
+            hyper_rows.append(row_of_group[id(group)])
+            clamped += 0 if group["clip"] is None else p.numel()
+        if key not in self._updates:
+            self._updates[key] = kernels.update.Update(device, dtype)
+        share = self._updates[key].launch(
+            self._algorithm, params, grads, states, steps, tuple(rows), hyper_rows, momentum=momentum, centered=centered
+        )
+        torch.autograd.graph.increment_version([p for p, _ in members])
+        for p, work in copies:
+            p.copy_(work)
+        if share is not None:
+            self.shares.append((share, clamped))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as ``torch.optim``'s optimizer of the same name has it: a copy that later steps do not change."""
+        result = super().state_dict()
+        result["state"] = {
+            i: {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+            for i, state in result["state"].items()
+        }
+        for state in result["state"].values():
+            state["step"] = state["step"].cpu()
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a state from :meth:`state_dict`, or from ``torch.optim``'s optimizer of the same name.
+
+        A torch state has no ``clip``; the groups keep theirs.
+
+        Raises:
+            ValueError: the state belongs to other parameters, or to a variant this optimizer does not compute
+                (``amsgrad``, ``decoupled_weight_decay``). Nothing is changed then.
+        """
+        state_dict = copy.deepcopy(state_dict)
+        groups = state_dict["param_groups"]
+        if len(groups) == len(self.param_groups):
+            for group, own in zip(groups, self.param_groups, strict=True):
+                group.setdefault("clip", own["clip"])
+                self._check_group(group)
+                for variant in ("amsgrad", "decoupled_weight_decay"):
+                    if group.get(variant, False):
+                        raise ValueError(f"state_dict: {variant}=True is not supported by {type(self).__name__}")
+                for i, p in zip(group["params"], own["params"], strict=False):
+                    for name, value in state_dict["state"].get(i, {}).items():
+                        if name != "step" and isinstance(value, Tensor) and value.shape != p.shape:
+                            expected, got = tuple(p.shape), tuple(value.shape)
+                            raise ValueError(f"state_dict: {name} of parameter {i}: expected shape {expected}, got {got}")
+        # The group dicts stay the same objects: a scheduler, or the torch optimizer they were taken from, holds them.
+        own_groups, own_state = self.param_groups, self.state
+        super().load_state_dict(state_dict)
+        for own, loaded in zip(own_groups, self.param_groups, strict=True):
+            own.clear()
+            own.update(loaded)
+        own_state.clear()
+        own_state.update(self.state)
+        self.param_groups, self.state = own_groups, own_state
+        for p, state in self.state.items():
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(p.device).clone()
+
+
+class RMSprop(_Optimizer):
+    r"""RMSprop and the weight clamp, in place, in one launch per device and dtype.
+
+    .. code-block:: text
+
+        g = grad + weight_decay * p                           (-grad with maximize)
+        s = alpha * s + (1 - alpha) * g^2
+        a = sqrt(s) + eps                                     sqrt(s - m^2) + eps with centered, m the mean of g
+        p = p - lr * g / a                                    b = momentum * b + g / a;  p = p - lr * b with momentum
+        p = min(max(p, -clip), clip)
+
+    Args:
+        params: tensors or dicts of groups, as ``torch.optim`` takes them.
+        lr, alpha, eps, weight_decay, momentum, centered, maximize: as in ``torch.optim.RMSprop``.
+        clip: bound > 0 of the weights after the step, or None; also per group.
+        backend: see :mod:`fastwgan.backend`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+
+    Source: WGAN, arXiv 1701.07875, Algorithm 1, lines 6 and 7; formula and defaults of torch.optim.RMSprop.
+
+    >>> w = torch.nn.Parameter(torch.ones(2))
+    >>> w.grad = torch.ones(2)
+    >>> RMSprop([w], lr=5e-5, clip=0.01).step()
+    >>> w.data
+    tensor([0.0100, 0.0100])
+    """
+
+    _algorithm = "rmsprop"
+    _states = ("square_avg", "grad_avg", "momentum_buffer")
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        *,
+        clip: float | None = None,
+        maximize: bool = False,
+        backend: Backend = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "alpha": alpha,
+            "eps": eps,
+            "centered": centered,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "clip": clip,
+        }
+        super().__init__(params, defaults, backend)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_number("alpha", group["alpha"], minimum=0)
+        check_number("momentum", group["momentum"], minimum=0)
+
+    def _used_states(self, group: dict[str, Any]) -> tuple[str | None, ...]:
+        return (
+            "square_avg",
+            "grad_avg" if group["centered"] else None,
+            "momentum_buffer" if group["momentum"] > 0 else None,
+        )
+
+    def _hyper(self, group: dict[str, Any], clip: float) -> tuple[float, ...]:
+        alpha, sign = group["alpha"], -1.0 if group["maximize"] else 1.0
+        return (group["lr"], 0.0, 1.0, -math.inf, alpha, 1 - alpha, 0.0, group["eps"], group["weight_decay"],
+                group["momentum"], sign, clip)  # fmt: skip
+
+    def _step_reference(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        options = {k: group[k] for k in ("lr", "alpha", "eps", "weight_decay", "momentum", "maximize", "clip")}
+        _, grad_avg, buffer = (None if name is None else state[name] for name in self._used_states(group))
+        reference.rmsprop_step_(p, grad, state["square_avg"], grad_avg=grad_avg, momentum_buffer=buffer, **options)
+        state["step"] += 1
+
+
+class Adam(_Optimizer):
+    r"""Adam and the weight clamp, in place, in one launch per device and dtype.
+
+    .. code-block:: text
+
+        g = grad + weight_decay * p                           (-grad with maximize)
+        t = t + 1
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g^2
+        p = p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
+        p = min(max(p, -clip), clip)
+
+    Args:
+        params: tensors or dicts of groups, as ``torch.optim`` takes them.
+        lr, betas, eps, weight_decay, maximize: as in ``torch.optim.Adam``; no amsgrad.
+        clip: bound > 0 of the weights after the step, or None; also per group.
+        backend: see :mod:`fastwgan.backend`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+
+    Source: Kingma and Ba, arXiv 1412.6980, Algorithm 1; formula and defaults of torch.optim.Adam.
+
+    >>> w = torch.nn.Parameter(torch.ones(2))
+    >>> w.grad = torch.ones(2)
+    >>> Adam([w], lr=1e-4, betas=(0.0, 0.9)).step()
+    >>> w.data
+    tensor([0.9999, 0.9999])
+    """
+
+    _algorithm = "adam"
+    _states = ("exp_avg_sq", "exp_avg")
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        *,
+        clip: float | None = None,
+        maximize: bool = False,
+        backend: Backend = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "clip": clip,
+        }
+        super().__init__(params, defaults, backend)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise TypeError(f"betas: expected two numbers, got {betas!r}")
+        for i, beta in enumerate(betas):
+            if check_number(f"betas[{i}]", beta, minimum=0) >= 1:
+                raise ValueError(f"betas[{i}]: expected a number in [0, 1), got {beta}")
+
+    def _hyper(self, group: dict[str, Any], clip: float) -> tuple[float, ...]:
+        (beta1, beta2), sign = group["betas"], -1.0 if group["maximize"] else 1.0
+        return (group["lr"], beta1, 1 - beta1, _log(beta1), beta2, 1 - beta2, _log(beta2), group["eps"],
+                group["weight_decay"], 0.0, sign, clip)  # fmt: skip
+
+    def _step_reference(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        options = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay", "maximize", "clip")}
+        reference.adam_step_(p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], **options)

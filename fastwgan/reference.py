@@ -1,0 +1,315 @@
+"""Every op in plain PyTorch: the specification, the CPU path, the oracle and the baseline.
+
+WGAN is Arjovsky, Chintala and Bottou, arXiv 1701.07875; WGAN-GP is Gulrajani, Ahmed, Arjovsky, Dumoulin and
+Courville, arXiv 1704.00028. Any floating dtype goes in and comes out; half precision is computed in float32, so no
+norm of finite gradients overflows. Arguments are not checked here but in :mod:`fastwgan.functional`.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+POWER = 6  # WGAN-div's exponent, arXiv 1712.01026
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in the dtype that arithmetic runs in: float32 for half precision, else its own."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """[N] values shaped to broadcast over ``like`` [N, ...]."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+# Scores
+
+
+def critic_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
+    """mean(fake_scores) - mean(real_scores), which the critic minimises. WGAN, Algorithm 1, line 5, negated."""
+    return (_wide(fake_scores).mean() - _wide(real_scores).mean()).to(fake_scores.dtype)
+
+
+def generator_loss(fake_scores: Tensor) -> Tensor:
+    """-mean(fake_scores). WGAN, Algorithm 1, line 10."""
+    return -fake_scores.mean()
+
+
+def wasserstein_loss(y_true: Tensor, y_pred: Tensor) -> Tensor:
+    """mean(y_true * y_pred): the label form of Keras code, with labels of +1 and -1."""
+    return (_wide(y_true) * _wide(y_pred)).mean().to(y_pred.dtype)
+
+
+def hinge_critic_loss(real_scores: Tensor, fake_scores: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean(relu(1 - real_scores)), mean(relu(1 + fake_scores))). Lim and Ye, arXiv 1705.02894."""
+    real, fake = (1 - _wide(real_scores)).relu().mean(), (1 + _wide(fake_scores)).relu().mean()
+    return real.to(real_scores.dtype), fake.to(fake_scores.dtype)
+
+
+def score_statistics(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
+    """[mean real, mean fake, mean real - mean fake, mean fake - mean real], float32 or wider."""
+    real, fake = _wide(real_scores).mean(), _wide(fake_scores).mean()
+    wasserstein = real - fake
+    return torch.stack((real, fake, wasserstein, -wasserstein))
+
+
+# Philox
+
+
+def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
+    """Philox-4x32-10 of ``counter`` [4, n] int64 words below 2^32. Salmon et al., SC 2011.
+
+    Words 0 and 2 are multiplied and words 1 and 3 mixed in each round, so both pairs go as one [2, n] tensor.
+    """
+    mask = 0xFFFFFFFF
+    even, odd = counter[0::2], counter[1::2]
+    multipliers = torch.tensor([[0xD2511F53], [0xCD9E8D57]], device=counter.device)
+    increments = (0x9E3779B9, 0xBB67AE85)
+    keys = torch.tensor([[[(k + i * w) & mask] for k, w in zip(key, increments, strict=True)] for i in range(10)])
+    for round_keys in keys.to(counter.device):
+        product = even * multipliers  # wraps past 2^63, which leaves all 64 bits right
+        high, low = (product >> 32) & mask, product & mask
+        even, odd = high.flip(0) ^ odd ^ round_keys, low.flip(0)
+    return torch.stack((even, odd), 1).reshape(4, -1)
+
+
+def uniform(seed: int, offset: int | Tensor, n: int, device: torch.device | str = "cpu") -> Tensor:
+    """U[0, 1), float32 [n]: element i depends on ``seed`` and ``offset + i`` alone.
+
+    The top 24 bits of Philox's first word with key ``seed`` and counter (index low, index high, 0, 0x57474150);
+    the last word sets the stream apart from PyTorch's own.
+    """
+    index = torch.arange(n, device=device) + offset
+    zero = torch.zeros_like(index)
+    counter = torch.stack((index & 0xFFFFFFFF, (index >> 32) & 0xFFFFFFFF, zero, zero + 0x57474150))
+    word = philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))[0]
+    return (word >> 8).float() * 2.0**-24
+
+
+# Penalty
+
+
+def interpolate(real: Tensor, fake: Tensor, *, seed: int, offset: int | Tensor = 0) -> Tensor:
+    """fake + eps * (real - fake) with one eps per sample, uniform(seed, offset, N). WGAN-GP, Algorithm 1, line 6."""
+    wide_real, wide_fake = _wide(real), _wide(fake)
+    eps = uniform(seed, offset, len(fake), fake.device).to(wide_fake.dtype)
+    return (wide_fake + _per_sample(eps, fake) * (wide_real - wide_fake)).to(fake.dtype)
+
+
+def gradient_norm(gradients: Tensor) -> Tensor:
+    """The Euclidean norm of each sample over all its dimensions, [N], float32 or wider.
+
+    At zero its subgradient is 0, where sqrt(sum(g^2)) gives NaN.
+    """
+    squares = _wide(gradients).reshape(len(gradients), -1).square().sum(1)
+    positive = squares > 0
+    return torch.where(positive, torch.where(positive, squares, 1).sqrt(), squares)
+
+
+def _penalties(norms: Tensor, kind: str, target: float) -> Tensor:
+    if kind == "two-sided":
+        return (norms - target).square()
+    if kind == "one-sided":
+        return (norms - target).relu().square()
+    if kind == "zero-centered":
+        return norms.square()
+    return norms**POWER
+
+
+def penalty(gradients: Tensor, *, kind: str = "two-sided", target: float = 1.0) -> Tensor:
+    """The mean over samples of a function of the gradient's norm n.
+
+    two-sided (n - target)^2: WGAN-GP, equation 3. one-sided max(n - target, 0)^2: WGAN-LP, arXiv 1709.08894.
+    zero-centered n^2: R1 and R2 without their factor 1/2, arXiv 1801.04406. power n^6: WGAN-div, arXiv 1712.01026.
+    """
+    return _penalties(gradient_norm(gradients), kind, target).mean().to(gradients.dtype)
+
+
+def penalty_cotangent(gradients: Tensor, *, kind: str, target: float, weight: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(statistics [mean penalty, mean norm], d(weight * penalty) / d gradients), both differentiable.
+
+    With f the function of the norm, sample i's cotangent is weight / N * f'(n) / n * g, and 0 at n = 0.
+    """
+    norms = gradient_norm(gradients)
+    if kind == "zero-centered":
+        slope = torch.full_like(norms, 2.0)
+    elif kind == "power":
+        slope = POWER * norms ** (POWER - 2)
+    else:
+        excess = norms - target
+        if kind == "one-sided":
+            excess = excess.relu()
+        zero = norms == 0
+        slope = torch.where(zero, 0, 2 * excess / torch.where(zero, 1, norms))
+    statistics = torch.stack((_penalties(norms, kind, target).mean(), norms.mean()))
+    scale = _per_sample(slope * (weight / len(norms)), gradients)
+    return statistics, (scale * _wide(gradients)).to(gradients.dtype)
+
+
+def gradient_penalty(
+    critic: Callable[..., Tensor],
+    real: Tensor,
+    fake: Tensor,
+    *,
+    weight: float = 10.0,
+    kind: str = "two-sided",
+    target: float = 1.0,
+    seed: int,
+    args: tuple[Any, ...] = (),
+) -> Tensor:
+    """weight * penalty of the critic's input gradient at the interpolates. WGAN-GP, Algorithm 1, lines 6 and 7."""
+    with torch.enable_grad():
+        x = interpolate(real.detach(), fake.detach(), seed=seed).requires_grad_()
+        scores = critic(x, *args)
+        (g,) = torch.autograd.grad(scores, x, torch.ones_like(scores), create_graph=True)
+        return weight * penalty(g, kind=kind, target=target)
+
+
+# Update
+
+
+@torch.no_grad()
+def clip_weights_(parameters: Iterable[Tensor], bound: float) -> None:
+    """w = min(max(w, -bound), bound) in place; NaN stays NaN. WGAN, Algorithm 1, line 7."""
+    for p in parameters:
+        p.clamp_(-bound, bound)
+
+
+def saturation(parameters: Iterable[Tensor], bound: float) -> tuple[Tensor, int]:
+    """(how many weights lie on their bound, of how many)."""
+    params = list(parameters)
+    limit = torch.tensor(bound, dtype=params[0].dtype).item()
+    counts = [torch.count_nonzero(p.detach().abs() >= limit) for p in params]
+    return torch.stack(counts).sum(), sum(p.numel() for p in params)
+
+
+@torch.no_grad()
+def rmsprop_step_(
+    param: Tensor,
+    grad: Tensor,
+    square_avg: Tensor,
+    *,
+    lr: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    momentum_buffer: Tensor | None = None,
+    grad_avg: Tensor | None = None,
+    maximize: bool = False,
+    clip: float | None = None,
+) -> None:
+    """One RMSProp step and the clamp, in place. WGAN, Algorithm 1, lines 6 and 7; the formula is torch.optim's.
+
+    s = alpha s + (1 - alpha) g^2; p = p - lr g / (sqrt(s) + eps). With ``grad_avg`` m (centered), m follows g as
+    s follows g^2 and s - m^2 stands under the root. With momentum, b = momentum b + g / (...); p = p - lr b.
+    """
+    p, g, s = _wide(param), _wide(grad), _wide(square_avg)
+    if maximize:
+        g = -g
+    if weight_decay != 0:
+        g = g.add(p, alpha=weight_decay)
+    s = s.mul_(alpha).addcmul_(g, g, value=1 - alpha)
+    if grad_avg is not None:
+        m = _wide(grad_avg).lerp_(g, 1 - alpha)
+        # Rounding can leave this difference just below zero, where the root would be NaN.
+        denominator = s.addcmul(m, m, value=-1).clamp_(min=0).sqrt_().add_(eps)
+        grad_avg.copy_(m)
+    else:
+        denominator = s.sqrt().add_(eps)
+    if momentum > 0:
+        assert momentum_buffer is not None
+        b = _wide(momentum_buffer).mul_(momentum).addcdiv_(g, denominator)
+        p = p.sub_(b, alpha=lr)
+        momentum_buffer.copy_(b)
+    else:
+        p = p.addcdiv_(g, denominator, value=-lr)
+    if clip is not None:
+        p.clamp_(-clip, clip)
+    square_avg.copy_(s)
+    param.copy_(p)
+
+
+@torch.no_grad()
+def adam_step_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    clip: float | None = None,
+) -> None:
+    """One Adam step and the clamp, in place. WGAN-GP, Algorithm 1, line 9; Kingma and Ba, arXiv 1412.6980.
+
+    t = t + 1; m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2;
+    p = p - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps). ``step`` holds t, 0-d float32, and is counted on.
+    """
+    beta1, beta2 = betas
+    p, g, m, v = _wide(param), _wide(grad), _wide(exp_avg), _wide(exp_avg_sq)
+    step += 1
+    bias1, bias2 = 1 - beta1 ** step.double(), 1 - beta2 ** step.double()
+    if maximize:
+        g = -g
+    if weight_decay != 0:
+        g = g.add(p, alpha=weight_decay)
+    m = m.lerp_(g, 1 - beta1)
+    v = v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    denominator = (v.sqrt() / bias2.sqrt()).add_(eps)
+    p = p.sub_((m / denominator).mul_(lr / bias1))
+    if clip is not None:
+        p.clamp_(-clip, clip)
+    exp_avg.copy_(m)
+    exp_avg_sq.copy_(v)
+    param.copy_(p)
+
+
+# The whole step
+
+
+def textbook_critic_step(
+    generator: nn.Module,
+    critic: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    real: Tensor,
+    z: Tensor,
+    *,
+    cond: tuple[Any, ...] = (),
+    clip: float | None = None,
+    penalty_weight: float | None = None,
+    eps: Tensor | None = None,
+    detach: bool = True,
+) -> Tensor:
+    """One critic step as Algorithm 1 of either paper reads, op by op: the unfused baseline. Returns the loss.
+
+    ``clip`` is WGAN's clamp after the update; ``penalty_weight`` is WGAN-GP's lambda, with ``eps`` [N] drawn by
+    torch.rand where it is None. ``detach=False`` leaves the generator's graph on the fakes, as popular code does;
+    the weights come out the same and the time is lost.
+    """
+    optimizer.zero_grad()
+    fake = generator(z, *cond)
+    if detach:
+        fake = fake.detach()
+    real_scores, fake_scores = critic(real, *cond), critic(fake, *cond)
+    loss = fake_scores.mean() - real_scores.mean()
+    if penalty_weight is not None:
+        if eps is None:
+            eps = torch.rand(len(real), device=real.device, dtype=real.dtype)
+        eps = _per_sample(eps, real)
+        x = (eps * real + (1 - eps) * fake.detach()).requires_grad_()
+        scores = critic(x, *cond)
+        (g,) = torch.autograd.grad(scores, x, torch.ones_like(scores), create_graph=True)
+        loss = loss + penalty_weight * ((g.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
+    loss.backward()
+    optimizer.step()
+    if clip is not None:
+        for p in critic.parameters():
+            p.data.clamp_(-clip, clip)
+    return loss.detach()

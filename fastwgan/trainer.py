@@ -1,0 +1,599 @@
+"""The trainer: a lean critic step and generator step round two networks of the user's.
+
+The critic step builds no graph through the generator and no loss tensors. Its gradient is seeded directly at the
+scores (-1/N at real ones, +1/N at fake ones) and at the input gradient (the penalty's cotangent), which leaves the
+networks' own kernels and a handful of launches. Nothing in a step waits for the device.
+"""
+
+import copy
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from typing import Any, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastwgan import checkpoint, functional
+from fastwgan.backend import Backend, resolve
+from fastwgan.constraints import GradientPenalty, WeightClip
+from fastwgan.optim import Adam, RMSprop
+
+__all__ = ["Metrics", "Trainer", "warmup_schedule"]
+
+Latent = int | Callable[[int, torch.device], Any]
+
+
+def warmup_schedule(generator_iteration: int) -> int:
+    """Critic steps before a generator step: 100 for the first 25 and every 500th generator step, else 5.
+
+    Source: the WGAN authors' training loop.
+
+    >>> [warmup_schedule(i) for i in (0, 24, 25, 499, 500)]
+    [100, 100, 5, 5, 100]
+    """
+    return 100 if generator_iteration < 25 or generator_iteration % 500 == 0 else 5
+
+
+class Metrics:
+    """What one step measured, as 0-d device tensors; None where the step has no such thing.
+
+    Reading a value (``float``, ``print``, :meth:`as_dict`) is the only thing here that waits for the device.
+
+    Attributes:
+        critic_loss: -wasserstein + weight * penalty.
+        wasserstein: mean(D(real)) - mean(D(fake)); positive when the critic is any good.
+        penalty: the mean penalty, without its weight; None under WeightClip and on a lazy penalty's off steps.
+        real_score, fake_score: mean(D(real)), mean(D(fake)).
+        gradient_norm: mean norm of the critic's input gradient; None where penalty is.
+        saturation: share of the clamped weights that lie on their bound; None under GradientPenalty.
+        generator_loss: -mean(D(G(z))); None when no generator step was due.
+    """
+
+    NAMES = (
+        "critic_loss", "wasserstein", "penalty", "real_score", "fake_score", "gradient_norm", "saturation",
+        "generator_loss",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        *,
+        scores: Tensor | None = None,
+        penalty: Tensor | None = None,
+        weight: float = 0.0,
+        saturation: Tensor | None = None,
+        generator_loss: Tensor | None = None,
+    ) -> None:
+        self._scores, self._penalty, self._weight = scores, penalty, weight
+        self.saturation = saturation
+        self.generator_loss = generator_loss
+
+    @property
+    def real_score(self) -> Tensor | None:
+        return None if self._scores is None else self._scores[0]
+
+    @property
+    def fake_score(self) -> Tensor | None:
+        return None if self._scores is None else self._scores[1]
+
+    @property
+    def wasserstein(self) -> Tensor | None:
+        return None if self._scores is None else self._scores[2]
+
+    @property
+    def critic_loss(self) -> Tensor | None:
+        if self._scores is None or self._penalty is None:
+            return None if self._scores is None else self._scores[3]
+        return self._scores[3] + self._weight * self._penalty[0]
+
+    @property
+    def penalty(self) -> Tensor | None:
+        return None if self._penalty is None else self._penalty[0]
+
+    @property
+    def gradient_norm(self) -> Tensor | None:
+        return None if self._penalty is None else self._penalty[1]
+
+    def as_dict(self) -> dict[str, float]:
+        """The values that there are, as floats. Waits for the device."""
+        values = {name: getattr(self, name) for name in self.NAMES}
+        return {name: float(value) for name, value in values.items() if value is not None}
+
+    def __repr__(self) -> str:
+        return f"Metrics({', '.join(f'{k}={v:.4g}' for k, v in self.as_dict().items())})"
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Without gradients for the module's parameters, so that none are computed and less is kept for the backward."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """In evaluation mode; afterwards each submodule is back in its own."""
+    training = [m for m in module.modules() if m.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def _take_over(optimizer: torch.optim.Optimizer, backend: Backend) -> torch.optim.Optimizer:
+    """Ours in place of a plain torch RMSprop or Adam, sharing its groups and state; any other as it is.
+
+    Sharing keeps the caller's object alive: a scheduler made for it steers ours.
+    """
+    ours: type[RMSprop] | type[Adam]
+    if type(optimizer) is torch.optim.RMSprop:
+        ours = RMSprop
+    elif type(optimizer) is torch.optim.Adam:
+        ours = Adam
+    else:
+        return optimizer
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor) or any(group.get(k) for k in ("amsgrad", "decoupled_weight_decay")):
+            return optimizer
+    taken = ours([p for group in optimizer.param_groups for p in group["params"]], backend=backend)
+    taken.param_groups, taken.state = optimizer.param_groups, optimizer.state
+    for group in taken.param_groups:
+        group.setdefault("clip", None)
+    for p, state in taken.state.items():
+        state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(p.device)
+    # torch's schedulers warn unless they see the optimizer they were made for take a step.
+    taken.register_step_post_hook(lambda *_: setattr(optimizer, "_opt_called", True))
+    return taken
+
+
+def _momentum(optimizer: torch.optim.Optimizer) -> float:
+    return max(max(g.get("momentum", 0), g.get("betas", (0,))[0]) for g in optimizer.param_groups)
+
+
+class Trainer:
+    """Train a generator and a critic by WGAN or WGAN-GP.
+
+    Args:
+        generator: maps latents z (and conditions) to samples [N, ...].
+        critic: maps samples [N, ...] (and conditions) to scores [N, ...].
+        latent: width of a standard normal z [N, latent], or a callable (batch_size, device) -> z.
+        constraint: :class:`WeightClip` (WGAN) or :class:`GradientPenalty` (WGAN-GP).
+        critic_optimizer, generator_optimizer: any ``torch.optim.Optimizer``; a plain torch RMSprop or Adam is
+            replaced by ours, sharing its groups and state. None takes the paper's: RMSprop at lr 5e-5 for
+            WeightClip, Adam at lr 1e-4 and betas (0, 0.9) for GradientPenalty.
+        n_critic: critic steps to a generator step, or a callable of the generator iteration, such as
+            :func:`warmup_schedule`.
+        seed: of the latents and of eps; int in [0, 2^63).
+        backend: see :mod:`fastwgan.backend`.
+        cuda_graph, compile, amp, ema: not there yet; anything but the default raises NotImplementedError.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range, or they do not fit together.
+
+    Attributes:
+        critic_iterations, generator_iterations: steps taken so far.
+
+    Source: WGAN, arXiv 1701.07875, Algorithm 1; WGAN-GP, arXiv 1704.00028, Algorithm 1.
+
+    >>> G, D = nn.Linear(8, 2), nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 1))
+    >>> trainer = Trainer(G, D, latent=8, constraint=GradientPenalty())
+    >>> metrics = trainer.step(torch.randn(32, 2))
+    >>> trainer.critic_iterations, trainer.sample(4).shape
+    (1, torch.Size([4, 2]))
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        critic: nn.Module,
+        *,
+        latent: Latent,
+        constraint: WeightClip | GradientPenalty = WeightClip(),  # noqa: B008 - it is frozen
+        critic_optimizer: torch.optim.Optimizer | None = None,
+        generator_optimizer: torch.optim.Optimizer | None = None,
+        n_critic: int | Callable[[int], int] = 5,
+        seed: int = 0,
+        backend: Backend = "auto",
+        amp: torch.dtype | None = None,
+        cuda_graph: bool | str = "auto",
+        compile: bool = False,
+        ema: float | None = None,
+    ) -> None:
+        for name, value, default in (("amp", amp, None), ("compile", compile, False), ("ema", ema, None)):
+            if value != default:
+                raise NotImplementedError(f"{name}: expected {default!r}; other values are not there yet")
+        if cuda_graph not in ("auto", False):
+            raise NotImplementedError("cuda_graph: expected 'auto' or False; graph capture is not there yet")
+        for name, module in (("generator", generator), ("critic", critic)):
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"{name}: expected an nn.Module, got {type(module).__name__}")
+            if not any(p.requires_grad for p in module.parameters()):
+                raise ValueError(f"{name}: expected trainable parameters, got none")
+        devices = {p.device for module in (generator, critic) for p in module.parameters()}
+        if len(devices) > 1:
+            raise ValueError(f"critic: expected all parameters of both networks on one device, got {devices}")
+        if not callable(latent):
+            if isinstance(latent, bool) or not isinstance(latent, int):
+                raise TypeError(f"latent: expected an int or a callable, got {type(latent).__name__}")
+            if latent < 1:
+                raise ValueError(f"latent: expected an int >= 1, got {latent}")
+        if not isinstance(constraint, (WeightClip, GradientPenalty)):
+            raise TypeError(f"constraint: expected WeightClip or GradientPenalty, got {type(constraint).__name__}")
+        if not callable(n_critic):
+            self._check_count("n_critic", n_critic)
+        functional.check_seed("seed", seed)
+
+        self.generator, self.critic = generator, critic
+        self.constraint = constraint
+        self.device = devices.pop()
+        resolve(backend, self.device)
+        self.backend: Backend = backend
+        self.latent = latent
+        self.n_critic = n_critic
+        self.seed = seed
+        self.critic_iterations = 0
+        self.generator_iterations = 0
+        self._critic_steps_due = 0  # taken since the last generator step
+        self._eps_offset = 0  # numbers of the eps stream used up
+        self._latent_random = torch.Generator(self.device).manual_seed(seed)
+        self._sample_random = torch.Generator(self.device).manual_seed(seed + 1)
+        self._constants: dict[tuple[Any, ...], Tensor] = {}
+        self._one_forward: bool | None = None  # found out at the first critic step
+
+        self.critic_optimizer = self._optimizer("critic_optimizer", critic_optimizer, critic)
+        self.generator_optimizer = self._optimizer("generator_optimizer", generator_optimizer, generator)
+        self._clamp_apart: list[Tensor] = []  # what the optimizer's own launch cannot clamp
+        if isinstance(constraint, WeightClip):
+            self._clipped = constraint.clipped(critic)
+            self._assign_clip(constraint.bound)
+            if _momentum(self.critic_optimizer) > 0:
+                warnings.warn(
+                    "WeightClip with a critic optimizer that has momentum: training becomes unstable "
+                    "(arXiv 1701.07875, section 4); RMSprop without momentum is the usual choice",
+                    stacklevel=2,
+                )
+        elif any(isinstance(m, _BatchNorm) for m in critic.modules()):
+            warnings.warn(
+                "GradientPenalty with a critic that has BatchNorm: the penalty takes each sample's gradient by "
+                "itself, which BatchNorm mixes (arXiv 1704.00028, section 4); LayerNorm is the usual choice",
+                stacklevel=2,
+            )
+
+    # Setting up
+
+    @staticmethod
+    def _check_count(name: str, value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"{name}: expected an int >= 1, got {value}")
+        return value
+
+    def _optimizer(
+        self, name: str, optimizer: torch.optim.Optimizer | None, module: nn.Module
+    ) -> torch.optim.Optimizer:
+        if optimizer is None:
+            trainable = [p for p in module.parameters() if p.requires_grad]
+            if isinstance(self.constraint, WeightClip):
+                return RMSprop(trainable, lr=5e-5, backend=self.backend)
+            return Adam(trainable, lr=1e-4, betas=(0.0, 0.9), backend=self.backend)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"{name}: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        own = {id(p) for p in module.parameters()}
+        if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(f"{name}: expected parameters of its own network only, got others")
+        return _take_over(optimizer, self.backend)
+
+    def _assign_clip(self, bound: float) -> None:
+        """Have each group of our optimizers clamp what it updates; a group with exclusions is clamped apart."""
+        clipped = {id(p) for p in self._clipped}
+        if not isinstance(self.critic_optimizer, (RMSprop, Adam)):
+            self._clamp_apart = list(self._clipped)
+            return
+        for group in self.critic_optimizer.param_groups:
+            if group["clip"] not in (None, bound):
+                raise ValueError(f"critic_optimizer: its clip {group['clip']} contradicts the constraint's {bound}")
+        for group in self.critic_optimizer.param_groups:
+            inside = [p for p in group["params"] if id(p) in clipped]
+            if len(inside) == len(group["params"]):
+                group["clip"] = bound
+            else:
+                group["clip"] = None
+                self._clamp_apart += inside
+
+    # Steps
+
+    def critic_step(self, real: Tensor, *cond: Any) -> Metrics:
+        """Update the critic once on a batch of real samples and as many fresh fake ones.
+
+        Args:
+            real: samples [N, ...] on the networks' device.
+            cond: conditions, passed on to generator and critic after their first argument.
+
+        Returns:
+            Metrics without ``generator_loss``.
+
+        Raises:
+            TypeError, ValueError: ``real`` or a network's output cannot be used. No weight is changed then.
+        """
+        functional.check_samples("real", real, self.device)
+        batch = len(real)
+        with torch.no_grad():
+            fake = self._generate(batch, cond, self._latent_random)
+        functional.check_like("generator: its output", fake, "real", real, shape=True)
+        parameters = [p for p in self.critic.parameters() if p.requires_grad]
+        for p in parameters:
+            p.grad = None
+
+        with torch.enable_grad():
+            roots, seeds, scores = self._scores(real, fake, cond)
+            penalty, weight = None, 0.0
+            constraint = self.constraint
+            if isinstance(constraint, GradientPenalty) and self.critic_iterations % constraint.every == 0:
+                weight = constraint.weight * constraint.every
+                gradients = functional.input_gradient(self.critic, self._penalised(real, fake), cond, self._ones_like)
+                penalty, cotangent = functional.penalty_cotangent(
+                    gradients, constraint.kind, constraint.target, weight, self.backend
+                )
+                if gradients.requires_grad:
+                    roots.append(gradients)
+                    seeds.append(cotangent)
+            torch.autograd.backward(roots, seeds, inputs=parameters)
+        self.critic_optimizer.step()
+        saturation = self._clamp() if isinstance(constraint, WeightClip) else None
+        self.critic_iterations += 1
+        self._critic_steps_due += 1
+        return Metrics(scores=scores, penalty=penalty, weight=weight, saturation=saturation)
+
+    def generator_step(self, batch_size: int, *cond: Any) -> Metrics:
+        """Update the generator once.
+
+        Args:
+            batch_size: number of latents to draw.
+            cond: conditions, passed on to generator and critic after their first argument.
+
+        Returns:
+            Metrics with ``generator_loss`` alone.
+
+        Raises:
+            TypeError, ValueError: an argument or a network's output cannot be used. No weight is changed then.
+        """
+        self._check_count("batch_size", batch_size)
+        parameters = [p for p in self.generator.parameters() if p.requires_grad]
+        for p in parameters:
+            p.grad = None
+        with torch.enable_grad(), _frozen(self.critic):
+            fake = self._generate(batch_size, cond, self._latent_random)
+            scores = self.critic(fake, *cond)
+            functional.check_scores("critic", scores, batch_size)
+            loss = functional.generator_loss(scores.detach(), backend=self.backend)
+            torch.autograd.backward([scores], [self._constant(scores, -1 / scores.numel())], inputs=parameters)
+        self.generator_optimizer.step()
+        self.generator_iterations += 1
+        self._critic_steps_due = 0
+        return Metrics(generator_loss=loss)
+
+    def step(self, real: Tensor, *cond: Any) -> Metrics:
+        """A critic step, and then a generator step if ``n_critic`` critic steps have been taken since the last.
+
+        Args, Returns, Raises: as :meth:`critic_step`; ``generator_loss`` is set when a generator step was due.
+        """
+        metrics = self.critic_step(real, *cond)
+        due = self.n_critic
+        if callable(due):
+            due = self._check_count("n_critic: its result", due(self.generator_iterations))
+        if self._critic_steps_due >= due:
+            metrics.generator_loss = self.generator_step(len(real), *cond).generator_loss
+        return metrics
+
+    def fit(self, batches: Iterable[Any], steps: int, **options: Any) -> None:
+        """Call :meth:`step` on ``steps`` batches; see :func:`fastwgan.fit.fit` for the options."""
+        from fastwgan.fit import fit  # the loop stands above the trainer
+
+        fit(self, batches, steps, **options)
+
+    @torch.no_grad()
+    def sample(self, n: int, *cond: Any) -> Tensor:
+        """n samples of the generator in evaluation mode. Training goes on as if it had not been called.
+
+        Args:
+            n: number of samples.
+            cond: conditions, passed on to the generator.
+
+        Returns:
+            Samples [n, ...] on the networks' device.
+
+        Raises:
+            TypeError, ValueError: ``n`` is not an int >= 1.
+        """
+        self._check_count("n", n)
+        with _evaluating(self.generator):
+            return self._generate(n, cond, self._sample_random)
+
+    # Inside a step
+
+    def _generate(self, n: int, cond: tuple[Any, ...], random: torch.Generator) -> Tensor:
+        if callable(self.latent):
+            z = self.latent(n, self.device)
+        else:
+            dtype = next(self.generator.parameters()).dtype
+            z = torch.randn(n, self.latent, generator=random, device=self.device, dtype=dtype)
+        fake: Tensor = self.generator(z, *cond)
+        return fake
+
+    def _scores(self, real: Tensor, fake: Tensor, cond: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """(roots of the backward pass, their cotangents, score statistics), from one forward pass if that is sound."""
+        batch = len(real)
+        if self._forward_at_once(real, fake, cond):
+            both = self.critic(torch.cat((real, fake)), *(self._twice(c, batch) for c in cond))
+            functional.check_scores("critic", both, 2 * batch)
+            count = both.numel() // 2
+            statistics = functional.score_statistics(both[:batch], both[batch:], self.backend)
+            return [both], [self._constant(both, -1 / count, 1 / count)], statistics
+        real_scores, fake_scores = self.critic(real, *cond), self.critic(fake, *cond)
+        functional.check_scores("critic", real_scores, batch)
+        statistics = functional.score_statistics(real_scores, fake_scores, self.backend)
+        count = real_scores.numel()
+        seeds = [self._constant(real_scores, -1 / count), self._constant(fake_scores, 1 / count)]
+        return [real_scores, fake_scores], seeds, statistics
+
+    def _forward_at_once(self, real: Tensor, fake: Tensor, cond: tuple[Any, ...]) -> bool:
+        """Whether real and fake samples may share a forward pass: no score depends on another sample."""
+        if any(isinstance(m, _BatchNorm) and m.training for m in self.critic.modules()):
+            return False
+        if self._one_forward is None:
+            # Other layers can mix samples too (minibatch discrimination, a batch's standard deviation). The gradient
+            # of a real sample's score with respect to the fake samples tells: it is exactly zero if none does.
+            with _evaluating(self.critic):
+                x = torch.cat((real, fake)).requires_grad_()
+                scores = self.critic(x, *(self._twice(c, len(real)) for c in cond))
+                functional.check_scores("critic", scores, len(x))
+                g = None
+                if scores.requires_grad:
+                    (g,) = torch.autograd.grad(scores[0].sum(), x, allow_unused=True)
+            self._one_forward = g is None or not bool(g[len(real) :].any())
+        return self._one_forward
+
+    @staticmethod
+    def _twice(cond: Any, batch: int) -> Any:
+        """A condition for real and fake samples together: one with a row per sample is repeated."""
+        is_batched = isinstance(cond, Tensor) and cond.dim() > 0 and len(cond) == batch
+        return torch.cat((cond, cond)) if is_batched else cond
+
+    def _penalised(self, real: Tensor, fake: Tensor) -> Tensor:
+        """The points at which the input gradient is taken, a leaf that requires grad."""
+        assert isinstance(self.constraint, GradientPenalty)
+        if self.constraint.at == "interpolates":
+            x = functional.interpolate(
+                real.detach(), fake, seed=self.seed, offset=self._eps_offset, backend=self.backend
+            )
+            self._eps_offset += len(real)
+        else:
+            x = real if self.constraint.at == "real" else fake
+        return x.detach().requires_grad_()
+
+    def _clamp(self) -> Tensor | None:
+        """Clamp what the optimizer's launch did not; return the share of all clamped weights on their bound."""
+        assert isinstance(self.constraint, WeightClip)
+        shares = []
+        apart = self._clamp_apart
+        if isinstance(self.critic_optimizer, (RMSprop, Adam)):
+            shares = list(self.critic_optimizer.shares)
+            apart = apart + [p for p in self._clipped if p.grad is None and all(p is not q for q in apart)]
+        if apart:
+            share = functional.clip_and_count_(apart, self.constraint.bound, self.backend)
+            if share is not None:
+                shares.append(share)
+        combined = functional.combine_shares(shares)
+        return None if combined is None else combined[0]
+
+    def _constant(self, like: Tensor, value: float, second_half: float | None = None) -> Tensor:
+        """A constant shaped like ``like``, made once; ``second_half`` is the value of the later half of the batch."""
+        key = (like.shape, like.dtype, like.device, value, second_half)
+        constant = self._constants.get(key)
+        if constant is None:
+            constant = torch.full_like(like, value, requires_grad=False)
+            if second_half is not None:
+                constant[len(constant) // 2 :] = second_half
+            self._constants[key] = constant
+        return constant
+
+    def _ones_like(self, x: Tensor) -> Tensor:
+        return self._constant(x, 1.0)
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a bit-identical continuation needs, as a copy that later steps do not change."""
+        state = {
+            "generator": self.generator.state_dict(),
+            "critic": self.critic.state_dict(),
+            "generator_optimizer": self.generator_optimizer.state_dict(),
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "critic_iterations": self.critic_iterations,
+            "generator_iterations": self.generator_iterations,
+            "critic_steps_due": self._critic_steps_due,
+            "seed": self.seed,
+            "eps_offset": self._eps_offset,
+            "random": {
+                "device": self.device.type,
+                "latent": self._latent_random.get_state(),
+                "sample": self._sample_random.get_state(),
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            },
+        }
+        return copy.deepcopy(state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a state from :meth:`state_dict`, PyTorch's global random state included.
+
+        Raises:
+            TypeError, ValueError, KeyError, RuntimeError: the state does not fit these networks and optimizers.
+                Nothing is changed then.
+        """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
+        before = self.state_dict()
+        missing = sorted(before.keys() - state_dict.keys())
+        if missing:
+            raise ValueError(f"state_dict: expected the state of a Trainer, missing {', '.join(missing)}")
+        try:
+            self._restore(state_dict)
+        except BaseException:
+            self._restore(before)
+            raise
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.generator.load_state_dict(state["generator"])
+        self.critic.load_state_dict(state["critic"])
+        self.generator_optimizer.load_state_dict(state["generator_optimizer"])
+        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        self.critic_iterations = int(state["critic_iterations"])
+        self.generator_iterations = int(state["generator_iterations"])
+        self._critic_steps_due = int(state["critic_steps_due"])
+        self.seed = int(state["seed"])
+        self._eps_offset = int(state["eps_offset"])
+        random = state["random"]
+        if random["device"] != self.device.type:
+            warnings.warn(
+                f"state_dict: saved on {random['device']} and loaded on {self.device.type}, whose random numbers "
+                "differ: training goes on with fresh random streams",
+                stacklevel=4,
+            )
+            return
+        self._latent_random.set_state(random["latent"].cpu())
+        self._sample_random.set_state(random["sample"].cpu())
+        torch.set_rng_state(random["torch"].cpu())
+        if random["cuda"] is not None:
+            torch.cuda.set_rng_state(random["cuda"].cpu(), self.device)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write :meth:`state_dict` to ``path``, whole or not at all.
+
+        Raises:
+            OSError: the file cannot be written. A file that was there before is untouched.
+        """
+        checkpoint.save(path, {"trainer": self.state_dict()})
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Take up what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            TypeError, ValueError, KeyError, RuntimeError: it is no checkpoint, or does not fit. Nothing is changed.
+        """
+        content = checkpoint.load(path)
+        if "trainer" not in content:
+            raise ValueError(f"path: {path} holds no trainer")
+        self.load_state_dict(content["trainer"])

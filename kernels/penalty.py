@@ -1,0 +1,208 @@
+"""WGAN-GP's two elementwise halves: the interpolation before the critic and the penalty after it.
+
+``interpolate``     out[i] = fake[i] + eps[i] * (real[i] - fake[i]),  eps[i] = uniform(seed, offset + i)
+``gradient_penalty``  norm[i] = ||g[i]||_2,  loss = mean_i phi(norm[i]),  v[i] = weight / N * phi'(norm[i]) * g[i] / norm[i]
+
+    kind            phi(n)                  phi'(n) / n
+    two-sided       (n - target)^2          2 (n - target) / n,      0 at n = 0
+    one-sided       max(n - target, 0)^2    2 max(n - target, 0) / n, 0 at n = 0
+    zero-centered   n^2                     2
+    power           n^6                     6 n^4
+
+Arrays are [N, size] with dense samples. Arithmetic is float32 (float64 for float64 input), so a half-precision
+gradient cannot overflow when squared. Interpolation reads two arrays and writes one; the penalty reads g once where
+a sample fits one block (MAX_BLOCK elements; beyond that the second read comes from cache) and writes v once.
+One launch each.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .arithmetic import divide, sqrt
+from .arrival import counter, is_last
+from .philox import STREAM, uniform
+
+INTERPOLATE_BLOCK = 2048
+MAX_BLOCK = 16384  # 32 float32 registers per thread with 16 warps
+NORMS_BLOCK = 1024
+
+
+@triton.jit(do_not_specialize=["seed", "offset"])
+def _interpolate_kernel(
+    real_ptr,  # [N, size]
+    fake_ptr,  # [N, size]
+    out_ptr,  # [N, size]
+    eps_ptr,  # [N] float32
+    offset_ptr,  # [1] int64, added to offset where OFFSET_ON_DEVICE
+    seed: tl.int64,
+    offset: tl.int64,
+    size,
+    blocks,  # per sample
+    STREAM: tl.constexpr,
+    OFFSET_ON_DEVICE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    sample = program // blocks
+    block = program % blocks
+    index = sample + offset
+    if OFFSET_ON_DEVICE:
+        index += tl.load(offset_ptr)
+    eps = uniform(seed, index, STREAM)
+    if block == 0:
+        tl.store(eps_ptr + sample, eps)
+
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < size
+    start = sample * size
+    real = tl.load(real_ptr + start + columns, mask)
+    fake = tl.load(fake_ptr + start + columns, mask)
+    acc = tl.float64 if real.dtype == tl.float64 else tl.float32
+    real, fake = real.to(acc), fake.to(acc)
+    tl.store(out_ptr + start + columns, fake + eps.to(acc) * (real - fake), mask)
+
+
+@triton.jit
+def _phi(norm, KIND: tl.constexpr, TARGET: tl.constexpr):
+    if KIND == "two-sided":
+        value = (norm - TARGET) * (norm - TARGET)
+    elif KIND == "one-sided":
+        excess = tl.maximum(norm - TARGET, 0, propagate_nan=tl.PropagateNan.ALL)
+        value = excess * excess
+    elif KIND == "zero-centered":
+        value = norm * norm
+    else:
+        tl.static_assert(KIND == "power")
+        square = norm * norm
+        value = square * square * square
+    return value
+
+
+@triton.jit
+def _slope(norm, KIND: tl.constexpr, TARGET: tl.constexpr):
+    """phi'(norm) / norm, the factor between a gradient and its cotangent."""
+    if KIND == "zero-centered":
+        factor = norm * 0 + 2
+    elif KIND == "power":
+        square = norm * norm
+        factor = 6 * square * square
+    else:
+        excess = norm - TARGET
+        if KIND == "one-sided":
+            excess = tl.maximum(excess, 0, propagate_nan=tl.PropagateNan.ALL)
+        factor = tl.where(norm == 0, 0, divide(2 * excess, tl.where(norm == 0, 1, norm)))
+    return factor
+
+
+@triton.jit
+def _penalty_kernel(
+    g_ptr,  # [N, size]
+    v_ptr,  # [N, size], written where COTANGENT
+    loss_ptr,  # [1] in g's dtype
+    stats_ptr,  # [2] mean penalty, mean norm; the accumulator's dtype
+    norm_ptr,  # [N]
+    counter_ptr,  # [1] int32
+    batch,
+    size,
+    KIND: tl.constexpr,
+    TARGET: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    COTANGENT: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORMS_BLOCK: tl.constexpr,
+):
+    acc = stats_ptr.dtype.element_ty
+    sample = tl.program_id(0).to(tl.int64)
+    start = sample * size
+    lanes = tl.arange(0, BLOCK)
+
+    if ONE_BLOCK:
+        mask = lanes < size
+        g = tl.load(g_ptr + start + lanes, mask, other=0).to(acc)
+        norm = sqrt(tl.sum(g * g, axis=0))
+        if COTANGENT:
+            scale = WEIGHT * _slope(norm, KIND, TARGET) / batch
+            tl.store(v_ptr + start + lanes, scale * g, mask)
+    else:
+        squares = tl.zeros([BLOCK], acc)
+        for column in range(0, size, BLOCK):
+            mask = column + lanes < size
+            g = tl.load(g_ptr + start + column + lanes, mask, other=0).to(acc)
+            squares += g * g
+        norm = sqrt(tl.sum(squares, axis=0))
+        if COTANGENT:
+            scale = WEIGHT * _slope(norm, KIND, TARGET) / batch
+            last = (size - 1) // BLOCK
+            for i in range(0, last + 1):
+                column = (last - i) * BLOCK  # backwards: what was read last is still in cache
+                mask = column + lanes < size
+                g = tl.load(g_ptr + start + column + lanes, mask, other=0).to(acc)
+                tl.store(v_ptr + start + column + lanes, scale * g, mask)
+    tl.store(norm_ptr + sample, norm)
+
+    if is_last(counter_ptr):
+        slots = tl.arange(0, NORMS_BLOCK)
+        penalties = tl.zeros([NORMS_BLOCK], acc)
+        norms = tl.zeros([NORMS_BLOCK], acc)
+        for first in range(0, batch, NORMS_BLOCK):
+            mask = first + slots < batch
+            each = tl.load(norm_ptr + first + slots, mask, other=0, cache_modifier=".cg")
+            norms += each
+            penalties += tl.where(mask, _phi(each, KIND, TARGET), 0)
+        loss = tl.sum(penalties, axis=0) / batch
+        tl.store(loss_ptr, loss)
+        tl.store(stats_ptr + 0, loss)
+        tl.store(stats_ptr + 1, tl.sum(norms, axis=0) / batch)
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """x itself where its samples lie dense one after another (contiguous or channels_last), else a contiguous copy."""
+    if x.is_contiguous():
+        return x
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+        return x
+    return x.contiguous()
+
+
+def interpolate(
+    real: torch.Tensor, fake: torch.Tensor, seed: int, offset: int | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch once; return (out like fake, eps [N] float32). ``offset`` is an int or a one-element int64 tensor."""
+    real, fake = _dense(real), _dense(fake)
+    if real.stride() != fake.stride():
+        real, fake = real.contiguous(), fake.contiguous()
+    batch, size = fake.shape[0], fake[0].numel()
+    out = torch.empty_like(fake)
+    eps = torch.empty(batch, dtype=torch.float32, device=fake.device)
+    on_device = isinstance(offset, torch.Tensor)
+    block = min(triton.next_power_of_2(size), INTERPOLATE_BLOCK)
+    blocks = triton.cdiv(size, block)
+    _interpolate_kernel[(batch * blocks,)](
+        real, fake, out, eps, offset if on_device else eps, seed, 0 if on_device else offset, size, blocks,
+        STREAM=STREAM, OFFSET_ON_DEVICE=on_device, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return out, eps
+
+
+def gradient_penalty(
+    g: torch.Tensor, kind: str, target: float, weight: float, cotangent: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Launch once; return (loss [1], stats [2], v like g or None). ``loss`` and ``stats`` are without the weight."""
+    g = _dense(g)
+    batch, size = g.shape[0], g[0].numel()
+    acc = torch.float64 if g.dtype == torch.float64 else torch.float32
+    v = torch.empty_like(g) if cotangent else None
+    loss = torch.empty(1, dtype=g.dtype, device=g.device)
+    stats = torch.empty(2, dtype=acc, device=g.device)
+    norms = torch.empty(batch, dtype=acc, device=g.device)
+    block = min(triton.next_power_of_2(size), MAX_BLOCK)
+    _penalty_kernel[(batch,)](
+        g, g if v is None else v, loss, stats, norms, counter(g.device), batch, size,
+        KIND=kind, TARGET=target, WEIGHT=weight, COTANGENT=cotangent, ONE_BLOCK=size <= block,
+        BLOCK=block, NORMS_BLOCK=NORMS_BLOCK, num_warps=max(4, min(16, block // 1024)),
+    )  # fmt: skip
+    return loss, stats, v

@@ -1,0 +1,98 @@
+"""Means over critic scores: the loss and its statistics in one launch.
+
+    form        loss                                        a, b
+    critic      mean(b) - mean(a)                           real, fake scores
+    generator   -mean(a)                                    fake scores
+    labels      mean(a * b)                                 labels, scores
+    hinge       mean(relu(1 - a)), mean(relu(1 + b))        real, fake scores
+
+Inputs are read once, as flat arrays in any order. Sums run in float32 (float64 for float64 input). Each program
+strides over the input and writes one partial per mean; the last to arrive adds them in index order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .arrival import counter, is_last
+
+BLOCK = 1024
+MAX_PROGRAMS = 512  # several per multiprocessor on any current GPU; also the width of the final sum
+
+
+@triton.jit
+def _scores_kernel(
+    a_ptr,  # [a_numel] scores or labels
+    b_ptr,  # [b_numel] scores
+    loss_ptr,  # [2] in the scores' dtype
+    stats_ptr,  # [4] mean a, mean b, mean a - mean b, mean b - mean a; the accumulator's dtype
+    partial_ptr,  # [2, MAX_PROGRAMS]
+    counter_ptr,  # [1] int32
+    a_numel,
+    b_numel,
+    FORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr,
+):
+    acc = stats_ptr.dtype.element_ty
+    program = tl.program_id(0)
+    first = program.to(tl.int64) * BLOCK
+    stride = tl.num_programs(0) * BLOCK
+    lanes = tl.arange(0, BLOCK)
+
+    a_sum = tl.zeros([BLOCK], acc)
+    for start in range(first, a_numel, stride):
+        mask = start + lanes < a_numel
+        a = tl.load(a_ptr + start + lanes, mask, other=0).to(acc)
+        if FORM == "labels":
+            a *= tl.load(b_ptr + start + lanes, mask, other=0).to(acc)
+        elif FORM == "hinge":
+            a = tl.where(mask, tl.maximum(1 - a, 0, propagate_nan=tl.PropagateNan.ALL), 0)
+        a_sum += a
+    tl.store(partial_ptr + program, tl.sum(a_sum, axis=0))
+
+    if FORM == "critic" or FORM == "hinge":
+        b_sum = tl.zeros([BLOCK], acc)
+        for start in range(first, b_numel, stride):
+            mask = start + lanes < b_numel
+            b = tl.load(b_ptr + start + lanes, mask, other=0).to(acc)
+            if FORM == "hinge":
+                b = tl.where(mask, tl.maximum(1 + b, 0, propagate_nan=tl.PropagateNan.ALL), 0)
+            b_sum += b
+        tl.store(partial_ptr + MAX_PROGRAMS + program, tl.sum(b_sum, axis=0))
+
+    if is_last(counter_ptr):
+        slots = tl.arange(0, MAX_PROGRAMS)
+        used = slots < tl.num_programs(0)
+        mean_a = tl.sum(tl.load(partial_ptr + slots, used, other=0, cache_modifier=".cg"), axis=0) / a_numel
+        if FORM == "critic" or FORM == "hinge":
+            b_partials = tl.load(partial_ptr + MAX_PROGRAMS + slots, used, other=0, cache_modifier=".cg")
+            mean_b = tl.sum(b_partials, axis=0) / b_numel
+            tl.store(stats_ptr + 0, mean_a)
+            tl.store(stats_ptr + 1, mean_b)
+            tl.store(stats_ptr + 2, mean_a - mean_b)
+            tl.store(stats_ptr + 3, mean_b - mean_a)
+        if FORM == "critic":
+            tl.store(loss_ptr, mean_b - mean_a)
+        elif FORM == "generator":
+            tl.store(loss_ptr, -mean_a)
+        elif FORM == "labels":
+            tl.store(loss_ptr, mean_a)
+        else:
+            tl.store(loss_ptr + 0, mean_a)
+            tl.store(loss_ptr + 1, mean_b)
+
+
+def mean_scores(form: str, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch once; return (loss [2], stats [4]). ``generator`` reads and fills only the first of each."""
+    a, b = a.contiguous(), b.contiguous()
+    acc = torch.float64 if a.dtype == torch.float64 else torch.float32
+    loss = torch.empty(2, dtype=a.dtype, device=a.device)
+    stats = torch.empty(4, dtype=acc, device=a.device)
+    partial = torch.empty(2, MAX_PROGRAMS, dtype=acc, device=a.device)
+    programs = min(triton.cdiv(max(a.numel(), b.numel()), BLOCK), MAX_PROGRAMS)
+    _scores_kernel[(programs,)](
+        a, b, loss, stats, partial, counter(a.device), a.numel(), b.numel(),
+        FORM=form, BLOCK=BLOCK, MAX_PROGRAMS=MAX_PROGRAMS, num_warps=4,
+    )  # fmt: skip
+    return loss, stats

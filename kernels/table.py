@@ -1,0 +1,104 @@
+"""Tensors as a device table of addresses, so that one launch can update any number of them.
+
+A kernel argument names one tensor; a table row names a parameter, its gradient and its optimizer state by address.
+Tables are cached by their contents, so they can never be stale: a tensor that moved makes a new row, hence a new
+table. A gradient usually comes back to an address it had before, so a training loop soon uploads nothing.
+
+Uploads go through pinned memory and never wait for the device. While a CUDA graph is being captured an upload would
+become part of the graph; it is kept back instead, and ``fill_pending`` does it once the capture has ended.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+
+# The columns of an address row (int64). STEP is 0 where an algorithm has no step count, STATE* where it is unused.
+PARAM, GRAD, STATE0, STATE1, STATE2, STEP, NUMEL, FIRST_CHUNK, HYPER, ALIGNED = range(10)
+COLUMNS = 10
+CACHED = 16  # tables kept per cache; a loop that sees more address patterns than this uploads again
+
+_pending: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+
+def upload(host: torch.Tensor, out: torch.Tensor) -> None:
+    """Copy ``host`` (CPU) to ``out`` in stream order, without waiting; kept back during a graph capture."""
+    if out.device.type == "cuda":
+        host = host.pin_memory()
+        if torch.cuda.is_current_stream_capturing():
+            _pending.append((out, host))
+            return
+    out.copy_(host, non_blocking=True)
+
+
+def fill_pending() -> None:
+    """Do the uploads kept back during a graph capture. Call after the capture and before the first replay."""
+    while _pending:
+        out, host = _pending.pop()
+        out.copy_(host, non_blocking=True)
+
+
+class Mirror:
+    """A small host table mirrored on the device at a fixed address, so that a graph replays its newest values."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._rows: Hashable = None
+        self._tensor: torch.Tensor | None = None
+
+    def set(self, rows: tuple[tuple[float, ...], ...]) -> torch.Tensor:
+        """The device tensor holding ``rows``; uploads only when they changed."""
+        if rows != self._rows:
+            host = torch.tensor(rows, dtype=self._dtype)
+            if self._tensor is None or self._tensor.shape != host.shape:
+                self._tensor = torch.empty_like(host, device=self._device)
+            upload(host, self._tensor)
+            self._rows = rows
+        assert self._tensor is not None
+        return self._tensor
+
+
+class Tables:
+    """Device tables of one optimizer, cached by content."""
+
+    def __init__(self) -> None:
+        self._cache: dict[Hashable, torch.Tensor] = {}
+
+    def _get(self, key: Hashable, device: torch.device, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        table = self._cache.pop(key, None)
+        if table is None:
+            host = make()
+            table = torch.empty_like(host, device=device)
+            upload(host, table)
+            if len(self._cache) >= CACHED:
+                del self._cache[next(iter(self._cache))]  # the least recently used
+        self._cache[key] = table
+        return table
+
+    def addresses(
+        self,
+        params: Sequence[torch.Tensor],
+        grads: Sequence[torch.Tensor] | None,
+        states: Sequence[Sequence[torch.Tensor | None]],
+        steps: Sequence[torch.Tensor] | None,
+        hyper_rows: Sequence[int],
+        block: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows [tensors, COLUMNS] int64, chunk owners [chunks] int32): which tensor each block of elements is in."""
+        rows, chunks = [], []
+        first = 0
+        for i, param in enumerate(params):
+            pointers = [param.data_ptr(), grads[i].data_ptr() if grads else 0, 0, 0, 0]
+            for k, state in enumerate(states[i]):
+                pointers[STATE0 + k] = 0 if state is None else state.data_ptr()
+            numel = param.numel()
+            aligned = all(pointer % 16 == 0 for pointer in pointers)
+            step = steps[i].data_ptr() if steps else 0
+            rows.append((*pointers, step, numel, first, hyper_rows[i], int(aligned)))
+            count = -(-numel // block)
+            chunks.append(count)
+            first += count
+        device = params[0].device
+        table = self._get(tuple(rows), device, lambda: torch.tensor(rows, dtype=torch.int64))
+        indices = torch.arange(len(chunks), dtype=torch.int32)
+        owners = self._get(tuple(chunks), device, lambda: indices.repeat_interleave(torch.tensor(chunks)))
+        return table, owners

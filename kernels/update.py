@@ -1,0 +1,227 @@
+"""RMSProp, Adam and the weight clamp over any number of tensors, in place, in one launch.
+
+    rmsprop   s = alpha s + (1 - alpha) g^2
+              a = sqrt(s) + eps,  or with centered: m = m + (1 - alpha) (g - m),  a = sqrt(s - m^2) + eps
+              p = p - lr g / a,   or with momentum: b = momentum b + g / a,  p = p - lr b
+    adam      m = m + (1 - beta1) (g - m),  s = beta2 s + (1 - beta2) g^2,  t = t + 1
+              p = p - lr / (1 - beta1^t) * m / (sqrt(s) / sqrt(1 - beta2^t) + eps)
+    clamp     no gradient; p as it is
+    then      p = min(max(p, -bound), bound), NaN kept
+
+with g = sign * gradient + weight_decay * p; bound is inf where nothing is to be clamped. Arithmetic is float32
+(float64 for float64 tensors); values are rounded once, when stored. Each tensor is read once and written once:
+20 bytes per float32 parameter for RMSProp, 28 for Adam. One program handles one chunk of one tensor. The last
+program to arrive counts every step on and writes the share of clamped weights that lie on their bound.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from . import table
+from .arithmetic import divide, sqrt
+from .arrival import counter, is_last
+
+BLOCK = 2048
+STEPS_BLOCK = 128
+
+# The columns of a hyper-parameter row. Decays come with their complement and logarithm, computed in double
+# precision on the host: 1 - 0.999 has lost four digits once 0.999 is a float32.
+HYPER = ("lr", "beta1", "beta1_complement", "beta1_log", "beta2", "beta2_complement", "beta2_log", "eps",
+         "weight_decay", "momentum", "sign", "bound")  # fmt: skip
+LR, BETA1, BETA1_C, BETA1_LOG, BETA2, BETA2_C, BETA2_LOG, EPS, DECAY, MOMENTUM, SIGN, BOUND = (
+    tl.constexpr(i) for i in range(len(HYPER))
+)
+HYPER_COLUMNS = tl.constexpr(len(HYPER))
+PARAM, GRAD, STATE0, STATE1, STATE2 = (
+    tl.constexpr(i) for i in (table.PARAM, table.GRAD, table.STATE0, table.STATE1, table.STATE2)
+)
+STEP, NUMEL, FIRST_CHUNK, HYPER_ROW, ALIGNED, COLUMNS = (
+    tl.constexpr(i)
+    for i in (table.STEP, table.NUMEL, table.FIRST_CHUNK, table.HYPER, table.ALIGNED, table.COLUMNS)
+)
+
+
+@triton.jit
+def _one_minus_power(log_base, exponent):
+    """1 - base^exponent for base in [0, 1), to rounding even where the power is close to one."""
+    x = log_base * exponent
+    near = tl.where(x > -0.5, x, 0)
+    series = near * 0 + 1
+    for i in tl.static_range(18, 1, -1):  # expm1(x) / x by Horner; 18 terms reach float64 rounding at -0.5
+        series = 1 + series * near / i
+    return tl.where(x > -0.5, -near * series, 1 - tl.exp(x))
+
+
+@triton.jit
+def _pointer(row_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr, FULL: tl.constexpr):
+    pointer = tl.load(row_ptr + COLUMN).to(tl.pointer_type(DTYPE))
+    if FULL:
+        pointer = tl.multiple_of(pointer, 16)  # must be said of the pointer: a hint on the integer is lost in the cast
+    return pointer
+
+
+@triton.jit
+def _update_chunk(
+    row_ptr,  # this tensor's row of the address table
+    hyper_ptr,  # this tensor's row of hyper-parameters
+    start,
+    numel,
+    DTYPE: tl.constexpr,
+    ALGORITHM: tl.constexpr,
+    HAS_MOMENTUM: tl.constexpr,
+    CENTERED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FULL: tl.constexpr,  # every element in range and every address a multiple of 16: unmasked 128-bit accesses
+):
+    """Update one chunk; return how many of its weights lie on their bound."""
+    acc = hyper_ptr.dtype.element_ty
+    offsets = start + tl.arange(0, BLOCK)
+    mask = None if FULL else offsets < numel
+    p_ptr = _pointer(row_ptr, PARAM, DTYPE, FULL) + offsets
+    p = tl.load(p_ptr, mask).to(acc)
+
+    if ALGORITHM != "clamp":
+        lr = tl.load(hyper_ptr + LR)
+        eps = tl.load(hyper_ptr + EPS)
+        decay = tl.load(hyper_ptr + DECAY)
+        beta2 = tl.load(hyper_ptr + BETA2)
+        beta2_c = tl.load(hyper_ptr + BETA2_C)
+        g = tl.load(_pointer(row_ptr, GRAD, DTYPE, FULL) + offsets, mask).to(acc) * tl.load(hyper_ptr + SIGN)
+        if decay != 0:  # not g + 0 * p, which an infinite weight would turn into NaN
+            g += decay * p
+        s_ptr = _pointer(row_ptr, STATE0, DTYPE, FULL) + offsets
+        s = beta2 * tl.load(s_ptr, mask).to(acc) + beta2_c * g * g
+        tl.store(s_ptr, s.to(DTYPE), mask)
+
+    if ALGORITHM == "rmsprop":
+        variance = s
+        if CENTERED:
+            m_ptr = _pointer(row_ptr, STATE1, DTYPE, FULL) + offsets
+            m = tl.load(m_ptr, mask).to(acc)
+            m += beta2_c * (g - m)
+            tl.store(m_ptr, m.to(DTYPE), mask)
+            # Rounding can leave this difference just below zero, where the root would be NaN.
+            variance = tl.maximum(s - m * m, 0, propagate_nan=tl.PropagateNan.ALL)
+        change = divide(g, sqrt(variance) + eps)
+        if HAS_MOMENTUM:
+            b_ptr = _pointer(row_ptr, STATE2, DTYPE, FULL) + offsets
+            change += tl.load(hyper_ptr + MOMENTUM) * tl.load(b_ptr, mask).to(acc)
+            tl.store(b_ptr, change.to(DTYPE), mask)
+        p -= lr * change
+    elif ALGORITHM == "adam":
+        step = tl.load(tl.load(row_ptr + STEP).to(tl.pointer_type(tl.float32))).to(acc) + 1
+        bias1 = _one_minus_power(tl.load(hyper_ptr + BETA1_LOG), step)
+        bias2 = _one_minus_power(tl.load(hyper_ptr + BETA2_LOG), step)
+        m_ptr = _pointer(row_ptr, STATE1, DTYPE, FULL) + offsets
+        m = tl.load(m_ptr, mask).to(acc)
+        m += tl.load(hyper_ptr + BETA1_C) * (g - m)
+        tl.store(m_ptr, m.to(DTYPE), mask)
+        p -= divide(lr, bias1) * divide(m, divide(sqrt(s), sqrt(bias2)) + eps)
+
+    bound = tl.load(hyper_ptr + BOUND)
+    p = tl.maximum(p, -bound, propagate_nan=tl.PropagateNan.ALL)
+    p = tl.minimum(p, bound, propagate_nan=tl.PropagateNan.ALL).to(DTYPE)
+    tl.store(p_ptr, p, mask)
+    on_bound = tl.abs(p.to(acc)) >= bound
+    if not FULL:
+        on_bound &= mask
+    return tl.where(bound < float("inf"), tl.sum(on_bound.to(tl.int32), axis=0), 0)
+
+
+@triton.jit
+def _update_kernel(
+    table_ptr,  # [tensors, COLUMNS] int64
+    owner_ptr,  # [chunks] int32, the tensor each program works on
+    hyper_ptr,  # [rows, HYPER_COLUMNS] in the accumulator's dtype
+    count_ptr,  # [1] int64, zero between launches
+    share_ptr,  # [1] float32
+    counter_ptr,  # [1] int32
+    tensors,
+    clamped,  # number of weights that have a bound
+    DTYPE: tl.constexpr,
+    ALGORITHM: tl.constexpr,
+    HAS_MOMENTUM: tl.constexpr,
+    CENTERED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEPS_BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    row_ptr = table_ptr + tl.load(owner_ptr + program).to(tl.int64) * COLUMNS
+    numel = tl.load(row_ptr + NUMEL)
+    start = (program - tl.load(row_ptr + FIRST_CHUNK)) * BLOCK
+    row_hyper_ptr = hyper_ptr + tl.load(row_ptr + HYPER_ROW) * HYPER_COLUMNS
+    if (tl.load(row_ptr + ALIGNED) != 0) & (start + BLOCK <= numel):
+        on_bound = _update_chunk(
+            row_ptr, row_hyper_ptr, start, numel, DTYPE, ALGORITHM, HAS_MOMENTUM, CENTERED, BLOCK, True
+        )
+    else:
+        on_bound = _update_chunk(
+            row_ptr, row_hyper_ptr, start, numel, DTYPE, ALGORITHM, HAS_MOMENTUM, CENTERED, BLOCK, False
+        )
+    if clamped > 0:
+        tl.atomic_add(count_ptr, on_bound.to(tl.int64), sem="relaxed")  # an integer, so the order cannot matter
+
+    if is_last(counter_ptr):
+        if clamped > 0:
+            tl.store(share_ptr, tl.load(count_ptr, volatile=True).to(tl.float32) / clamped)
+            tl.store(count_ptr, 0)
+        if ALGORITHM != "clamp":
+            for first in range(0, tensors, STEPS_BLOCK):
+                slots = first + tl.arange(0, STEPS_BLOCK)
+                mask = slots < tensors
+                step_ptr = tl.load(table_ptr + slots * COLUMNS + STEP, mask, other=0).to(tl.pointer_type(tl.float32))
+                tl.store(step_ptr, tl.load(step_ptr, mask, other=0) + 1, mask)
+
+
+_DTYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+
+class Update:
+    """The launcher for one (device, dtype) group of tensors, with the small device buffers it reuses."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        acc = torch.float64 if dtype == torch.float64 else torch.float32
+        self._hyper = table.Mirror(acc, device)
+        self._tables = table.Tables()
+        self._count = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def launch(
+        self,
+        algorithm: str,
+        params: Sequence[torch.Tensor],
+        grads: Sequence[torch.Tensor] | None,
+        states: Sequence[Sequence[torch.Tensor | None]],
+        steps: Sequence[torch.Tensor] | None,
+        hyper: tuple[tuple[float, ...], ...],
+        hyper_rows: Sequence[int],
+        *,
+        momentum: bool = False,
+        centered: bool = False,
+    ) -> torch.Tensor | None:
+        """Launch once, in place.
+
+        Everything is dense and laid out like its parameter. ``states`` are per tensor: (square_avg, grad_avg or None,
+        momentum_buffer or None) for rmsprop, (exp_avg_sq, exp_avg) for adam, () for clamp. ``hyper`` holds rows of HYPER, ``hyper_rows`` the
+        row of each tensor. Returns the share of clamped weights on their bound (0-d float32), or None if no row has
+        a bound.
+        """
+        rows, owners = self._tables.addresses(params, grads, states, steps, hyper_rows, BLOCK)
+        bounded = [row[-1] != float("inf") for row in hyper]
+        clamped = sum(p.numel() for p, row in zip(params, hyper_rows, strict=True) if bounded[row])
+        share = torch.empty(1, dtype=torch.float32, device=owners.device)
+        if len(owners):
+            _update_kernel[(len(owners),)](
+                rows, owners, self._hyper.set(hyper), self._count, share, counter(owners.device), len(params), clamped,
+                DTYPE=_DTYPES[self._dtype], ALGORITHM=algorithm, HAS_MOMENTUM=momentum, CENTERED=centered,
+                BLOCK=BLOCK, STEPS_BLOCK=STEPS_BLOCK, num_warps=4,
+            )  # fmt: skip
+        return share[0] if clamped else None
