@@ -13,6 +13,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.adam import adam
 
 from fastwgan import reference
 from fastwgan.backend import Backend, kernels, resolve
@@ -136,15 +137,19 @@ class _Optimizer(Optimizer):
         return state
 
     def _step_torch(self, members: list[tuple[Tensor, dict[str, Any]]]) -> None:
-        clamped: dict[float, list[Tensor]] = {}
+        groups: dict[int, tuple[dict[str, Any], list[Tensor]]] = {}
         for p, group in members:
-            assert p.grad is not None
-            self._step_reference(p, p.grad, self._ensure_state(p, group), group)
+            groups.setdefault(id(group), (group, []))[1].append(p)
+        for group, params in groups.values():
+            self._step_group(params, [self._ensure_state(p, group) for p in params], group)
             if group["clip"] is not None:
-                clamped.setdefault(group["clip"], []).append(p)
-        for clip, params in clamped.items():
-            on_bound, total = reference.saturation(params, clip)
-            self.shares.append((on_bound / total, total))
+                on_bound, total = reference.saturation(params, group["clip"])
+                self.shares.append((on_bound / total, total))
+
+    def _step_group(self, params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
+        for p, state in zip(params, states, strict=True):
+            assert p.grad is not None
+            self._step_reference(p, p.grad, state, group)
 
     def _step_triton(
         self, key: tuple[torch.device, torch.dtype, bool, bool], members: list[tuple[Tensor, dict[str, Any]]]
@@ -391,3 +396,28 @@ class Adam(_Optimizer):
     def _step_reference(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         options = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay", "maximize", "clip")}
         reference.adam_step_(p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], **options)
+
+    def _step_group(self, params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
+        if params[0].device.type != "cpu" or params[0].dtype not in (torch.float32, torch.float64):
+            super()._step_group(params, states, group)
+            return
+        # On a CPU, PyTorch's own fused step reads and writes each array once, as our kernel does on a GPU.
+        beta1, beta2 = group["betas"]
+        adam(
+            params,
+            [p.grad for p in params if p.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+        )
+        if group["clip"] is not None:
+            reference.clip_weights_(params, group["clip"])

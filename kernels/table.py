@@ -57,6 +57,10 @@ class Mirror:
         return self._tensor
 
 
+def _owners(chunks: list[int]) -> torch.Tensor:
+    return torch.arange(len(chunks), dtype=torch.int32).repeat_interleave(torch.tensor(chunks))
+
+
 class Tables:
     """Device tables of one optimizer, cached by content."""
 
@@ -99,6 +103,5 @@ class Tables:
             first += count
         device = params[0].device
         table = self._get(tuple(rows), device, lambda: torch.tensor(rows, dtype=torch.int64))
-        indices = torch.arange(len(chunks), dtype=torch.int32)
-        owners = self._get(tuple(chunks), device, lambda: indices.repeat_interleave(torch.tensor(chunks)))
+        owners = self._get(tuple(chunks), device, lambda: _owners(chunks))
         return table, owners
