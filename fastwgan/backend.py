@@ -1,6 +1,7 @@
 """Which implementation runs an op: Triton kernels or the plain-PyTorch reference."""
 
-from typing import Literal
+from importlib import import_module
+from typing import Any, Literal
 
 import torch
 
@@ -8,21 +9,20 @@ Backend = Literal["auto", "triton", "torch"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+kernels: Any = None  # the package fastwgan.kernels, where Triton is installed
+_import_problem: str | None = None
 try:
-    from fastwgan import kernels
-
-    _IMPORT_PROBLEM = None
+    kernels = import_module("fastwgan.kernels")
 except ImportError as error:
     if error.name is None or error.name.split(".")[0] != "triton":
         raise
-    kernels = None
-    _IMPORT_PROBLEM = str(error)
+    _import_problem = str(error)
 
 
 def triton_problem(device: torch.device) -> str | None:
     """Why Triton cannot run on ``device``, or None if it can."""
-    if _IMPORT_PROBLEM is not None:
-        return f"Triton cannot be imported ({_IMPORT_PROBLEM})"
+    if _import_problem is not None:
+        return f"Triton cannot be imported ({_import_problem})"
     if kernels.INTERPRETED:
         return None if device.type == "cpu" else "TRITON_INTERPRET=1 runs kernels on CPU tensors only"
     if device.type == "cuda":

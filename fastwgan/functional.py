@@ -88,12 +88,17 @@ def check_seed(name: str, seed: object) -> None:
         raise ValueError(f"{name}: expected an int in [0, 2**63), got {seed}")
 
 
+def _apply(function: Any, *args: Any) -> Any:
+    """``function.apply(*args)``, which PyTorch leaves untyped."""
+    return function.apply(*args)
+
+
 # Scores
 
 
 class _CriticLoss(torch.autograd.Function):
     @staticmethod
-    def forward(real: Tensor, fake: Tensor) -> Tensor:
+    def forward(real: Tensor, fake: Tensor) -> Any:
         loss, _ = kernels.scores.mean_scores("critic", real, fake)
         return loss[0]
 
@@ -109,7 +114,7 @@ class _CriticLoss(torch.autograd.Function):
 
 class _GeneratorLoss(torch.autograd.Function):
     @staticmethod
-    def forward(fake: Tensor) -> Tensor:
+    def forward(fake: Tensor) -> Any:
         loss, _ = kernels.scores.mean_scores("generator", fake, fake)
         return loss[0]
 
@@ -118,13 +123,13 @@ class _GeneratorLoss(torch.autograd.Function):
         ctx.shape = inputs[0].shape
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return (grad / -ctx.shape.numel()).expand(ctx.shape)
 
 
 class _WassersteinLoss(torch.autograd.Function):
     @staticmethod
-    def forward(y_true: Tensor, y_pred: Tensor) -> Tensor:
+    def forward(y_true: Tensor, y_pred: Tensor) -> Any:
         loss, _ = kernels.scores.mean_scores("labels", y_true, y_pred)
         return loss[0]
 
@@ -180,7 +185,8 @@ def critic_loss(real_scores: Tensor, fake_scores: Tensor, *, backend: Backend = 
     check_like("fake_scores", fake_scores, "real_scores", real_scores, shape=False)
     if resolve(backend, real_scores.device) == "torch":
         return reference.critic_loss(real_scores, fake_scores)
-    return _CriticLoss.apply(real_scores, fake_scores)
+    loss: Tensor = _apply(_CriticLoss, real_scores, fake_scores)
+    return loss
 
 
 def generator_loss(fake_scores: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -204,7 +210,8 @@ def generator_loss(fake_scores: Tensor, *, backend: Backend = "auto") -> Tensor:
     _check_tensor("fake_scores", fake_scores)
     if resolve(backend, fake_scores.device) == "torch":
         return reference.generator_loss(fake_scores)
-    return _GeneratorLoss.apply(fake_scores)
+    loss: Tensor = _apply(_GeneratorLoss, fake_scores)
+    return loss
 
 
 def wasserstein_loss(y_true: Tensor, y_pred: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -233,12 +240,11 @@ def wasserstein_loss(y_true: Tensor, y_pred: Tensor, *, backend: Backend = "auto
     check_like("y_true", y_true, "y_pred", y_pred, shape=True)
     if resolve(backend, y_pred.device) == "torch":
         return reference.wasserstein_loss(y_true, y_pred)
-    return _WassersteinLoss.apply(y_true, y_pred)
+    loss: Tensor = _apply(_WassersteinLoss, y_true, y_pred)
+    return loss
 
 
-def hinge_critic_loss(
-    real_scores: Tensor, fake_scores: Tensor, *, backend: Backend = "auto"
-) -> tuple[Tensor, Tensor]:
+def hinge_critic_loss(real_scores: Tensor, fake_scores: Tensor, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
     """The hinge form's two halves, (mean(relu(1 - real_scores)), mean(relu(1 + fake_scores))).
 
     Args:
@@ -262,7 +268,7 @@ def hinge_critic_loss(
     check_like("fake_scores", fake_scores, "real_scores", real_scores, shape=False)
     if resolve(backend, real_scores.device) == "torch":
         return reference.hinge_critic_loss(real_scores, fake_scores)
-    real, fake = _HingeCriticLoss.apply(real_scores, fake_scores)
+    real, fake = _apply(_HingeCriticLoss, real_scores, fake_scores)
     return real, fake
 
 
@@ -271,7 +277,8 @@ def score_statistics(real_scores: Tensor, fake_scores: Tensor, backend: Backend)
     real_scores, fake_scores = real_scores.detach(), fake_scores.detach()
     if resolve(backend, real_scores.device) == "torch":
         return reference.score_statistics(real_scores, fake_scores)
-    return kernels.scores.mean_scores("critic", real_scores, fake_scores)[1]
+    _, statistics = kernels.scores.mean_scores("critic", real_scores, fake_scores)
+    return statistics  # type: ignore[no-any-return]
 
 
 # Penalty
@@ -335,7 +342,7 @@ def interpolate(
         check_seed("offset", offset)
     if resolve(backend, fake.device) == "torch":
         return reference.interpolate(real, fake, seed=seed, offset=offset)
-    out, _ = _Interpolate.apply(real, fake, seed, offset)
+    out, _ = _apply(_Interpolate, real, fake, seed, offset)
     return out  # type: ignore[no-any-return]
 
 
@@ -360,9 +367,7 @@ class _Penalty(torch.autograd.Function):
         return grad * cotangent, None, None
 
 
-def penalty(
-    gradients: Tensor, *, kind: str = "two-sided", target: float = 1.0, backend: Backend = "auto"
-) -> Tensor:
+def penalty(gradients: Tensor, *, kind: str = "two-sided", target: float = 1.0, backend: Backend = "auto") -> Tensor:
     """The mean over samples of a function of the gradient's norm n, taken over all of a sample's dimensions.
 
     Args:
@@ -391,7 +396,7 @@ def penalty(
     if not (gradients.requires_grad and torch.is_grad_enabled()):
         loss: Tensor = kernels.penalty.gradient_penalty(gradients, kind, float(target), 1.0, False)[0]
         return loss[0]
-    loss, _ = _Penalty.apply(gradients, kind, float(target))
+    loss, _ = _apply(_Penalty, gradients, kind, float(target))
     return loss
 
 

@@ -1,6 +1,7 @@
 """The networks that the command line, the benchmarks and the tests train. Any ``nn.Module`` works as well."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ def mlp(
         tanh: squash the output to [-1, 1].
     """
     layers: list[nn.Module] = [nn.Flatten()]
-    for i, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
         layers.append(nn.Linear(fan_in, fan_out))
         if i < len(sizes) - 2:
             if norm and i > 0:
@@ -68,5 +69,10 @@ def dcgan_generator(latent: int = 100, *, channels: int = 3, width: int = 64, si
         layers += [nn.BatchNorm2d(deepest), nn.ReLU()]
         layers.append(nn.ConvTranspose2d(deepest, deepest // 2, 4, 2, 1, bias=False))
         deepest, size = deepest // 2, size // 2
-    layers += [nn.BatchNorm2d(deepest), nn.ReLU(), nn.ConvTranspose2d(deepest, channels, 4, 2, 1, bias=False), nn.Tanh()]
+    layers += [
+        nn.BatchNorm2d(deepest),
+        nn.ReLU(),
+        nn.ConvTranspose2d(deepest, channels, 4, 2, 1, bias=False),
+        nn.Tanh(),
+    ]
     return nn.Sequential(*layers).apply(_init_dcgan)

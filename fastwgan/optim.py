@@ -79,7 +79,12 @@ class _Optimizer(Optimizer):
         self.shares = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups, "backend": self.backend}
+        return {
+            "defaults": self.defaults,
+            "state": self.state,
+            "param_groups": self.param_groups,
+            "backend": self.backend,
+        }
 
     @property
     def saturation(self) -> Tensor | None:
@@ -206,6 +211,12 @@ class _Optimizer(Optimizer):
             state["step"] = state["step"].cpu()
         return result
 
+    def _check_state(self, i: int, p: Tensor, state: dict[str, Any]) -> None:
+        for name in self._states:
+            if name in state and state[name] is not None and state[name].shape != p.shape:
+                expected, got = tuple(p.shape), tuple(state[name].shape)
+                raise ValueError(f"state_dict: {name} of parameter {i}: expected shape {expected}, got {got}")
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take a state from :meth:`state_dict`, or from ``torch.optim``'s optimizer of the same name.
 
@@ -225,10 +236,7 @@ class _Optimizer(Optimizer):
                     if group.get(variant, False):
                         raise ValueError(f"state_dict: {variant}=True is not supported by {type(self).__name__}")
                 for i, p in zip(group["params"], own["params"], strict=False):
-                    for name, value in state_dict["state"].get(i, {}).items():
-                        if name != "step" and isinstance(value, Tensor) and value.shape != p.shape:
-                            expected, got = tuple(p.shape), tuple(value.shape)
-                            raise ValueError(f"state_dict: {name} of parameter {i}: expected shape {expected}, got {got}")
+                    self._check_state(i, p, state_dict["state"].get(i, {}))
         # The group dicts stay the same objects: a scheduler, or the torch optimizer they were taken from, holds them.
         own_groups, own_state = self.param_groups, self.state
         super().load_state_dict(state_dict)

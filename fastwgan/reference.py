@@ -298,7 +298,7 @@ def textbook_critic_step(
     if detach:
         fake = fake.detach()
     real_scores, fake_scores = critic(real, *cond), critic(fake, *cond)
-    loss = fake_scores.mean() - real_scores.mean()
+    loss: Tensor = fake_scores.mean() - real_scores.mean()
     if penalty_weight is not None:
         if eps is None:
             eps = torch.rand(len(real), device=real.device, dtype=real.dtype)

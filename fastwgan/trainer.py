@@ -8,9 +8,9 @@ networks' own kernels and a handful of launches. Nothing in a step waits for the
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +157,7 @@ def _take_over(optimizer: torch.optim.Optimizer, backend: Backend) -> torch.opti
 
 
 def _momentum(optimizer: torch.optim.Optimizer) -> float:
-    return max(max(g.get("momentum", 0), g.get("betas", (0,))[0]) for g in optimizer.param_groups)
+    return max(float(max(g.get("momentum", 0), g.get("betas", (0,))[0])) for g in optimizer.param_groups)
 
 
 class Trainer:

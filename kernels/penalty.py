@@ -1,7 +1,7 @@
 """WGAN-GP's two elementwise halves: the interpolation before the critic and the penalty after it.
 
-``interpolate``     out[i] = fake[i] + eps[i] * (real[i] - fake[i]),  eps[i] = uniform(seed, offset + i)
-``gradient_penalty``  norm[i] = ||g[i]||_2,  loss = mean_i phi(norm[i]),  v[i] = weight / N * phi'(norm[i]) * g[i] / norm[i]
+    interpolate       out[i] = fake[i] + eps[i] * (real[i] - fake[i]),  eps[i] = uniform(seed, offset + i)
+    gradient_penalty  n[i] = ||g[i]||_2,  loss = mean_i phi(n[i]),  v[i] = weight / N * phi'(n[i]) / n[i] * g[i]
 
     kind            phi(n)                  phi'(n) / n
     two-sided       (n - target)^2          2 (n - target) / n,      0 at n = 0

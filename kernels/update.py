@@ -39,8 +39,7 @@ PARAM, GRAD, STATE0, STATE1, STATE2 = (
     tl.constexpr(i) for i in (table.PARAM, table.GRAD, table.STATE0, table.STATE1, table.STATE2)
 )
 STEP, NUMEL, FIRST_CHUNK, HYPER_ROW, ALIGNED, COLUMNS = (
-    tl.constexpr(i)
-    for i in (table.STEP, table.NUMEL, table.FIRST_CHUNK, table.HYPER, table.ALIGNED, table.COLUMNS)
+    tl.constexpr(i) for i in (table.STEP, table.NUMEL, table.FIRST_CHUNK, table.HYPER, table.ALIGNED, table.COLUMNS)
 )
 
 
@@ -210,9 +209,9 @@ class Update:
         """Launch once, in place.
 
         Everything is dense and laid out like its parameter. ``states`` are per tensor: (square_avg, grad_avg or None,
-        momentum_buffer or None) for rmsprop, (exp_avg_sq, exp_avg) for adam, () for clamp. ``hyper`` holds rows of HYPER, ``hyper_rows`` the
-        row of each tensor. Returns the share of clamped weights on their bound (0-d float32), or None if no row has
-        a bound.
+        momentum_buffer or None) for rmsprop, (exp_avg_sq, exp_avg) for adam, () for clamp. ``hyper`` holds rows of
+        HYPER, ``hyper_rows`` the row of each tensor. Returns the share of clamped weights on their bound (0-d
+        float32), or None if no row has a bound.
         """
         rows, owners = self._tables.addresses(params, grads, states, steps, hyper_rows, BLOCK)
         bounded = [row[-1] != float("inf") for row in hyper]

@@ -1,8 +1,9 @@
 """Counting what a step asks of the device: dispatcher calls that reach a kernel, and our own launches."""
 
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 import triton

@@ -1,0 +1,289 @@
+"""The command line: fastwgan train | sample | info."""
+
+import argparse
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import nn
+
+import fastwgan
+from fastwgan import checkpoint, data, functional, models
+from fastwgan.backend import triton_problem
+from fastwgan.constraints import GradientPenalty, WeightClip
+from fastwgan.fit import fit
+from fastwgan.optim import Adam, RMSprop
+from fastwgan.trainer import Trainer
+
+DATA = ("digits", *data.TOYS)
+INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Networks and numbers that work for a data set on a CPU in about a minute."""
+
+    latent: int
+    width: int
+    hidden: int
+    penalty_weight: float
+    penalty_lr: float
+    betas: tuple[float, float]
+    clip_bound: float
+    clip_lr: float
+    batch_size: int
+    n_critic: int
+    steps: int
+
+
+DIGITS = Recipe(
+    latent=64, width=256, hidden=2, penalty_weight=10.0, penalty_lr=1e-3, betas=(0.0, 0.9),
+    clip_bound=0.05, clip_lr=2e-4, batch_size=64, n_critic=3, steps=15_000,
+)  # fmt: skip
+TOY = Recipe(
+    latent=2, width=256, hidden=3, penalty_weight=0.1, penalty_lr=5e-4, betas=(0.5, 0.9),
+    clip_bound=0.1, clip_lr=2e-4, batch_size=256, n_critic=5, steps=10_000,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a run is, kept in its checkpoint; a resumed run has to be the same one."""
+
+    data: str
+    constraint: str
+    batch_size: int
+    n_critic: int
+    seed: int
+
+
+def _recipe(name: str) -> Recipe:
+    return DIGITS if name == "digits" else TOY
+
+
+def _generator(name: str) -> nn.Sequential:
+    recipe = _recipe(name)
+    hidden = [recipe.width] * recipe.hidden
+    if name == "digits":
+        return models.mlp([recipe.latent, *hidden, 64], shape=(1, 8, 8), tanh=True)
+    return models.mlp([recipe.latent, *hidden, 2])
+
+
+def _critic(name: str) -> nn.Sequential:
+    recipe = _recipe(name)
+    return models.mlp([64 if name == "digits" else 2, *[recipe.width] * recipe.hidden, 1], slope=0.2)
+
+
+def _trainer(config: Config, device: torch.device, backend: Any) -> Trainer:
+    recipe = _recipe(config.data)
+    torch.manual_seed(config.seed)
+    generator, critic = _generator(config.data).to(device), _critic(config.data).to(device)
+    constraint: WeightClip | GradientPenalty
+    optimizers: list[torch.optim.Optimizer]
+    if config.constraint == "clip":
+        constraint = WeightClip(recipe.clip_bound)
+        optimizers = [RMSprop(m.parameters(), lr=recipe.clip_lr, backend=backend) for m in (critic, generator)]
+    else:
+        constraint = GradientPenalty(recipe.penalty_weight)
+        optimizers = [
+            Adam(m.parameters(), lr=recipe.penalty_lr, betas=recipe.betas, backend=backend) for m in (critic, generator)
+        ]
+    return Trainer(
+        generator, critic, latent=recipe.latent, constraint=constraint, critic_optimizer=optimizers[0],
+        generator_optimizer=optimizers[1], n_critic=config.n_critic, seed=config.seed, backend=backend,
+    )  # fmt: skip
+
+
+def _batches(config: Config, device: torch.device) -> data.ShuffledBatches | data.SampledBatches:
+    if config.data == "digits":
+        samples, _ = data.digits()
+        return data.ShuffledBatches(samples.to(device), config.batch_size, config.seed)
+    return data.SampledBatches(data.TOYS[config.data], config.batch_size, config.seed, device)
+
+
+def _draw(name: str, samples: torch.Tensor, path: Path, seed: int) -> None:
+    from fastwgan import pictures
+
+    if name == "digits":
+        pictures.image_grid(samples, path)
+    else:
+        real = data.TOYS[name](len(samples), torch.Generator().manual_seed(seed))
+        pictures.points(samples, real, path)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {name} cannot be used ({str(error).splitlines()[0]})") from error
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
+def _train(args: argparse.Namespace) -> int:
+    name = args.data or "digits"
+    recipe = _recipe(name)
+    given = {field: getattr(args, field) for field in Config.__dataclass_fields__ if getattr(args, field) is not None}
+    defaults = asdict(Config(name, "penalty", recipe.batch_size, recipe.n_critic, seed=0))
+    config = Config(**(defaults | given))
+    out = args.out or Path("runs") / f"{config.data}-{config.constraint}"
+    last = out / "last.pt"
+    device = _device(args.device)
+    content = None
+    if args.resume:
+        content = checkpoint.load(last)
+        if not content.get("config"):
+            raise ValueError(f"--resume: {last} was not written by fastwgan train")
+        for field, value in given.items():
+            if content["config"][field] != value:
+                option = "--" + field.replace("_", "-")
+                raise ValueError(f"{option}: the run in {out} has {content['config'][field]}, got {value}")
+        config = Config(**content["config"])
+    elif last.exists():
+        raise ValueError(f"--out: {out} holds a run; go on with it by --resume, or name another directory")
+
+    trainer, batches = _trainer(config, device, args.backend), _batches(config, device)
+    if content is not None:
+        trainer.load_state_dict(content["trainer"])
+        batches.load_state_dict(content["data"])
+    steps = max(0, (args.steps or _recipe(config.data).steps) - trainer.critic_iterations)
+    done = fit(trainer, batches, steps, out=out, config=asdict(config), progress=True)
+
+    from fastwgan import pictures
+
+    _draw(config.data, trainer.sample(100 if config.data == "digits" else 2000), out / "samples.png", config.seed)
+    pictures.curves(out / "metrics.csv", out / "curves.png")
+    state = f"step {trainer.critic_iterations} ({trainer.generator_iterations} generator steps)"
+    if done < steps:
+        print(f"interrupted at {state}; saved in {out}, --resume goes on")
+        return INTERRUPTED
+    print(f"{state}: {out}/samples.png, curves.png, metrics.csv, last.pt")
+    return 0
+
+
+def _sample(args: argparse.Namespace) -> int:
+    if args.out.suffix not in (".npy", ".png"):
+        raise ValueError(f"--out: expected a name ending in .npy or .png, got {args.out}")
+    content = checkpoint.load(args.checkpoint)
+    if not content.get("config"):
+        raise ValueError(f"--checkpoint: {args.checkpoint} was not written by fastwgan train")
+    config = Config(**content["config"])
+    generator = _generator(config.data)
+    generator.load_state_dict(content["trainer"]["generator"])
+    generator.eval()
+    random = torch.Generator().manual_seed(args.seed)
+    with torch.no_grad():
+        samples = generator(torch.randn(args.count, _recipe(config.data).latent, generator=random))
+    if args.out.suffix == ".npy":
+        np.save(args.out, samples.numpy())
+    else:
+        _draw(config.data, samples, args.out, args.seed)
+    print(f"{args.count} samples of shape {tuple(samples.shape[1:])}: {args.out}")
+    return 0
+
+
+def _version(module: str) -> str:
+    try:
+        return str(__import__(module).__version__)
+    except ImportError:
+        return "not installed"
+
+
+def _info(args: argparse.Namespace) -> int:
+    print(f"fastwgan {fastwgan.__version__}")
+    print(f"python   {platform.python_version()} on {platform.platform()}")
+    for module in ("torch", "triton", "numpy"):
+        print(f"{module:<8} {_version(module)}")
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    ops = [name for name in functional.__all__ if not name.startswith("gradient")]
+    for device in devices:
+        title = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+        problem = triton_problem(device)
+        print(f"\n{device}: {title}")
+        for op in (*ops, "gradient_penalty", "RMSprop.step", "Adam.step"):
+            print(f"  {op:<20} {'triton' if problem is None else 'torch'}")
+        if problem is not None:
+            print(f"  torch, because {problem}")
+        else:
+            print("  triton, because it can run here" + (", interpreted" if device.type == "cpu" else ""))
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected an int >= 1, got {text}")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected an int in [0, 2**63), got {text}")
+    return value
+
+
+_positive.__name__ = _seed.__name__ = "int"  # argparse names the type in its message
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="fastwgan", description="Wasserstein GANs on fused Triton kernels.")
+    parser.add_argument("--version", action="version", version=f"fastwgan {fastwgan.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train on a small data set; Ctrl-C saves and ends it")
+    train.set_defaults(run=_train)
+    train.add_argument("--data", choices=DATA, help="default: digits")
+    train.add_argument("--constraint", choices=("clip", "penalty"), help="WGAN or WGAN-GP; default: penalty")
+    train.add_argument("--steps", type=_positive, help="critic steps in all, resumed ones included")
+    train.add_argument("--batch-size", type=_positive, help="real samples in a critic step")
+    train.add_argument("--n-critic", type=_positive, help="critic steps to a generator step")
+    train.add_argument("--seed", type=_seed, help="of weights, data order, latents and eps; default: 0")
+    train.add_argument("--device", help="such as cpu or cuda:0; default: the first GPU, else the CPU")
+    train.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto")
+    train.add_argument("--out", type=Path, help="directory; default: runs/DATA-CONSTRAINT")
+    train.add_argument("--resume", action="store_true", help="go on from the directory's last.pt")
+
+    sample = commands.add_parser("sample", help="draw samples from a trained generator")
+    sample.set_defaults(run=_sample)
+    sample.add_argument("--checkpoint", type=Path, required=True, help="a last.pt of fastwgan train")
+    sample.add_argument("--count", type=_positive, default=100)
+    sample.add_argument("--seed", type=_seed, default=0)
+    sample.add_argument("--out", type=Path, required=True, help="F.npy for the numbers, F.png for a picture")
+
+    info = commands.add_parser("info", help="versions, devices, and which backend each op uses there and why")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit status: 0, 2 on a bad argument, 130 after Ctrl-C."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        status: int = args.run(args)
+        return status
+    except (ValueError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
+        parser.error(" ".join(str(error).split()))
+    except ImportError as error:
+        parser.error(f"{error}; pip install 'fastwgan[train]' has what this command needs")
+    except RuntimeError as error:
+        if not str(error).startswith("backend:"):
+            raise
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED

@@ -1,0 +1,71 @@
+"""Pictures of a run: generated samples and training curves. Needs matplotlib."""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+__all__ = ["curves", "image_grid", "points"]
+
+
+def image_grid(images: Tensor, path: Path) -> None:
+    """Write gray or RGB images [N, C, H, W] in [-1, 1] as a near-square grid, an inch to four pixels or so."""
+    array = ((images.float().cpu().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()
+    n, height, width, channels = array.shape
+    columns = math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    canvas = np.ones((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), np.float32)
+    for i, image in enumerate(array):
+        top, left = (i // columns) * (height + 1) + 1, (i % columns) * (width + 1) + 1
+        canvas[top : top + height, left : left + width] = image
+    scale = max(1, 640 // canvas.shape[1])
+    pixels = canvas.repeat(scale, 0).repeat(scale, 1)
+    figure = Figure(figsize=(pixels.shape[1] / 100, pixels.shape[0] / 100), dpi=100)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(pixels.squeeze(-1) if channels == 1 else pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.axis("off")
+    figure.savefig(path)
+
+
+def points(generated: Tensor, real: Tensor | None, path: Path) -> None:
+    """Write generated points [N, 2] over real ones [M, 2]."""
+    figure = Figure(figsize=(6, 6), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    if real is not None:
+        x, y = real.float().cpu().T.numpy()
+        axes.scatter(x, y, s=6, c="0.75", linewidths=0, label=f"real ({len(real)})")
+    label = f"generated ({len(generated)})"
+    x, y = generated.float().cpu().T.numpy()
+    axes.scatter(x, y, s=6, c="tab:orange", alpha=0.6, linewidths=0, label=label)
+    axes.set_aspect("equal")
+    axes.set_xlabel("x")
+    axes.set_ylabel("y")
+    axes.legend(loc="upper right", markerscale=2)
+    figure.savefig(path)
+
+
+def _panel(axes: Axes, rows: list[dict[str, str]], column: str, label: str) -> None:
+    drawn = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
+    axes.plot(*zip(*drawn, strict=True), linewidth=1)
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+
+
+def curves(log: Path, path: Path) -> None:
+    """Draw ``metrics.csv``: the Wasserstein estimate, and under it the penalty or the clip's saturation."""
+    with log.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    penalised = any(row["penalty"] for row in rows)
+    figure = Figure(figsize=(8, 6), dpi=110, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    _panel(upper, rows, "wasserstein", "Wasserstein estimate")
+    if penalised:
+        _panel(lower, rows, "penalty", "penalty, unweighted")
+    else:
+        _panel(lower, rows, "saturation", "share of weights on the bound")
+    lower.set_xlabel("critic step")
+    figure.savefig(path)
