@@ -307,7 +307,7 @@ def textbook_critic_step(
         scores = critic(x, *cond)
         (g,) = torch.autograd.grad(scores, x, torch.ones_like(scores), create_graph=True)
         loss = loss + penalty_weight * ((g.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     if clip is not None:
         for p in critic.parameters():

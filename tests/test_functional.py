@@ -1,0 +1,309 @@
+"""Every public op: values, derivatives, oracles, bad input; on Triton, against the reference and closed forms."""
+
+from functools import partial
+
+import pytest
+import torch
+from launches import count_kernels, ours
+from oracle import DTYPES, check_op, tensors
+from torch import nn
+
+from fastwgan import functional, reference
+
+KINDS = functional.PENALTY_KINDS
+SCORE_OPS = {
+    "critic_loss": (functional.critic_loss, reference.critic_loss),
+    "hinge_critic_loss": (functional.hinge_critic_loss, reference.hinge_critic_loss),
+    "wasserstein_loss": (functional.wasserstein_loss, reference.wasserstein_loss),
+}
+SHAPES = [(1,), (17,), (1025, 1), (5, 1, 3, 3), (2, 30, 40)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", SCORE_OPS)
+def test_scores(name, shape, dtype, device):
+    op, eager = SCORE_OPS[name]
+    a, b = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    check_op(partial(op, backend="triton"), eager, a, b, length=a.numel())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_generator_loss(dtype, device):
+    x = torch.randn(70, 1, device=device).to(dtype)
+    check_op(partial(functional.generator_loss, backend="triton"), reference.generator_loss, x, length=70)
+
+
+def test_scores_of_different_counts_and_layouts(device):
+    real = torch.randn(8, 6, device=device).t()[::2]
+    fake = torch.randn(1, device=device).expand(5000)
+    loss = functional.critic_loss(real, fake, backend="triton")
+    torch.testing.assert_close(loss, fake.mean() - real.mean())
+
+
+def test_scores_over_more_blocks_than_programs(device):
+    real, fake = torch.randn(1024 * 513, device=device), torch.randn(3, device=device)
+    loss = functional.critic_loss(real, fake, backend="triton")
+    torch.testing.assert_close(loss, reference.critic_loss(real.double(), fake.double()).float())
+
+
+def test_scores_keep_nan(device):
+    nan = torch.tensor([1.0, float("nan")], device=device)
+    one = torch.ones(2, device=device)
+    for op, _ in SCORE_OPS.values():
+        assert all(y.isnan() for y in tensors(op(nan, nan, backend="triton")))
+    assert functional.critic_loss(one, one, backend="triton") == 0  # the counter and partials carry nothing over
+
+
+def test_labels_are_the_critic_loss_up_to_sign(device):
+    real, fake = torch.randn(32, 1, device=device), torch.randn(32, 1, device=device)
+    critic = functional.critic_loss(real, fake)
+    ones = torch.ones_like(real)
+    by_labels = functional.wasserstein_loss(-ones, real) + functional.wasserstein_loss(ones, fake)
+    torch.testing.assert_close(by_labels, critic)
+    other_way = functional.wasserstein_loss(ones, real) + functional.wasserstein_loss(-ones, fake)
+    torch.testing.assert_close(other_way, -critic)
+    torch.testing.assert_close(functional.wasserstein_loss(-ones, fake), functional.generator_loss(fake))
+
+
+def test_hinge_is_its_definition(device):
+    real, fake = torch.tensor([3.0, 0.0, -1.0], device=device), torch.tensor([-2.0, 0.5], device=device)
+    on_real, on_fake = functional.hinge_critic_loss(real, fake)
+    assert on_real == pytest.approx((0 + 1 + 2) / 3)
+    assert on_fake == pytest.approx((0 + 1.5) / 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3,), (5, 17), (4, 3, 8, 8), (2, 2049), (2, 3, 2, 3, 2)])
+def test_interpolate(shape, dtype, device):
+    real, fake = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    options = {"seed": 11, "offset": 2**35}
+    op = partial(functional.interpolate, backend="triton", **options)
+    check_op(op, partial(reference.interpolate, **options), real, fake)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**31, 2**63 - 1])
+@pytest.mark.parametrize("offset", [0, 5, 2**31 - 2, 2**40])
+def test_eps_is_bit_identical_to_the_reference(seed, offset, device):
+    """With real = 1 and fake = 0 the interpolate is eps itself, for whatever block size the sample has."""
+    expected = reference.uniform(seed, offset, 9)
+    for size in (1, 100, 5000):
+        ones = torch.ones(9, size, device=device)
+        eps = functional.interpolate(ones, torch.zeros_like(ones), seed=seed, offset=offset, backend="triton")
+        assert torch.equal(eps.cpu(), expected.view(-1, 1).expand(9, size))
+    on_device = torch.tensor([offset], device=device)
+    eps = functional.interpolate(ones, torch.zeros_like(ones), seed=seed, offset=on_device, backend="triton")
+    assert torch.equal(eps[:, 0].cpu(), expected)
+
+
+def test_interpolate_layouts(device):
+    last = torch.randn(3, 4, 5, 6, device=device).to(memory_format=torch.channels_last)
+    other = torch.randn(3, 4, 5, 6, device=device)
+    sliced = torch.randn(6, 8, 5, 6, device=device)[::2, ::2]
+    expanded = torch.randn(1, 4, 1, 6, device=device).expand(3, 4, 5, 6)
+    for real, fake in ((last, last + 1), (last, other), (other, last), (sliced, last), (expanded, sliced)):
+        out = functional.interpolate(real, fake, seed=1, backend="triton")
+        torch.testing.assert_close(out, reference.interpolate(real, fake, seed=1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (4,), (3, 17), (5, 3, 8, 8), (2, 16385), (1, 40000), (1100, 2)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_penalty(kind, shape, dtype, device):
+    g = (torch.randn(shape, device=device) / shape[-1] ** 0.5).to(dtype)
+    options = {"kind": kind, "target": 0.7}
+    op, eager = partial(functional.penalty, backend="triton", **options), partial(reference.penalty, **options)
+    check_op(op, eager, g, length=g.numel())
+    assert op(g) == op(g.clone().requires_grad_())  # with and without a cotangent
+
+
+def test_penalty_layouts(device):
+    g = torch.randn(6, 4, 5, 6, device=device)
+    views = (
+        g.to(memory_format=torch.channels_last),
+        g[::2, :, 1:],
+        g.transpose(1, 3),
+        g[:1].expand(6, 4, 5, 6),
+        g[:, :1].expand(6, 4, 5, 6),
+    )
+    for view in views:
+        check_op(partial(functional.penalty, backend="triton"), reference.penalty, view, length=100)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_penalty_of_large_half_precision_gradients_is_finite(backend, device):
+    g = torch.full((2, 784), 60.0, dtype=torch.float16, device=device)  # a norm of 1680; squared, past 65504
+    loss = functional.penalty(g, backend=backend, target=1679.0)
+    assert abs(loss.float() - (1680 - 1679) ** 2) < 0.01
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_gradient_has_finite_penalty_and_zero_derivatives(kind, backend, device):
+    g = torch.zeros(3, 5, dtype=torch.float64, device=device, requires_grad=True)
+    loss = functional.penalty(g, kind=kind, backend=backend)
+    assert loss == (1.0 if kind == "two-sided" else 0.0)
+    (first,) = torch.autograd.grad(loss, g, create_graph=True)
+    assert torch.equal(first, torch.zeros_like(g))
+    (second,) = torch.autograd.grad(first.sum(), g)
+    assert second.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck_of_penalty(kind, device):
+    g = torch.randn(3, 2, 4, dtype=torch.float64, device=device, requires_grad=True)
+    op = partial(functional.penalty, kind=kind, target=0.5, backend="triton")
+    assert torch.autograd.gradcheck(op, (g,))
+    assert torch.autograd.gradgradcheck(op, (g,))
+
+
+@pytest.mark.parametrize("name", SCORE_OPS)
+def test_gradcheck_of_scores(name, device):
+    a, b = (torch.randn(6, 1, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2))
+    op = partial(SCORE_OPS[name][0], backend="triton")
+    assert torch.autograd.gradcheck(op, (a, b))
+    assert torch.autograd.gradgradcheck(op, (a, b))
+
+
+def test_gradcheck_of_generator_loss_and_interpolate(device):
+    a, b = (torch.randn(4, 3, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2))
+    for op, inputs in (
+        (partial(functional.generator_loss, backend="triton"), (a,)),
+        (partial(functional.interpolate, seed=4, backend="triton"), (a, b)),
+    ):
+        assert torch.autograd.gradcheck(op, inputs)
+        assert torch.autograd.gradgradcheck(op, inputs)
+
+
+def _critics():
+    return {
+        "mlp": (nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 7), nn.LeakyReLU(0.2), nn.Linear(7, 1)), (12,)),
+        "conv": (
+            nn.Sequential(nn.Conv2d(2, 4, 3), nn.SiLU(), nn.Conv2d(4, 3, 3), nn.Softplus(), nn.Flatten(), nn.Linear(12, 1)),
+            (2, 6, 6),
+        ),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_gradient_penalty_reaches_the_weights_of_deep_critics(name, dtype, device):
+    """Against the penalty as anyone would write it, in float64: a first-order op inside would be wrong here."""
+    critic, shape = _critics()[name]
+    critic = critic.to(device, torch.float64)
+    real, fake = (torch.randn(5, *shape, dtype=torch.float64, device=device) for _ in range(2))
+    x = reference.interpolate(real, fake, seed=8).requires_grad_()
+    (g,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+    naive = 10 * ((g.flatten(1).norm(dim=1) - 1) ** 2).mean()
+    expected = torch.autograd.grad(naive, list(critic.parameters()), allow_unused=True)
+    critic = critic.to(dtype)
+    loss = functional.gradient_penalty(critic, real.to(dtype), fake.to(dtype), seed=8, backend="triton")
+    actual = torch.autograd.grad(loss, list(critic.parameters()), allow_unused=True)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(loss.double(), naive, rtol=tolerance, atol=tolerance)
+    for a, e in zip(actual, expected, strict=True):
+        assert (a is None) == (e is None)
+        if a is not None:
+            torch.testing.assert_close(a.double(), e, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_linear_critic_has_the_closed_form(backend, device):
+    critic = nn.Linear(5, 1).to(device, torch.float64)
+    real, fake = (torch.randn(4, 5, dtype=torch.float64, device=device) for _ in range(2))
+    loss = functional.gradient_penalty(critic, real, fake, weight=1.0, backend=backend)
+    torch.testing.assert_close(loss, (critic.weight.norm() - 1) ** 2)
+
+
+def test_gradient_penalty_leaves_inputs_and_modes_alone(device):
+    critic = nn.Linear(5, 1).to(device)
+    real, fake = torch.randn(4, 5, device=device), torch.randn(4, 5, device=device, requires_grad=True)
+    with torch.no_grad():
+        loss = functional.gradient_penalty(critic, real, fake, seed=0)
+    loss.backward()
+    assert fake.grad is None
+    assert critic.weight.grad is not None
+    assert critic.bias.grad is None
+
+
+def test_func_transforms(device):
+    g = torch.randn(3, 4, device=device)
+    actual = torch.func.grad(partial(functional.penalty, backend="triton"))(g)
+    torch.testing.assert_close(actual, torch.func.grad(reference.penalty)(g))
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(partial(functional.generator_loss, backend="triton"))(g)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_clip_weights(dtype, backend, device):
+    params = [torch.randn(shape, device=device).to(dtype) for shape in ((1,), (5000,), (3, 4, 5, 6), (0,))]
+    params.append(torch.randn(40, 30, device=device).to(dtype)[::2, ::3])
+    params.append(torch.randn(3, 4, 5, 6, device=device).to(dtype).to(memory_format=torch.channels_last))
+    params.append(torch.randn(1001, device=device).to(dtype)[1:])  # not 16-byte aligned
+    params[1][7] = float("nan")
+    expected = [p.clone().clamp_(-0.03, 0.03) for p in params]
+    versions = [p._version for p in params]
+    assert functional.clip_weights_(params, 0.03, backend=backend) is None
+    for p, e, version in zip(params, expected, versions, strict=True):
+        torch.testing.assert_close(p, e, rtol=0, atol=0, equal_nan=True)
+        assert p._version > version or p.numel() == 0
+    assert params[1].isnan().sum() == 1
+
+
+@pytest.mark.interpreted
+def test_each_forward_is_one_launch():
+    x, y = torch.randn(300, 7), torch.randn(300, 7)
+    cases = {
+        "_scores_kernel": [
+            lambda: functional.critic_loss(x, y),
+            lambda: functional.generator_loss(x),
+            lambda: functional.wasserstein_loss(x, y),
+            lambda: functional.hinge_critic_loss(x, y),
+        ],
+        "_interpolate_kernel": [lambda: functional.interpolate(x, y, seed=0)],
+        "_penalty_kernel": [lambda: functional.penalty(x), lambda: functional.penalty(x.clone().requires_grad_())],
+        "_update_kernel": [lambda: functional.clip_weights_([x.clone() for _ in range(30)], 0.1)],
+    }
+    for kernel, calls in cases.items():
+        for call in calls:
+            with count_kernels() as counts:
+                call()
+            assert ours(counts) == {kernel: 1}
+
+
+X = torch.zeros(4, 3)
+BAD = [
+    (functional.critic_loss, (X.long(), X), {}, TypeError, "real_scores"),
+    (functional.critic_loss, (X, [1.0]), {}, TypeError, "fake_scores"),
+    (functional.critic_loss, (X, X.double()), {}, TypeError, "fake_scores"),
+    (functional.critic_loss, (X[:0], X), {}, ValueError, "real_scores"),
+    (functional.critic_loss, (X.to(torch.complex64), X), {}, TypeError, "real_scores"),
+    (functional.critic_loss, (X, X), {"backend": "cuda"}, ValueError, "backend"),
+    (functional.generator_loss, (3.0,), {}, TypeError, "fake_scores"),
+    (functional.wasserstein_loss, (X[:, :1], X[:, 0]), {}, ValueError, "y_true"),
+    (functional.hinge_critic_loss, (X, X[:0]), {}, ValueError, "fake_scores"),
+    (functional.interpolate, (X, X[:2]), {"seed": 0}, ValueError, "real"),
+    (functional.interpolate, (X, X), {"seed": -1}, ValueError, "seed"),
+    (functional.interpolate, (X, X), {"seed": 1.5}, TypeError, "seed"),
+    (functional.interpolate, (X, X), {"seed": 0, "offset": torch.zeros(2)}, ValueError, "offset"),
+    (functional.interpolate, (X[0, 0], X[0, 0]), {"seed": 0}, ValueError, "fake"),
+    (functional.penalty, (X,), {"kind": "both"}, ValueError, "kind"),
+    (functional.penalty, (X,), {"target": float("nan")}, ValueError, "target"),
+    (functional.penalty, (X.to_sparse(),), {}, TypeError, "gradients"),
+    (functional.gradient_penalty, (3, X, X), {}, TypeError, "critic"),
+    (functional.gradient_penalty, (nn.Linear(3, 1), X, X), {"weight": -1}, ValueError, "weight"),
+    (functional.gradient_penalty, (lambda x: torch.ones(4, requires_grad=True), X, X), {}, ValueError, "critic"),
+    (functional.gradient_penalty, (lambda x: x.sum(), X, X), {}, ValueError, "critic"),
+    (functional.clip_weights_, ([X], 0), {}, ValueError, "bound"),
+    (functional.clip_weights_, ([X], float("nan")), {}, ValueError, "bound"),
+    (functional.clip_weights_, ([X, X.long()], 0.1), {}, TypeError, r"parameters\[1\]"),
+    (functional.clip_weights_, ([X[:1].expand(4, 3)], 0.1), {}, ValueError, r"parameters\[0\]"),
+]
+
+
+@pytest.mark.parametrize(("op", "args", "options", "error", "name"), BAD)
+def test_bad_input_names_the_argument(op, args, options, error, name):
+    with pytest.raises(error, match=f"^{name}:"):
+        op(*args, **options)
+    assert torch.equal(X, torch.zeros(4, 3))
