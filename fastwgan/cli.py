@@ -49,7 +49,7 @@ class Recipe:
 
 DIGITS = Recipe(
     latent=64, width=256, hidden=2, penalty_weight=10.0, penalty_lr=1e-3, betas=(0.0, 0.9),
-    clip_bound=0.05, clip_lr=2e-4, batch_size=64, n_critic=3, steps=15_000,
+    clip_bound=0.05, clip_lr=2e-4, batch_size=64, n_critic=3, steps=20_000,
 )  # fmt: skip
 TOY = Recipe(
     latent=2, width=256, hidden=3, penalty_weight=0.1, penalty_lr=5e-4, betas=(0.5, 0.9),

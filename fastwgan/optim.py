@@ -406,16 +406,20 @@ class Adam(_Optimizer):
         reference.adam_step_(p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], **options)
 
     def _step_group(self, params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
-        if params[0].device.type != "cpu" or params[0].dtype not in (torch.float32, torch.float64):
+        grads = [p.grad for p in params if p.grad is not None]
+        means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        fusible = params[0].device.type == "cpu" and params[0].dtype in (torch.float32, torch.float64)
+        if not fusible or not all(x.is_contiguous() for x in (*params, *grads, *means, *squares)):
             super()._step_group(params, states, group)
             return
-        # On a CPU, PyTorch's own fused step reads and writes each array once, as our kernel does on a GPU.
+        # On a CPU, PyTorch's own fused step reads and writes each array once, as our kernel does on a GPU. It takes
+        # every array for contiguous.
         beta1, beta2 = group["betas"]
         adam(
             params,
-            [p.grad for p in params if p.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            grads,
+            means,
+            squares,
             [],
             [state["step"] for state in states],
             fused=True,

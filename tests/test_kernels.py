@@ -1,0 +1,137 @@
+"""What the public ops do not show: the pointer table, the arrival counter, and code for GPUs that are not here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastwgan.kernels import arrival, scores, table, update
+
+CPU = torch.device("cpu")
+
+
+def _uploads(monkeypatch):
+    calls = []
+    upload = table.upload
+    monkeypatch.setattr(table, "upload", lambda host, out: (calls.append(host.shape), upload(host, out)))
+    return calls
+
+
+def test_tables_upload_once_per_content(monkeypatch):
+    calls = _uploads(monkeypatch)
+    tables = table.Tables()
+    params, grads = [torch.ones(5000), torch.ones(3)], [torch.ones(5000), torch.ones(3)]
+    args = (params, grads, [(), ()], None, [0, 0], 2048)
+    rows, owners = tables.addresses(*args)
+    assert len(calls) == 2
+    assert owners.tolist() == [0, 0, 0, 1]
+    assert rows[1, table.FIRST_CHUNK] == 3
+    assert tables.addresses(*args)[0] is rows
+    assert len(calls) == 2
+    moved = [torch.ones(5000), torch.ones(3)]
+    assert tables.addresses(params, moved, [(), ()], None, [0, 0], 2048)[0] is not rows
+    assert len(calls) == 3  # the addresses, not the chunks
+    assert tables.addresses(*args)[0] is rows
+    assert len(calls) == 3
+
+
+def test_tables_forget_the_least_recently_used():
+    tables = table.Tables()
+    p = [torch.ones(3)]
+    for _ in range(3 * table.CACHED):
+        tables.addresses(p, [torch.ones(3)], [()], None, [0], 8)
+    assert len(tables._cache) <= table.CACHED
+
+
+def test_mirror_keeps_its_address_and_uploads_changes_only(monkeypatch):
+    calls = _uploads(monkeypatch)
+    mirror = table.Mirror(torch.float32, CPU)
+    first = mirror.set(((1.0, 2.0),))
+    address = first.data_ptr()
+    assert mirror.set(((1.0, 2.0),)).data_ptr() == address
+    assert len(calls) == 1
+    second = mirror.set(((3.0, 2.0),))
+    assert second.data_ptr() == address
+    assert second.tolist() == [[3.0, 2.0]]
+
+
+@pytest.mark.gpu
+def test_uploads_wait_for_the_end_of_a_capture():
+    device = torch.device("cuda", 0)
+    out = torch.zeros(3, device=device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        table.upload(torch.tensor([1.0, 2.0, 3.0]), out)
+        doubled = out * 2
+    table.fill_pending()
+    graph.replay()
+    assert doubled.tolist() == [2.0, 4.0, 6.0]
+
+
+def test_the_arrival_counter_is_zero_between_launches():
+    x = torch.randn(5000)
+    for _ in range(3):
+        scores.mean_scores("critic", x, x)
+        assert arrival.counter(x.device).item() == 0
+
+
+def test_sums_do_not_depend_on_the_order_of_programs(monkeypatch, device):
+    if device.type == "cuda":
+        pytest.skip("a GPU orders programs itself")
+    from triton.runtime import interpreter
+
+    x, y = torch.randn(40_000), torch.randn(40_000)
+    straight = scores.mean_scores("critic", x, y)[1]
+    set_index = interpreter.interpreter_builder.set_grid_idx
+    last = -(-40_000 // scores.BLOCK) - 1
+    monkeypatch.setattr(interpreter.interpreter_builder, "set_grid_idx", lambda i, j, k: set_index(last - i, j, k))
+    assert torch.equal(scores.mean_scores("critic", x, y)[1], straight)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999, 0.9999999])
+def test_bias_correction_is_exact_to_rounding(beta, device):
+    """Adam with lr so that the update is exactly 1 / (1 - beta^t), where 1 - 0.999 in float32 has lost four digits."""
+    from fastwgan import Adam
+
+    for step in (0.0, 1.0, 10.0, 1000.0, 100_000.0):
+        p = torch.nn.Parameter(torch.zeros(4, device=device))
+        opt = Adam([p], lr=1.0, betas=(beta, 0.0), eps=1e-30, backend="triton")
+        p.grad = torch.ones_like(p)
+        opt.step()
+        opt.state[p]["step"].fill_(step)
+        opt.state[p]["exp_avg"].fill_(1.0)
+        with torch.no_grad():
+            p.zero_()
+        opt.step()
+        expected = -1 / (1 - beta ** (step + 1))
+        assert p[0].item() == pytest.approx(expected, rel=4e-7)
+
+
+def test_every_kernel_compiles_for_gpus_that_are_not_here():
+    """In a process without the interpreter, for NVIDIA and AMD; 128-bit accesses and no float64 in float32 code."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_kernels.py")
+    run = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {row["kernel"] for row in rows} == {
+        "_scores_kernel",
+        "_interpolate_kernel",
+        "_penalty_kernel",
+        "_update_kernel",
+    }
+    assert {row["target"] for row in rows} == {"cuda:80", "cuda:90", "hip:gfx942"}
+    for row in rows:
+        if row["target"].startswith("cuda"):
+            assert row["wide_loads"] > 0, row
+            assert row["float64"] == 0, row
+            if row["kernel"] != "_scores_kernel":  # it writes a few numbers
+                assert row["wide_stores"] > 0, row
+
+
+def test_update_constants_name_the_columns():
+    assert len(update.HYPER) == update.HYPER_COLUMNS.value == update.BOUND.value + 1

@@ -1,0 +1,327 @@
+"""RMSprop and Adam against torch.optim: formulas, options, groups, state, layouts, bad input."""
+
+import copy
+import math
+
+import pytest
+import torch
+from launches import count_kernels, ours
+from oracle import assert_close
+from torch import nn
+
+import fastwgan
+from fastwgan import Adam, RMSprop
+
+PAIRS = {"rmsprop": (RMSprop, torch.optim.RMSprop), "adam": (Adam, torch.optim.Adam)}
+OPTIONS = {
+    "rmsprop": [
+        {},
+        {"lr": 5e-5, "alpha": 0.9, "eps": 1e-3},
+        {"momentum": 0.9},
+        {"centered": True},
+        {"centered": True, "momentum": 0.3, "weight_decay": 0.1, "maximize": True},
+    ],
+    "adam": [{}, {"lr": 1e-4, "betas": (0.0, 0.9)}, {"weight_decay": 0.1, "maximize": True, "eps": 1e-3}],
+}
+CASES = [(name, options) for name, cases in OPTIONS.items() for options in cases]
+SHAPES = ((1,), (17,), (2048,), (33, 65), (4, 3, 5, 5), (0,), ())
+
+
+@pytest.fixture(params=["triton", "torch"])
+def backend(request):
+    return request.param
+
+
+def _params(dtype, device, shapes=SHAPES):
+    return [nn.Parameter(torch.randn(shape, device=device).to(dtype)) for shape in shapes]
+
+
+def _set_grads(*groups, step):
+    random = torch.Generator().manual_seed(step)
+    for same in zip(*groups, strict=True):
+        g = torch.randn(same[0].shape, generator=random)
+        for p in same:
+            p.grad = g.to(p.device, p.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_matches_torch_optim(name, options, clip, dtype, backend, device):
+    ours_, theirs = PAIRS[name]
+    params = _params(dtype, device)
+    eager = [nn.Parameter(p.detach().clone()) for p in params]
+    exact = [nn.Parameter(p.detach().double()) for p in params]
+    optimizers = [ours_(params, clip=clip, backend=backend, **options), theirs(eager, **options), theirs(exact, **options)]
+    if dtype in (torch.bfloat16, torch.float16) and options.get("centered"):
+        pytest.skip("torch's centered RMSprop rounds s - m^2 below zero in half precision and gives NaN")
+    for step in range(3):
+        _set_grads(params, eager, exact, step=step)
+        for optimizer in optimizers:
+            optimizer.step()
+        if clip is not None:
+            for p in (*eager, *exact):
+                p.data.clamp_(-clip, clip)
+    for p, e, x in zip(params, eager, exact, strict=True):
+        if p.numel():
+            # Three roundings, which may add up: the interpreter truncates to bfloat16 where a GPU rounds.
+            assert_close(p.data, e.data, x.data, length=3**2)
+            if clip is not None:
+                assert p.abs().max() <= clip
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_state_goes_over_to_torch_and_back(name, backend, device):
+    """Load one's state into the other, go on with both: same weights; and back again."""
+    ours_, theirs = PAIRS[name]
+    options = {"momentum": 0.5, "centered": True} if name == "rmsprop" else {"betas": (0.5, 0.9)}
+    a, b = _params(torch.float64, device), _params(torch.float64, device)
+    mine, other = ours_(a, lr=0.003, backend=backend, **options), theirs(b, lr=0.1)
+    for step in range(3):
+        _set_grads(a, step=step)
+        mine.step()
+    other.load_state_dict(mine.state_dict())
+    for p, q in zip(a, b, strict=True):
+        q.data.copy_(p.data)
+    assert other.state_dict()["state"].keys() == mine.state_dict()["state"].keys()
+    assert other.param_groups[0]["lr"] == 0.003
+    for step in range(3, 6):
+        _set_grads(a, b, step=step)
+        mine.step()
+        other.step()
+    for p, q in zip(a, b, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-13)
+
+    again = ours_(a, lr=1.0, clip=0.25, backend=backend)
+    state = other.state_dict()
+    del state["param_groups"][0]["clip"]  # as in a state that was torch's from the start
+    again.load_state_dict(state)
+    assert again.param_groups[0]["clip"] == 0.25
+    for step in range(6, 9):
+        _set_grads(a, b, step=step)
+        again.step()
+        other.step()
+        for q in b:
+            q.data.clamp_(-0.25, 0.25)
+    for p, q in zip(a, b, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_state_keys_are_torchs(name, backend, device):
+    ours_, theirs = PAIRS[name]
+    options = {"momentum": 0.5, "centered": True} if name == "rmsprop" else {}
+    a, b = _params(torch.float32, device, [(3,)]), _params(torch.float32, device, [(3,)])
+    mine, other = ours_(a, backend=backend, **options), theirs(b, **options)
+    _set_grads(a, b, step=0)
+    mine.step()
+    other.step()
+    assert mine.state_dict()["state"][0].keys() == other.state_dict()["state"][0].keys()
+    assert mine.state_dict()["param_groups"][0].keys() - {"clip"} <= other.state_dict()["param_groups"][0].keys()
+
+
+def test_state_dict_is_a_copy_and_pickles(backend, device):
+    (p,) = _params(torch.float32, device, [(5,)])
+    optimizer = Adam([p], backend=backend)
+    _set_grads([p], step=0)
+    optimizer.step()
+    state = optimizer.state_dict()
+    before = copy.deepcopy(state)
+    optimizer.step()
+    torch.testing.assert_close(state, before)
+    clone = copy.deepcopy(optimizer)
+    clone.param_groups[0]["params"][0].grad = torch.ones(5, device=device)
+    clone.step()
+    assert clone.state_dict()["state"][0]["step"] == 3
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_groups_have_their_own_numbers(name, backend, device):
+    ours_, theirs = PAIRS[name]
+    sets = [_params(torch.float64, device, [(30,), (2049,)]) for _ in range(2)]
+    sets[1] = [nn.Parameter(p.detach().clone()) for p in sets[0]]
+    mine = ours_(
+        [{"params": sets[0][:1], "lr": 0.5, "clip": 0.1}, {"params": sets[0][1:], "weight_decay": 0.3}], backend=backend
+    )
+    other = theirs([{"params": sets[1][:1], "lr": 0.5}, {"params": sets[1][1:], "weight_decay": 0.3}])
+    for step in range(3):
+        _set_grads(*sets, step=step)
+        mine.step()
+        other.step()
+        sets[1][0].data.clamp_(-0.1, 0.1)
+        mine.param_groups[0]["lr"] *= 0.5
+        other.param_groups[0]["lr"] *= 0.5
+    for p, q in zip(*sets, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-13)
+    assert mine.saturation == pytest.approx(((sets[1][0].abs() == 0.1).sum() / 30).item())
+
+
+@pytest.mark.interpreted
+def test_one_launch_for_any_number_of_tensors_and_groups():
+    params = _params(torch.float32, "cpu", [(n,) for n in range(1, 101)])
+    optimizer = RMSprop([{"params": params[:50], "lr": 0.1}, {"params": params[50:]}], clip=0.01, backend="triton")
+    _set_grads(params, step=0)
+    optimizer.step()
+    with count_kernels() as counts:
+        optimizer.step()
+    assert dict(counts) == {"_update_kernel": 1}
+    doubles = _params(torch.float64, "cpu", [(5,)])
+    optimizer.add_param_group({"params": doubles})
+    _set_grads(doubles, step=0)
+    with count_kernels() as counts:
+        optimizer.step()
+    assert ours(counts) == {"_update_kernel": 2}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_layouts(name, backend, device):
+    """Channels-last, sliced and unaligned parameters; gradients that are missing, strided, expanded or moved."""
+    ours_, theirs = PAIRS[name]
+    base = torch.randn(6, 4, 5, 6, device=device)
+    views = [
+        base.to(memory_format=torch.channels_last),
+        base.clone()[::2, :, 1:],
+        base.clone().transpose(0, 3),
+        torch.randn(3001, device=device)[1:],
+        torch.randn(5, device=device),
+    ]
+    params, others = [nn.Parameter(v.detach()) for v in views], [nn.Parameter(v.detach().clone()) for v in views]
+    grads = [
+        torch.randn(6, 4, 5, 6, device=device),
+        torch.randn(1, 4, 1, 6, device=device).expand(3, 4, 4, 6),
+        torch.randn(6, 4, 5, 6, device=device).to(memory_format=torch.channels_last),
+        torch.randn(6000, device=device)[::2],
+        None,
+    ]
+    mine, other = ours_(params, clip=1.0, backend=backend), theirs(others)
+    grads[1] = grads[1][:, :, :, :]
+    for step in range(3):
+        for p, q, g in zip(params, others, grads, strict=True):
+            if g is not None:
+                g = (g[:, : p.shape[1], : p.shape[2]] if g.dim() == 4 else g).expand(p.shape) if g.shape != p.shape else g
+                p.grad = g * 1.0 if step == 2 else g  # moved
+                q.grad = g.clone()
+        versions = [p._version for p in params[:4]]
+        mine.step()
+        other.step()
+        for q in others[:4]:
+            q.data.clamp_(-1, 1)
+        assert all(p._version > v for p, v in zip(params[:4], versions, strict=True))
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p.data, q.data)
+
+
+def test_steps_are_counted_per_parameter(backend, device):
+    a, b = _params(torch.float32, device, [(3,), (4,)])
+    optimizer = Adam([a, b], backend=backend)
+    for i in range(3):
+        a.grad = torch.ones_like(a)
+        b.grad = torch.ones_like(b) if i == 2 else None
+        optimizer.step()
+    state = optimizer.state_dict()["state"]
+    assert (state[0]["step"], state[1]["step"]) == (3, 1)
+
+
+def test_centered_never_roots_a_negative(backend, device):
+    """With a constant gradient s - m^2 tends to zero and rounds below it."""
+    p = nn.Parameter(torch.zeros(2000, device=device))
+    optimizer = RMSprop([p], alpha=0.5, centered=True, backend=backend)
+    for _ in range(60):
+        p.grad = torch.linspace(0.1, 3.0, 2000, device=device)
+        optimizer.step()
+    assert p.isfinite().all()
+
+
+def test_clamp_keeps_nan_and_counts_the_bound(backend, device):
+    p = nn.Parameter(torch.tensor([5.0, -5.0, 0.0, float("nan")], device=device))
+    p.grad = torch.zeros_like(p)
+    optimizer = RMSprop([p], clip=0.03, backend=backend)
+    optimizer.step()
+    torch.testing.assert_close(p.data.cpu(), torch.tensor([0.03, -0.03, 0.0, float("nan")]), equal_nan=True)
+    assert optimizer.saturation == 0.5
+
+
+def test_infinite_weight_without_decay_stays(backend, device):
+    p = nn.Parameter(torch.tensor([math.inf], device=device))
+    p.grad = torch.ones_like(p)
+    RMSprop([p], backend=backend).step()
+    assert p.isinf().all()
+
+
+def test_schedulers_and_closures(backend, device):
+    (p,) = _params(torch.float32, device, [(3,)])
+    optimizer = RMSprop([p], lr=1.0, backend=backend)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    before = p.square().sum().item()
+    assert optimizer.step(closure) == before
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+P = nn.Parameter(torch.ones(3))
+BAD = [
+    ({"lr": -1}, ValueError, "lr"),
+    ({"lr": "x"}, TypeError, "lr"),
+    ({"lr": torch.tensor(0.1)}, TypeError, "lr"),
+    ({"eps": float("nan")}, ValueError, "eps"),
+    ({"weight_decay": -1}, ValueError, "weight_decay"),
+    ({"clip": 0}, ValueError, "clip"),
+    ({"clip": float("inf")}, ValueError, "clip"),
+    ({"backend": "cuda"}, ValueError, "backend"),
+]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(("options", "error", "argument"), BAD)
+def test_bad_options_name_the_argument(name, options, error, argument):
+    with pytest.raises(error, match=f"^{argument}:"):
+        PAIRS[name][0]([P], **options)
+
+
+def test_bad_decays_parameters_and_gradients():
+    with pytest.raises(ValueError, match="^alpha:"):
+        RMSprop([P], alpha=-0.1)
+    with pytest.raises(ValueError, match="^momentum:"):
+        RMSprop([P], momentum=-1)
+    with pytest.raises(ValueError, match=r"^betas\[1\]:"):
+        Adam([P], betas=(0.5, 1.0))
+    with pytest.raises(TypeError, match="^betas:"):
+        Adam([P], betas=0.5)
+    with pytest.raises(TypeError, match=r"^params\[0\]:"):
+        RMSprop([torch.zeros(3, dtype=torch.complex64, requires_grad=True)])
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    q.grad, p.grad = torch.ones(3).to_sparse(), torch.ones(3)
+    with pytest.raises(TypeError, match="^grad:"):
+        RMSprop([p, q]).step()
+    assert torch.equal(p.data, torch.ones(3))
+
+
+def test_bad_states_change_nothing():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = Adam([p], lr=0.5)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    other = nn.Parameter(torch.ones(4))
+    other.grad = torch.ones(4)
+    for theirs in (torch.optim.Adam([other]), torch.optim.Adam([other], amsgrad=True), torch.optim.AdamW([other])):
+        theirs.step()
+        with pytest.raises(ValueError, match="^state_dict:"):
+            optimizer.load_state_dict(theirs.state_dict())
+        torch.testing.assert_close(optimizer.state_dict(), before)
+
+
+def test_triton_that_cannot_be_had_says_why(monkeypatch):
+    monkeypatch.setattr(fastwgan.backend.kernels, "INTERPRETED", False)
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match="^backend: 'triton' was asked for, but Triton needs a GPU tensor"):
+        RMSprop([p], backend="triton").step()
+    RMSprop([p], backend="auto").step()
