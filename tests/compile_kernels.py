@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 import triton
+from fastwgan.kernels import penalty, scores, update
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
-
-from fastwgan.kernels import penalty, scores, update
 
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),

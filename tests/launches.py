@@ -2,14 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import triton
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-
 from fastwgan.kernels import table
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 # Views, allocations and bookkeeping: dispatched, but nothing runs on the device for them.
 HOST_ONLY = {

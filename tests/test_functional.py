@@ -179,7 +179,9 @@ def _critics():
     return {
         "mlp": (nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 7), nn.LeakyReLU(0.2), nn.Linear(7, 1)), (12,)),
         "conv": (
-            nn.Sequential(nn.Conv2d(2, 4, 3), nn.SiLU(), nn.Conv2d(4, 3, 3), nn.Softplus(), nn.Flatten(), nn.Linear(12, 1)),
+            nn.Sequential(
+                nn.Conv2d(2, 4, 3), nn.SiLU(), nn.Conv2d(4, 3, 3), nn.Softplus(), nn.Flatten(), nn.Linear(12, 1)
+            ),
             (2, 6, 6),
         ),
     }

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from fastwgan.kernels import arrival, scores, table, update
 
 CPU = torch.device("cpu")

@@ -52,7 +52,11 @@ def test_matches_torch_optim(name, options, clip, dtype, backend, device):
     params = _params(dtype, device)
     eager = [nn.Parameter(p.detach().clone()) for p in params]
     exact = [nn.Parameter(p.detach().double()) for p in params]
-    optimizers = [ours_(params, clip=clip, backend=backend, **options), theirs(eager, **options), theirs(exact, **options)]
+    optimizers = [
+        ours_(params, clip=clip, backend=backend, **options),
+        theirs(eager, **options),
+        theirs(exact, **options),
+    ]
     if dtype in (torch.bfloat16, torch.float16) and options.get("centered"):
         pytest.skip("torch's centered RMSprop rounds s - m^2 below zero in half precision and gives NaN")
     for step in range(3):
@@ -198,7 +202,11 @@ def test_layouts(name, backend, device):
     for step in range(3):
         for p, q, g in zip(params, others, grads, strict=True):
             if g is not None:
-                g = (g[:, : p.shape[1], : p.shape[2]] if g.dim() == 4 else g).expand(p.shape) if g.shape != p.shape else g
+                g = (
+                    (g[:, : p.shape[1], : p.shape[2]] if g.dim() == 4 else g).expand(p.shape)
+                    if g.shape != p.shape
+                    else g
+                )
                 p.grad = g * 1.0 if step == 2 else g  # moved
                 q.grad = g.clone()
         versions = [p._version for p in params[:4]]

@@ -41,7 +41,9 @@ def test_uniform_depends_on_seed_and_index_alone():
     assert not torch.equal(whole, reference.uniform(5 + 2**32, 10, 100))
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.5}, {"centered": True}, {"weight_decay": 0.1, "maximize": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.5}, {"centered": True}, {"weight_decay": 0.1, "maximize": True}]
+)
 def test_rmsprop_step_is_torch_optims(options):
     p = torch.nn.Parameter(torch.randn(7, 5, dtype=torch.float64))
     mine, square = p.detach().clone(), torch.zeros_like(p.data)
