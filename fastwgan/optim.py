@@ -17,7 +17,7 @@ from torch.optim.adam import adam
 
 from fastwgan import reference
 from fastwgan.backend import Backend, kernels, resolve
-from fastwgan.functional import check_number, check_parameter, combine_shares, is_dense
+from fastwgan.functional import check_number, check_parameter, combine_shares, is_dense, same_layout
 
 __all__ = ["Adam", "RMSprop"]
 
@@ -119,8 +119,9 @@ class _Optimizer(Optimizer):
             shape = (group.get("momentum", 0) > 0, group.get("centered", False))
             for p in group["params"]:
                 if p.grad is not None and p.numel():
-                    if p.grad.layout != torch.strided:
-                        raise TypeError(f"grad: expected a dense gradient, got layout {p.grad.layout}")
+                    if p.grad.layout != torch.strided or p.grad.dtype != p.dtype:
+                        got = f"{p.grad.dtype}, {p.grad.layout}"
+                        raise TypeError(f"grad: expected a dense gradient in {p.dtype}, got {got}")
                     buckets.setdefault((p.device, p.dtype, *shape), []).append((p, group))
         backends = {key: resolve(self.backend, key[0]) for key in buckets}
         self.shares = []
@@ -177,11 +178,11 @@ class _Optimizer(Optimizer):
                 copies.append((p, work))
             grad = p.grad
             assert grad is not None
-            if grad.stride() != work.stride():
+            if not same_layout(grad, work):
                 grad = torch.empty_like(work).copy_(grad)
             names = self._used_states(group)
             for name in names:
-                if name is not None and state[name].stride() != work.stride():
+                if name is not None and not same_layout(state[name], work):
                     state[name] = torch.empty_like(work).copy_(state[name])
             params.append(work)
             grads.append(grad)

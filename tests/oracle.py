@@ -1,4 +1,4 @@
-"""The tolerance rule, in one place: an op may be at most twice as far from float64 as eager PyTorch in its own dtype."""
+"""The tolerance rule: at most twice as far from float64 as eager PyTorch in the same dtype, and a floor."""
 
 from collections.abc import Callable
 from typing import Any

@@ -309,7 +309,7 @@ def test_zero_centered_penalty_at_real_or_fake(at, device):
 
 
 def test_metrics_are_device_tensors_of_their_own_step(device):
-    generator, critic, shape, latent = mlp_pair(torch.float32)
+    generator, critic, _, latent = mlp_pair(torch.float32)
     trainer = Trainer(generator.to(device), critic.to(device), latent=latent, n_critic=2)
     first = trainer.step(torch.randn(8, 10, device=device))
     before = first.as_dict()
@@ -423,7 +423,8 @@ from fastwgan import GradientPenalty, Trainer, WeightClip, models
 constraint = {"clip": WeightClip(), "penalty": GradientPenalty()}[sys.argv[1]]
 torch.manual_seed(0)
 critic = nn.Sequential(nn.Linear(10, 16), nn.LeakyReLU(0.2), nn.Dropout(0.3), nn.Linear(16, 1))
-trainer = Trainer(models.mlp([6, 16, 16, 10], norm=True), critic, latent=6, constraint=constraint, n_critic=4, backend="torch")
+generator = models.mlp([6, 16, 16, 10], norm=True)
+trainer = Trainer(generator, critic, latent=6, constraint=constraint, n_critic=4, backend="torch")
 data = torch.randn(30, 8, 10, generator=torch.Generator().manual_seed(1))
 start, stop, load, save = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
 if load != "-":
