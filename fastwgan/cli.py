@@ -53,7 +53,7 @@ DIGITS = Recipe(
 )  # fmt: skip
 TOY = Recipe(
     latent=2, width=256, hidden=3, penalty_weight=0.1, penalty_lr=5e-4, betas=(0.5, 0.9),
-    clip_bound=0.1, clip_lr=2e-4, batch_size=256, n_critic=5, steps=10_000,
+    clip_bound=0.1, clip_lr=2e-4, batch_size=256, n_critic=5, steps=6_000,
 )  # fmt: skip
 
 

@@ -99,8 +99,7 @@ def _apply(function: Any, *args: Any) -> Any:
 class _CriticLoss(torch.autograd.Function):
     @staticmethod
     def forward(real: Tensor, fake: Tensor) -> Any:
-        loss, _ = kernels.scores.mean_scores("critic", real, fake)
-        return loss[0]
+        return kernels.scores.mean_scores("critic", real, fake)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -115,8 +114,7 @@ class _CriticLoss(torch.autograd.Function):
 class _GeneratorLoss(torch.autograd.Function):
     @staticmethod
     def forward(fake: Tensor) -> Any:
-        loss, _ = kernels.scores.mean_scores("generator", fake, fake)
-        return loss[0]
+        return kernels.scores.mean_scores("generator", fake, fake)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -130,8 +128,7 @@ class _GeneratorLoss(torch.autograd.Function):
 class _WassersteinLoss(torch.autograd.Function):
     @staticmethod
     def forward(y_true: Tensor, y_pred: Tensor) -> Any:
-        loss, _ = kernels.scores.mean_scores("labels", y_true, y_pred)
-        return loss[0]
+        return kernels.scores.mean_scores("labels", y_true, y_pred)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -148,8 +145,8 @@ class _WassersteinLoss(torch.autograd.Function):
 class _HingeCriticLoss(torch.autograd.Function):
     @staticmethod
     def forward(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        loss, _ = kernels.scores.mean_scores("hinge", real, fake)
-        return loss[0], loss[1]
+        on_real, on_fake, _ = kernels.scores.mean_scores("hinge", real, fake)
+        return on_real, on_fake
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
@@ -277,7 +274,7 @@ def score_statistics(real_scores: Tensor, fake_scores: Tensor, backend: Backend)
     real_scores, fake_scores = real_scores.detach(), fake_scores.detach()
     if resolve(backend, real_scores.device) == "torch":
         return reference.score_statistics(real_scores, fake_scores)
-    _, statistics = kernels.scores.mean_scores("critic", real_scores, fake_scores)
+    *_, statistics = kernels.scores.mean_scores("critic", real_scores, fake_scores)
     return statistics  # type: ignore[no-any-return]
 
 
@@ -294,14 +291,18 @@ class _Interpolate(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         _, eps = output
         ctx.mark_non_differentiable(eps)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(eps)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if grad is None:
+            return None, None, None, None
         (eps,) = ctx.saved_tensors
         eps = eps.view(-1, *[1] * (grad.dim() - 1))
-        real_grad = (grad * eps).to(grad.dtype)
-        return real_grad, grad - real_grad, None, None
+        real_grad = (grad * eps).to(grad.dtype) if ctx.needs_input_grad[0] else None
+        fake_grad = (grad * (1 - eps)).to(grad.dtype) if ctx.needs_input_grad[1] else None
+        return real_grad, fake_grad, None, None
 
 
 def interpolate(
@@ -340,6 +341,8 @@ def interpolate(
             raise ValueError(f"offset: expected one int64 element on {fake.device}, got {got}")
     else:
         check_seed("offset", offset)
+    if isinstance(offset, Tensor):
+        offset = offset.reshape(())
     if resolve(backend, fake.device) == "torch":
         return reference.interpolate(real, fake, seed=seed, offset=offset)
     out, _ = _apply(_Interpolate, real, fake, seed, offset)
@@ -348,23 +351,31 @@ def interpolate(
 
 class _Penalty(torch.autograd.Function):
     @staticmethod
-    def forward(gradients: Tensor, kind: str, target: float) -> tuple[Tensor, Tensor]:
-        loss, _, cotangent = kernels.penalty.gradient_penalty(gradients, kind, target, 1.0, True)
-        return loss[0], cotangent
+    def forward(gradients: Tensor, kind: str, target: float, differentiable: bool) -> tuple[Tensor, Tensor]:
+        # Wide, as the gradient that comes in may be large (a loss scale) where the cotangent is small.
+        wide = torch.float64 if gradients.dtype == torch.float64 else torch.float32
+        loss, _, cotangent = kernels.penalty.gradient_penalty(
+            gradients, kind, target, 1.0, wide if differentiable else None
+        )
+        return loss, cotangent
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        gradients, ctx.kind, ctx.target = inputs
+        gradients, ctx.kind, ctx.target, _ = inputs
         _, cotangent = output
         ctx.mark_non_differentiable(cotangent)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(gradients, cotangent)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None]:
+        if grad is None:
+            return None, None, None, None
         gradients, cotangent = ctx.saved_tensors
         if torch.is_grad_enabled():  # a graph is asked for, and the kernel's cotangent has none
-            _, cotangent = reference.penalty_cotangent(gradients, kind=ctx.kind, target=ctx.target)
-        return grad * cotangent, None, None
+            wide = gradients.to(cotangent.dtype)
+            cotangent = reference.penalty_cotangent(wide, kind=ctx.kind, target=ctx.target)[1]
+        return (grad * cotangent).to(gradients.dtype), None, None, None
 
 
 def penalty(gradients: Tensor, *, kind: str = "two-sided", target: float = 1.0, backend: Backend = "auto") -> Tensor:
@@ -393,11 +404,9 @@ def penalty(gradients: Tensor, *, kind: str = "two-sided", target: float = 1.0, 
     check_penalty(kind, target)
     if resolve(backend, gradients.device) == "torch":
         return reference.penalty(gradients, kind=kind, target=target)
-    if not (gradients.requires_grad and torch.is_grad_enabled()):
-        loss: Tensor = kernels.penalty.gradient_penalty(gradients, kind, float(target), 1.0, False)[0]
-        return loss[0]
-    loss, _ = _apply(_Penalty, gradients, kind, float(target))
-    return loss
+    differentiable = gradients.requires_grad and torch.is_grad_enabled()
+    loss, _ = _apply(_Penalty, gradients, kind, float(target), differentiable)
+    return loss  # type: ignore[no-any-return]
 
 
 def penalty_cotangent(
@@ -407,7 +416,7 @@ def penalty_cotangent(
     gradients = gradients.detach()
     if resolve(backend, gradients.device) == "torch":
         return reference.penalty_cotangent(gradients, kind=kind, target=target, weight=weight)
-    _, statistics, cotangent = kernels.penalty.gradient_penalty(gradients, kind, target, weight, True)
+    _, statistics, cotangent = kernels.penalty.gradient_penalty(gradients, kind, target, weight, gradients.dtype)
     return statistics, cotangent
 
 
@@ -485,7 +494,7 @@ def gradient_penalty(
     _check_tensor("real", real)
     _check_tensor("fake", fake)
     if seed is None:
-        seed = int(torch.randint(2**63 - 1, ()))
+        seed = int(torch.randint(2**63 - 1, (), device="cpu"))
     with torch.enable_grad():
         x = interpolate(real.detach(), fake.detach(), seed=seed, backend=backend).requires_grad_()
         g = input_gradient(critic, x, args)
@@ -526,8 +535,16 @@ def check_parameter(name: str, p: object) -> None:
 
 
 @cache
-def _clipper(device: torch.device, dtype: torch.dtype) -> Any:
+def _clipper(device: torch.device, dtype: torch.dtype, stream: int) -> Any:
     return kernels.update.Update(device, dtype)
+
+
+def check_bound(name: str, bound: object, dtype: torch.dtype) -> float:
+    """``bound`` as ``dtype`` holds it, or an error naming it unless it is a number > 0 that ``dtype`` can hold."""
+    value = check_number(name, bound, minimum=0, exclusive=True)
+    if value > torch.finfo(dtype).max:
+        raise ValueError(f"{name}: expected a number that {dtype} can hold, got {bound}")
+    return torch.tensor(value, dtype=dtype, device="cpu").item()
 
 
 def clip_and_count_(parameters: Iterable[Tensor], bound: float, backend: Backend) -> tuple[Tensor, int] | None:
@@ -539,18 +556,19 @@ def clip_and_count_(parameters: Iterable[Tensor], bound: float, backend: Backend
         if p.numel():
             groups.setdefault((p.device, p.dtype), []).append(p)
     check_number("bound", bound, minimum=0, exclusive=True)
+    limits = [check_bound("bound", bound, dtype) for _, dtype in groups]
     backends = [resolve(backend, device) for device, _ in groups]
     shares = []
-    for ((device, dtype), params), name in zip(groups.items(), backends, strict=True):
+    for ((device, dtype), params), limit, name in zip(groups.items(), limits, backends, strict=True):
         if name == "torch":
             reference.clip_weights_(params, bound)
             on_bound, total = reference.saturation(params, bound)
             shares.append((on_bound / total, total))
             continue
         dense = [p.detach() if is_dense(p) else p.detach().contiguous() for p in params]
-        limit = torch.tensor(bound, dtype=dtype).item()
         hyper = ((*[0.0] * (len(kernels.update.HYPER) - 1), limit),)
-        share = _clipper(device, dtype).launch("clamp", dense, None, [()] * len(dense), None, hyper, [0] * len(dense))
+        launcher = _clipper(device, dtype, kernels.arrival.stream_of(device))
+        share = launcher.launch("clamp", dense, None, [()] * len(dense), None, hyper, [0] * len(dense))
         torch.autograd.graph.increment_version(params)
         for p, work in zip(params, dense, strict=True):
             if work.data_ptr() != p.data_ptr():

@@ -17,7 +17,7 @@ from torch.optim.adam import adam
 
 from fastwgan import reference
 from fastwgan.backend import Backend, kernels, resolve
-from fastwgan.functional import check_number, check_parameter, combine_shares, is_dense, same_layout
+from fastwgan.functional import check_bound, check_number, check_parameter, combine_shares, is_dense, same_layout
 
 __all__ = ["Adam", "RMSprop"]
 
@@ -33,6 +33,7 @@ class _Optimizer(Optimizer):
 
     _algorithm: str
     _states: tuple[str, ...]  # every state tensor the algorithm can have, in the kernel's order
+    _required: tuple[str, ...]  # options that tell a state of this algorithm from another's
 
     def __init__(self, params: Params, defaults: dict[str, Any], backend: Backend) -> None:
         if backend not in ("auto", "triton", "torch"):
@@ -66,17 +67,24 @@ class _Optimizer(Optimizer):
         """
         self._check_group({**self.defaults, **param_group})
         params = param_group["params"]
-        if not isinstance(params, (Tensor, set)):
-            params = param_group["params"] = list(params)  # it may be a generator
-            for i, p in enumerate(params):
-                check_parameter(f"params[{i}]", p[1] if isinstance(p, tuple) else p)
+        if not isinstance(params, set):  # torch refuses sets, whose order changes
+            params = param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
+            seen = set()
+            for i, entry in enumerate(params):
+                p = entry[1] if isinstance(entry, tuple) else entry
+                check_parameter(f"params[{i}]", p)
+                if id(p) in seen:
+                    raise ValueError(f"params[{i}]: expected each parameter once, got one that stands before it")
+                seen.add(id(p))
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("backend", "auto")
-        self._updates = {}
+        self.__dict__.setdefault("_updates", {})  # kept by load_state_dict: a graph may read its tables
         self.shares = []
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -119,9 +127,7 @@ class _Optimizer(Optimizer):
             shape = (group.get("momentum", 0) > 0, group.get("centered", False))
             for p in group["params"]:
                 if p.grad is not None and p.numel():
-                    if p.grad.layout != torch.strided or p.grad.dtype != p.dtype:
-                        got = f"{p.grad.dtype}, {p.grad.layout}"
-                        raise TypeError(f"grad: expected a dense gradient in {p.dtype}, got {got}")
+                    self._check_member(p, group)
                     buckets.setdefault((p.device, p.dtype, *shape), []).append((p, group))
         backends = {key: resolve(self.backend, key[0]) for key in buckets}
         self.shares = []
@@ -133,13 +139,34 @@ class _Optimizer(Optimizer):
                     self._step_triton(key, members)
         return loss
 
+    def _check_member(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Raise unless a kernel given addresses alone would read and write the right memory."""
+        grad = p.grad
+        assert grad is not None
+        if (grad.shape, grad.dtype, grad.device, grad.layout) != (p.shape, p.dtype, p.device, torch.strided):
+            expected, got = (f"{tuple(x.shape)} {x.dtype} {x.layout} on {x.device}" for x in (p, grad))
+            raise TypeError(f"grad: expected {expected}, got {got}")
+        state = self.state.get(p, {})
+        for name in self._states:
+            if name in state and state[name].shape != p.shape:
+                raise ValueError(f"state: {name}: expected shape {tuple(p.shape)}, got {tuple(state[name].shape)}")
+        if group["clip"] is not None:
+            check_bound("clip", group["clip"], p.dtype)
+
     def _ensure_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """p's state: made where it is missing, and following p to another dtype or device."""
         state: dict[str, Any] = self.state[p]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        elif state["step"].device != p.device or state["step"].dtype != torch.float32:
+            state["step"] = state["step"].to(p.device, torch.float32)
         for name in self._used_states(group):
-            if name is not None and name not in state:
+            if name is None:
+                continue
+            if name not in state:
                 state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            elif state[name].dtype != p.dtype or state[name].device != p.device:
+                state[name] = state[name].to(p.device, p.dtype)
         return state
 
     def _step_torch(self, members: list[tuple[Tensor, dict[str, Any]]]) -> None:
@@ -162,22 +189,21 @@ class _Optimizer(Optimizer):
     ) -> None:
         device, dtype, momentum, centered = key
         params, grads, states, steps, copies = [], [], [], [], []
-        rows: dict[tuple[float, ...], int] = {}
+        rows: list[tuple[float, ...]] = []  # one for each group, also where two are equal: a graph keeps the number
         hyper_rows, clamped = [], 0
-        limits: dict[float | None, float] = {None: math.inf}
         row_of_group: dict[int, int] = {}
         for p, group in members:
             if id(group) not in row_of_group:
                 clip = group["clip"]
-                if clip not in limits:  # the bound as this dtype holds it, so that weights on it are counted
-                    limits[clip] = torch.tensor(clip, dtype=dtype).item()
-                row_of_group[id(group)] = rows.setdefault(self._hyper(group, limits[clip]), len(rows))
+                row_of_group[id(group)] = len(rows)
+                # The bound as this dtype holds it, so that weights on it are counted.
+                rows.append(self._hyper(group, math.inf if clip is None else check_bound("clip", clip, dtype)))
             state = self._ensure_state(p, group)
             work = p if is_dense(p) else p.detach().contiguous()
             if work is not p:
                 copies.append((p, work))
-            grad = p.grad
-            assert grad is not None
+            assert p.grad is not None
+            grad = p.grad.resolve_neg()
             if not same_layout(grad, work):
                 grad = torch.empty_like(work).copy_(grad)
             names = self._used_states(group)
@@ -209,14 +235,21 @@ class _Optimizer(Optimizer):
             for i, state in result["state"].items()
         }
         for state in result["state"].values():
-            state["step"] = state["step"].cpu()
+            if "step" in state:
+                state["step"] = state["step"].cpu()
         return result
 
-    def _check_state(self, i: int, p: Tensor, state: dict[str, Any]) -> None:
-        for name in self._states:
-            if name in state and state[name] is not None and state[name].shape != p.shape:
-                expected, got = tuple(p.shape), tuple(state[name].shape)
-                raise ValueError(f"state_dict: {name} of parameter {i}: expected shape {expected}, got {got}")
+    def _check_state(self, i: int, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+        if not state:
+            return
+        for name in ("step", *filter(None, self._used_states(group))):
+            if name not in state:
+                raise ValueError(f"state_dict: parameter {i}: expected {name}, got {', '.join(map(str, state))}")
+            shape = () if name == "step" else p.shape
+            value = torch.as_tensor(state[name])
+            if value.shape != shape:
+                got = tuple(value.shape)
+                raise ValueError(f"state_dict: {name} of parameter {i}: expected shape {tuple(shape)}, got {got}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take a state from :meth:`state_dict`, or from ``torch.optim``'s optimizer of the same name.
@@ -229,15 +262,24 @@ class _Optimizer(Optimizer):
         """
         state_dict = copy.deepcopy(state_dict)
         groups = state_dict["param_groups"]
-        if len(groups) == len(self.param_groups):
-            for group, own in zip(groups, self.param_groups, strict=True):
-                group.setdefault("clip", own["clip"])
-                self._check_group(group)
-                for variant in ("amsgrad", "decoupled_weight_decay"):
-                    if group.get(variant, False):
-                        raise ValueError(f"state_dict: {variant}=True is not supported by {type(self).__name__}")
-                for i, p in zip(group["params"], own["params"], strict=False):
-                    self._check_state(i, p, state_dict["state"].get(i, {}))
+        if len(groups) != len(self.param_groups):
+            raise ValueError(f"state_dict: expected {len(self.param_groups)} parameter groups, got {len(groups)}")
+        for group, own in zip(groups, self.param_groups, strict=True):
+            missing = [name for name in self._required if name not in group]
+            if missing:
+                raise ValueError(f"state_dict: expected a state of {type(self).__name__}, missing {', '.join(missing)}")
+            group.setdefault("clip", own["clip"])
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)  # an older torch did not save them all
+            self._check_group(group)
+            for variant in ("amsgrad", "decoupled_weight_decay"):
+                if group.get(variant, False):
+                    raise ValueError(f"state_dict: {variant}=True is not supported by {type(self).__name__}")
+            if len(group["params"]) != len(own["params"]):
+                expected, got = len(own["params"]), len(group["params"])
+                raise ValueError(f"state_dict: expected {expected} parameters in a group, got {got}")
+            for i, p in zip(group["params"], own["params"], strict=True):
+                self._check_state(i, p, group, state_dict["state"].get(i, {}))
         # The group dicts stay the same objects: a scheduler, or the torch optimizer they were taken from, holds them.
         own_groups, own_state = self.param_groups, self.state
         super().load_state_dict(state_dict)
@@ -248,7 +290,8 @@ class _Optimizer(Optimizer):
         own_state.update(self.state)
         self.param_groups, self.state = own_groups, own_state
         for p, state in self.state.items():
-            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(p.device).clone()
+            if state:
+                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(p.device).clone()
 
 
 class RMSprop(_Optimizer):
@@ -282,6 +325,7 @@ class RMSprop(_Optimizer):
 
     _algorithm = "rmsprop"
     _states = ("square_avg", "grad_avg", "momentum_buffer")
+    _required = ("lr", "alpha", "eps")
 
     def __init__(
         self,
@@ -365,6 +409,7 @@ class Adam(_Optimizer):
 
     _algorithm = "adam"
     _states = ("exp_avg_sq", "exp_avg")
+    _required = ("lr", "betas", "eps")
 
     def __init__(
         self,
@@ -432,5 +477,6 @@ class Adam(_Optimizer):
             eps=group["eps"],
             maximize=group["maximize"],
         )
+        torch.autograd.graph.increment_version(params)  # the fused step leaves it to its caller
         if group["clip"] is not None:
             reference.clip_weights_(params, group["clip"])

@@ -5,6 +5,7 @@ Courville, arXiv 1704.00028. Any floating dtype goes in and comes out; half prec
 norm of finite gradients overflows. Arguments are not checked here but in :mod:`fastwgan.functional`.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -59,20 +60,16 @@ def score_statistics(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
 
 
 def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
-    """Philox-4x32-10 of ``counter`` [4, n] int64 words below 2^32. Salmon et al., SC 2011.
-
-    Words 0 and 2 are multiplied and words 1 and 3 mixed in each round, so both pairs go as one [2, n] tensor.
-    """
+    """Philox-4x32-10 of ``counter`` [4, n] int64 words below 2^32. Salmon et al., SC 2011."""
     mask = 0xFFFFFFFF
-    even, odd = counter[0::2], counter[1::2]
-    multipliers = torch.tensor([[0xD2511F53], [0xCD9E8D57]], device=counter.device)
-    increments = (0x9E3779B9, 0xBB67AE85)
-    keys = torch.tensor([[[(k + i * w) & mask] for k, w in zip(key, increments, strict=True)] for i in range(10)])
-    for round_keys in keys.to(counter.device):
-        product = even * multipliers  # wraps past 2^63, which leaves all 64 bits right
-        high, low = (product >> 32) & mask, product & mask
-        even, odd = high.flip(0) ^ odd ^ round_keys, low.flip(0)
-    return torch.stack((even, odd), 1).reshape(4, -1)
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        product0, product2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wraps past 2^63, which leaves all 64 bits right
+        c0, c2 = (product2 >> 32).bitwise_and_(mask) ^ c1 ^ k0, (product0 >> 32).bitwise_and_(mask) ^ c3 ^ k1
+        c1, c3 = product2.bitwise_and_(mask), product0.bitwise_and_(mask)
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return torch.stack((c0, c1, c2, c3))
 
 
 def uniform(seed: int, offset: int | Tensor, n: int, device: torch.device | str = "cpu") -> Tensor:
@@ -98,24 +95,23 @@ def interpolate(real: Tensor, fake: Tensor, *, seed: int, offset: int | Tensor =
     return (wide_fake + _per_sample(eps, fake) * (wide_real - wide_fake)).to(fake.dtype)
 
 
-def gradient_norm(gradients: Tensor) -> Tensor:
-    """The Euclidean norm of each sample over all its dimensions, [N], float32 or wider.
+def _squared_norm(gradients: Tensor) -> Tensor:
+    """Each sample's squared norm over all its dimensions, [N], float32 or wider."""
+    return _wide(gradients).reshape(len(gradients), -1).square().sum(1)
 
-    At zero its subgradient is 0, where sqrt(sum(g^2)) gives NaN.
-    """
-    squares = _wide(gradients).reshape(len(gradients), -1).square().sum(1)
+
+def _root(squares: Tensor) -> Tensor:
+    """The square root with subgradient 0 at zero, where sqrt gives infinity and then NaN."""
     positive = squares > 0
     return torch.where(positive, torch.where(positive, squares, 1).sqrt(), squares)
 
 
-def _penalties(norms: Tensor, kind: str, target: float) -> Tensor:
+def _penalties(squares: Tensor, kind: str, target: float) -> Tensor:
     if kind == "two-sided":
-        return (norms - target).square()
+        return (_root(squares) - target).square()
     if kind == "one-sided":
-        return (norms - target).relu().square()
-    if kind == "zero-centered":
-        return norms.square()
-    return norms**POWER
+        return (_root(squares) - target).relu().square()
+    return squares if kind == "zero-centered" else squares ** (POWER // 2)
 
 
 def penalty(gradients: Tensor, *, kind: str = "two-sided", target: float = 1.0) -> Tensor:
@@ -124,7 +120,7 @@ def penalty(gradients: Tensor, *, kind: str = "two-sided", target: float = 1.0) 
     two-sided (n - target)^2: WGAN-GP, equation 3. one-sided max(n - target, 0)^2: WGAN-LP, arXiv 1709.08894.
     zero-centered n^2: R1 and R2 without their factor 1/2, arXiv 1801.04406. power n^6: WGAN-div, arXiv 1712.01026.
     """
-    return _penalties(gradient_norm(gradients), kind, target).mean().to(gradients.dtype)
+    return _penalties(_squared_norm(gradients), kind, target).mean().to(gradients.dtype)
 
 
 def penalty_cotangent(gradients: Tensor, *, kind: str, target: float, weight: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -132,18 +128,19 @@ def penalty_cotangent(gradients: Tensor, *, kind: str, target: float, weight: fl
 
     With f the function of the norm, sample i's cotangent is weight / N * f'(n) / n * g, and 0 at n = 0.
     """
-    norms = gradient_norm(gradients)
+    squares = _squared_norm(gradients)
+    norms = _root(squares)
     if kind == "zero-centered":
         slope = torch.full_like(norms, 2.0)
     elif kind == "power":
-        slope = POWER * norms ** (POWER - 2)
+        slope = POWER * squares ** (POWER // 2 - 1)
     else:
         excess = norms - target
         if kind == "one-sided":
             excess = excess.relu()
         zero = norms == 0
         slope = torch.where(zero, 0, 2 * excess / torch.where(zero, 1, norms))
-    statistics = torch.stack((_penalties(norms, kind, target).mean(), norms.mean()))
+    statistics = torch.stack((_penalties(squares, kind, target).mean(), norms.mean()))
     scale = _per_sample(slope * (weight / len(norms)), gradients)
     return statistics, (scale * _wide(gradients)).to(gradients.dtype)
 
@@ -180,7 +177,7 @@ def clip_weights_(parameters: Iterable[Tensor], bound: float) -> None:
 def saturation(parameters: Iterable[Tensor], bound: float) -> tuple[Tensor, int]:
     """(how many weights lie on their bound, of how many)."""
     params = list(parameters)
-    limit = torch.tensor(bound, dtype=params[0].dtype).item()
+    limit = torch.tensor(bound, dtype=params[0].dtype, device="cpu").item()
     counts = [torch.count_nonzero(p.detach().abs() >= limit) for p in params]
     return torch.stack(counts).sum(), sum(p.numel() for p in params)
 
@@ -255,7 +252,8 @@ def adam_step_(
     beta1, beta2 = betas
     p, g, m, v = _wide(param), _wide(grad), _wide(exp_avg), _wide(exp_avg_sq)
     step += 1
-    bias1, bias2 = 1 - beta1 ** step.double(), 1 - beta2 ** step.double()
+    t = step.to(p.dtype)
+    bias1, bias2 = (-torch.expm1(t * (math.log(beta) if beta > 0 else -math.inf)) for beta in betas)  # 1 - beta^t
     if maximize:
         g = -g
     if weight_decay != 0:

@@ -7,9 +7,9 @@ chooses the grid and launches once. Nothing here checks arguments or knows autog
 
 import triton
 
-from . import penalty, scores, update
+from . import arrival, penalty, scores, update
 
 # Triton decides at definition time whether a kernel is compiled or interpreted, so this holds for the process.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
-__all__ = ["INTERPRETED", "penalty", "scores", "update"]
+__all__ = ["INTERPRETED", "arrival", "penalty", "scores", "update"]

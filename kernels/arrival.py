@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+_zeros: dict[tuple[torch.device, int, torch.dtype], torch.Tensor] = {}
 
 
 @triton.jit
@@ -23,10 +23,24 @@ def is_last(counter_ptr):
     return last
 
 
-def counter(device: torch.device) -> torch.Tensor:
-    """The arrival counter (int32, zero between launches) of the current stream, for kernels ordered by it."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (device, stream)
-    if key not in _counters:
-        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _counters[key]
+def stream_of(device: torch.device) -> int:
+    """The current stream of ``device``, as a number; 0 on a CPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def zero(device: torch.device, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    """A [1] integer that is zero between launches, for the kernels of the current stream, which come one by one.
+
+    A graph gets one of its own, zeroed at each replay: it may be replayed beside others or on another stream.
+    """
+    if capturing(device):
+        return torch.zeros(1, dtype=dtype, device=device)
+    key = (device, stream_of(device), dtype)
+    if key not in _zeros:
+        _zeros[key] = torch.zeros(1, dtype=dtype, device=device)
+    return _zeros[key]

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import divide, sqrt
-from .arrival import counter, is_last
+from .arrival import is_last, zero
 from .philox import STREAM, uniform
 
 INTERPOLATE_BLOCK = 2048
@@ -83,7 +83,7 @@ def _phi(norm, KIND: tl.constexpr, TARGET: tl.constexpr):
 def _slope(norm, KIND: tl.constexpr, TARGET: tl.constexpr):
     """phi'(norm) / norm, the factor between a gradient and its cotangent."""
     if KIND == "zero-centered":
-        factor = norm * 0 + 2
+        factor = tl.full([], 2, norm.dtype)
     elif KIND == "power":
         square = norm * norm
         factor = 6 * square * square
@@ -98,8 +98,8 @@ def _slope(norm, KIND: tl.constexpr, TARGET: tl.constexpr):
 @triton.jit
 def _penalty_kernel(
     g_ptr,  # [N, size]
-    v_ptr,  # [N, size], written where COTANGENT
-    loss_ptr,  # [1] in g's dtype
+    v_ptr,  # [N, size], written where COTANGENT, in its own dtype
+    loss_ptr,  # [] in g's dtype
     stats_ptr,  # [2] mean penalty, mean norm; the accumulator's dtype
     norm_ptr,  # [N]
     counter_ptr,  # [1] int32
@@ -127,7 +127,8 @@ def _penalty_kernel(
             tl.store(v_ptr + start + lanes, scale * g, mask)
     else:
         squares = tl.zeros([BLOCK], acc)
-        for column in range(0, size, BLOCK):
+        origin = tl.full([], 0, tl.int64)
+        for column in range(origin, size, BLOCK):
             mask = column + lanes < size
             g = tl.load(g_ptr + start + column + lanes, mask, other=0).to(acc)
             squares += g * g
@@ -135,7 +136,7 @@ def _penalty_kernel(
         if COTANGENT:
             scale = WEIGHT * _slope(norm, KIND, TARGET) / batch
             last = (size - 1) // BLOCK
-            for i in range(0, last + 1):
+            for i in range(origin, last + 1):
                 column = (last - i) * BLOCK  # backwards: what was read last is still in cache
                 mask = column + lanes < size
                 g = tl.load(g_ptr + start + column + lanes, mask, other=0).to(acc)
@@ -147,10 +148,10 @@ def _penalty_kernel(
         penalties = tl.zeros([NORMS_BLOCK], acc)
         norms = tl.zeros([NORMS_BLOCK], acc)
         for first in range(0, batch, NORMS_BLOCK):
-            mask = first + slots < batch
-            each = tl.load(norm_ptr + first + slots, mask, other=0, cache_modifier=".cg")
+            valid = first + slots < batch  # not "mask": in a loop a name keeps its shape
+            each = tl.load(norm_ptr + first + slots, valid, other=0, cache_modifier=".cg")
             norms += each
-            penalties += tl.where(mask, _phi(each, KIND, TARGET), 0)
+            penalties += tl.where(valid, _phi(each, KIND, TARGET), 0)
         loss = tl.sum(penalties, axis=0) / batch
         tl.store(loss_ptr, loss)
         tl.store(stats_ptr + 0, loss)
@@ -159,6 +160,7 @@ def _penalty_kernel(
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
     """x itself where its samples lie dense one after another (contiguous or channels_last), else a contiguous copy."""
+    x = x.resolve_neg()
     if x.is_contiguous():
         return x
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
@@ -172,37 +174,42 @@ def interpolate(
     real: torch.Tensor, fake: torch.Tensor, seed: int, offset: int | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch once; return (out like fake, eps [N] float32). ``offset`` is an int or a one-element int64 tensor."""
-    real, fake = _dense(real), _dense(fake)
-    if real.stride() != fake.stride():
-        real, fake = real.contiguous(), fake.contiguous()
-    batch, size = fake.shape[0], fake[0].numel()
-    out = torch.empty_like(fake)
-    eps = torch.empty(batch, dtype=torch.float32, device=fake.device)
-    on_device = isinstance(offset, torch.Tensor)
-    block = min(triton.next_power_of_2(size), INTERPOLATE_BLOCK)
-    blocks = triton.cdiv(size, block)
-    _interpolate_kernel[(batch * blocks,)](
-        real, fake, out, eps, offset if on_device else eps, seed, 0 if on_device else offset, size, blocks,
-        STREAM=STREAM, OFFSET_ON_DEVICE=on_device, BLOCK=block, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(fake):
+        real, fake = _dense(real), _dense(fake)
+        if real.stride() != fake.stride():
+            real, fake = real.contiguous(), fake.contiguous()
+        batch, size = fake.shape[0], fake[0].numel()
+        out = torch.empty_like(fake)
+        eps = torch.empty(batch, dtype=torch.float32, device=fake.device)
+        on_device = isinstance(offset, torch.Tensor)
+        block = min(triton.next_power_of_2(size), INTERPOLATE_BLOCK)
+        blocks = triton.cdiv(size, block)
+        _interpolate_kernel[(batch * blocks,)](
+            real, fake, out, eps, offset if on_device else eps, seed, 0 if on_device else offset, size, blocks,
+            STREAM=STREAM, OFFSET_ON_DEVICE=on_device, BLOCK=block, num_warps=4,
+        )  # fmt: skip
     return out, eps
 
 
 def gradient_penalty(
-    g: torch.Tensor, kind: str, target: float, weight: float, cotangent: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Launch once; return (loss [1], stats [2], v like g or None). ``loss`` and ``stats`` are without the weight."""
-    g = _dense(g)
-    batch, size = g.shape[0], g[0].numel()
-    acc = torch.float64 if g.dtype == torch.float64 else torch.float32
-    v = torch.empty_like(g) if cotangent else None
-    loss = torch.empty(1, dtype=g.dtype, device=g.device)
-    stats = torch.empty(2, dtype=acc, device=g.device)
-    norms = torch.empty(batch, dtype=acc, device=g.device)
-    block = min(triton.next_power_of_2(size), MAX_BLOCK)
-    _penalty_kernel[(batch,)](
-        g, g if v is None else v, loss, stats, norms, counter(g.device), batch, size,
-        KIND=kind, TARGET=target, WEIGHT=weight, COTANGENT=cotangent, ONE_BLOCK=size <= block,
-        BLOCK=block, NORMS_BLOCK=NORMS_BLOCK, num_warps=max(4, min(16, block // 1024)),
-    )  # fmt: skip
+    g: torch.Tensor, kind: str, target: float, weight: float, cotangent: torch.dtype | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch once; return (loss [], stats [2], v like g in dtype ``cotangent``, empty where that is None).
+
+    ``loss`` and ``stats`` are without the weight.
+    """
+    with torch.cuda.device_of(g):
+        g = _dense(g)
+        batch, size = g.shape[0], g[0].numel()
+        acc = torch.float64 if g.dtype == torch.float64 else torch.float32
+        v = g.new_empty(0) if cotangent is None else torch.empty_like(g, dtype=cotangent)
+        loss = torch.empty((), dtype=g.dtype, device=g.device)
+        stats = torch.empty(2, dtype=acc, device=g.device)
+        norms = torch.empty(batch, dtype=acc, device=g.device)
+        block = min(triton.next_power_of_2(size), MAX_BLOCK)
+        _penalty_kernel[(batch,)](
+            g, g if cotangent is None else v, loss, stats, norms, zero(g.device), batch, size,
+            KIND=kind, TARGET=target, WEIGHT=weight, COTANGENT=cotangent is not None, ONE_BLOCK=size <= block,
+            BLOCK=block, NORMS_BLOCK=NORMS_BLOCK, num_warps=max(4, min(16, block // 1024)),
+        )  # fmt: skip
     return loss, stats, v

@@ -6,6 +6,8 @@
     labels      mean(a * b)                                 labels, scores
     hinge       mean(relu(1 - a)), mean(relu(1 + b))        real, fake scores
 
+``critic`` also fills the statistics.
+
 Inputs are read once, as flat arrays in any order. Sums run in float32 (float64 for float64 input). Each program
 strides over the input and writes one partial per mean; the last to arrive adds them in index order.
 """
@@ -14,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .arrival import counter, is_last
+from .arrival import is_last, zero
 
 BLOCK = 1024
 MAX_PROGRAMS = 512  # several per multiprocessor on any current GPU; also the width of the final sum
@@ -24,7 +26,8 @@ MAX_PROGRAMS = 512  # several per multiprocessor on any current GPU; also the wi
 def _scores_kernel(
     a_ptr,  # [a_numel] scores or labels
     b_ptr,  # [b_numel] scores
-    loss_ptr,  # [2] in the scores' dtype
+    loss_ptr,  # [] in the scores' dtype
+    second_ptr,  # [] likewise, the hinge form's loss on b
     stats_ptr,  # [4] mean a, mean b, mean a - mean b, mean b - mean a; the accumulator's dtype
     partial_ptr,  # [2, MAX_PROGRAMS]
     counter_ptr,  # [1] int32
@@ -79,20 +82,21 @@ def _scores_kernel(
         elif FORM == "labels":
             tl.store(loss_ptr, mean_a)
         else:
-            tl.store(loss_ptr + 0, mean_a)
-            tl.store(loss_ptr + 1, mean_b)
+            tl.store(loss_ptr, mean_a)
+            tl.store(second_ptr, mean_b)
 
 
-def mean_scores(form: str, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch once; return (loss [2], stats [4]). ``generator`` reads and fills only the first of each."""
-    a, b = a.contiguous(), b.contiguous()
-    acc = torch.float64 if a.dtype == torch.float64 else torch.float32
-    loss = torch.empty(2, dtype=a.dtype, device=a.device)
-    stats = torch.empty(4, dtype=acc, device=a.device)
-    partial = torch.empty(2, MAX_PROGRAMS, dtype=acc, device=a.device)
-    programs = min(triton.cdiv(max(a.numel(), b.numel()), BLOCK), MAX_PROGRAMS)
-    _scores_kernel[(programs,)](
-        a, b, loss, stats, partial, counter(a.device), a.numel(), b.numel(),
-        FORM=form, BLOCK=BLOCK, MAX_PROGRAMS=MAX_PROGRAMS, num_warps=4,
-    )  # fmt: skip
-    return loss, stats
+def mean_scores(form: str, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch once; return (loss [], second loss [], stats [4]), of which a form fills what the table above says."""
+    with torch.cuda.device_of(a):
+        a, b = a.resolve_neg().contiguous(), b.resolve_neg().contiguous()
+        acc = torch.float64 if a.dtype == torch.float64 else torch.float32
+        loss, second = (torch.empty((), dtype=a.dtype, device=a.device) for _ in range(2))
+        stats = torch.empty(4, dtype=acc, device=a.device)
+        partial = torch.empty(2, MAX_PROGRAMS, dtype=acc, device=a.device)
+        programs = min(triton.cdiv(max(a.numel(), b.numel()), BLOCK), MAX_PROGRAMS)
+        _scores_kernel[(programs,)](
+            a, b, loss, second, stats, partial, zero(a.device), a.numel(), b.numel(),
+            FORM=form, BLOCK=BLOCK, MAX_PROGRAMS=MAX_PROGRAMS, num_warps=4,
+        )  # fmt: skip
+    return loss, second, stats

@@ -12,6 +12,8 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
+from .arrival import capturing
+
 # The columns of an address row (int64). STEP is 0 where an algorithm has no step count, STATE* where it is unused.
 PARAM, GRAD, STATE0, STATE1, STATE2, STEP, NUMEL, FIRST_CHUNK, HYPER, ALIGNED = range(10)
 COLUMNS = 10
@@ -20,21 +22,25 @@ CACHED = 16  # tables kept per cache; a loop that sees more address patterns tha
 _pending: list[tuple[torch.Tensor, torch.Tensor]] = []
 
 
-def upload(host: torch.Tensor, out: torch.Tensor) -> None:
-    """Copy ``host`` (CPU) to ``out`` in stream order, without waiting; kept back during a graph capture."""
-    if out.device.type == "cuda":
-        host = host.pin_memory()
-        if torch.cuda.is_current_stream_capturing():
-            _pending.append((out, host))
-            return
-    out.copy_(host, non_blocking=True)
+def upload(host: torch.Tensor, out: torch.Tensor) -> bool:
+    """Copy ``host`` (CPU) to ``out`` in stream order, without waiting; during a graph capture keep it back.
+
+    Returns whether it was copied.
+    """
+    if capturing(out.device):
+        _pending.append((out, host))
+        return False
+    out.copy_(host.pin_memory() if out.device.type == "cuda" else host, non_blocking=True)
+    return True
 
 
 def fill_pending() -> None:
-    """Do the uploads kept back during a graph capture. Call after the capture and before the first replay."""
-    while _pending:
-        out, host = _pending.pop()
-        out.copy_(host, non_blocking=True)
+    """Do the uploads kept back during a graph capture, in order. Call after the capture, before the first replay."""
+    pending = _pending.copy()
+    _pending.clear()
+    for out, host in pending:
+        with torch.cuda.device_of(out):
+            upload(host, out)
 
 
 class Mirror:
@@ -43,31 +49,36 @@ class Mirror:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
         self._rows: Hashable = None
-        self._tensor: torch.Tensor | None = None
+        self._tensors: list[torch.Tensor] = []  # the last is in use; a graph may still read an earlier one
 
     def set(self, rows: tuple[tuple[float, ...], ...]) -> torch.Tensor:
         """The device tensor holding ``rows``; uploads only when they changed."""
         if rows != self._rows:
-            host = torch.tensor(rows, dtype=self._dtype)
-            if self._tensor is None or self._tensor.shape != host.shape:
-                self._tensor = torch.empty_like(host, device=self._device)
-            upload(host, self._tensor)
-            self._rows = rows
-        assert self._tensor is not None
-        return self._tensor
+            host = torch.tensor(rows, dtype=self._dtype, device="cpu")
+            if not self._tensors or self._tensors[-1].shape != host.shape:
+                self._tensors.append(torch.empty_like(host, device=self._device))
+            self._rows = rows if upload(host, self._tensors[-1]) else None
+        return self._tensors[-1]
 
 
 def _owners(chunks: list[int]) -> torch.Tensor:
-    return torch.arange(len(chunks), dtype=torch.int32).repeat_interleave(torch.tensor(chunks))
+    indices = torch.arange(len(chunks), dtype=torch.int32, device="cpu")
+    return indices.repeat_interleave(torch.tensor(chunks, device="cpu"))
 
 
 class Tables:
-    """Device tables of one optimizer, cached by content."""
+    """Device tables of one launcher, cached by content."""
 
     def __init__(self) -> None:
         self._cache: dict[Hashable, torch.Tensor] = {}
+        self._captured: list[torch.Tensor] = []  # a graph reads them for as long as it lives
 
     def _get(self, key: Hashable, device: torch.device, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if capturing(device):
+            host = make()
+            self._captured.append(torch.empty_like(host, device=device))
+            upload(host, self._captured[-1])
+            return self._captured[-1]
         table = self._cache.pop(key, None)
         if table is None:
             host = make()
@@ -102,6 +113,6 @@ class Tables:
             chunks.append(count)
             first += count
         device = params[0].device
-        table = self._get(tuple(rows), device, lambda: torch.tensor(rows, dtype=torch.int64))
+        table = self._get(tuple(rows), device, lambda: torch.tensor(rows, dtype=torch.int64, device="cpu"))
         owners = self._get(tuple(chunks), device, lambda: _owners(chunks))
         return table, owners

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from . import table
 from .arithmetic import divide, sqrt
-from .arrival import counter, is_last
+from .arrival import is_last, zero
 
 BLOCK = 2048
 STEPS_BLOCK = 128
@@ -52,6 +52,13 @@ def _one_minus_power(log_base, exponent):
     for i in tl.static_range(18, 1, -1):  # expm1(x) / x by Horner; 18 terms reach float64 rounding at -0.5
         series = 1 + series * near / i
     return tl.where(x > -0.5, -near * series, 1 - tl.exp(x))
+
+
+@triton.jit
+def _toward(mean, value, beta, complement):
+    """beta * mean + complement * value; from the nearer end, so that beta = 0 gives the value exactly."""
+    change = value - mean
+    return tl.where(complement < 0.5, mean + complement * change, value - beta * change)
 
 
 @triton.jit
@@ -100,7 +107,7 @@ def _update_chunk(
         if CENTERED:
             m_ptr = _pointer(row_ptr, STATE1, DTYPE, FULL) + offsets
             m = tl.load(m_ptr, mask).to(acc)
-            m += beta2_c * (g - m)
+            m = _toward(m, g, beta2, beta2_c)
             tl.store(m_ptr, m.to(DTYPE), mask)
             # Rounding can leave this difference just below zero, where the root would be NaN.
             variance = tl.maximum(s - m * m, 0, propagate_nan=tl.PropagateNan.ALL)
@@ -116,7 +123,7 @@ def _update_chunk(
         bias2 = _one_minus_power(tl.load(hyper_ptr + BETA2_LOG), step)
         m_ptr = _pointer(row_ptr, STATE1, DTYPE, FULL) + offsets
         m = tl.load(m_ptr, mask).to(acc)
-        m += tl.load(hyper_ptr + BETA1_C) * (g - m)
+        m = _toward(m, g, tl.load(hyper_ptr + BETA1), tl.load(hyper_ptr + BETA1_C))
         tl.store(m_ptr, m.to(DTYPE), mask)
         p -= divide(lr, bias1) * divide(m, divide(sqrt(s), sqrt(bias2)) + eps)
 
@@ -184,14 +191,13 @@ _DTYPES = {
 
 
 class Update:
-    """The launcher for one (device, dtype) group of tensors, with the small device buffers it reuses."""
+    """The launcher for one (device, dtype) group of tensors on one stream, with the device tables it reuses."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._dtype = dtype
         acc = torch.float64 if dtype == torch.float64 else torch.float32
         self._hyper = table.Mirror(acc, device)
         self._tables = table.Tables()
-        self._count = torch.zeros(1, dtype=torch.int64, device=device)
 
     def launch(
         self,
@@ -208,19 +214,21 @@ class Update:
     ) -> torch.Tensor | None:
         """Launch once, in place.
 
-        Everything is dense and laid out like its parameter. ``states`` are per tensor: (square_avg, grad_avg or None,
-        momentum_buffer or None) for rmsprop, (exp_avg_sq, exp_avg) for adam, () for clamp. ``hyper`` holds rows of
-        HYPER, ``hyper_rows`` the row of each tensor. Returns the share of clamped weights on their bound (0-d
-        float32), or None if no row has a bound.
+        No tensor is empty; all are dense and laid out like their parameter. ``states`` are per tensor: (square_avg,
+        grad_avg or None, momentum_buffer or None) for rmsprop, (exp_avg_sq, exp_avg) for adam, () for clamp. ``hyper``
+        holds rows of HYPER, ``hyper_rows`` the row of each tensor. Returns the share of clamped weights on their bound
+        (0-d float32), or None if no row has a bound.
         """
-        rows, owners = self._tables.addresses(params, grads, states, steps, hyper_rows, BLOCK)
-        bounded = [row[-1] != float("inf") for row in hyper]
-        clamped = sum(p.numel() for p, row in zip(params, hyper_rows, strict=True) if bounded[row])
-        share = torch.empty(1, dtype=torch.float32, device=owners.device)
-        if len(owners):
+        device = params[0].device
+        with torch.cuda.device_of(params[0]):
+            rows, owners = self._tables.addresses(params, grads, states, steps, hyper_rows, BLOCK)
+            bounded = [row[-1] != float("inf") for row in hyper]
+            clamped = sum(p.numel() for p, row in zip(params, hyper_rows, strict=True) if bounded[row])
+            share = torch.empty((), dtype=torch.float32, device=device)
             _update_kernel[(len(owners),)](
-                rows, owners, self._hyper.set(hyper), self._count, share, counter(owners.device), len(params), clamped,
+                rows, owners, self._hyper.set(hyper), zero(device, torch.int64), share, zero(device),
+                len(params), clamped,
                 DTYPE=_DTYPES[self._dtype], ALGORITHM=algorithm, HAS_MOMENTUM=momentum, CENTERED=centered,
                 BLOCK=BLOCK, STEPS_BLOCK=STEPS_BLOCK, num_warps=4,
             )  # fmt: skip
-        return share[0] if clamped else None
+        return share if clamped else None

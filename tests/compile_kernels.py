@@ -32,7 +32,8 @@ def _compile(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> N
     options, signature, constexprs, attrs = self._pack_args(backend, kwargs, bound, specialization, options)
     source = ASTSource(self, signature, constexprs, attrs)
     compiled = triton.compile(source, target=target, options=options.__dict__)
-    row = {"kernel": self.__name__, "target": _target, "dtype": str(_dtype)}
+    numbers = [value for value in args if isinstance(value, int)]
+    row = {"kernel": self.__name__, "target": _target, "dtype": str(_dtype), "numbers": numbers}
     if "ptx" in compiled.asm:
         ptx = compiled.asm["ptx"]
         row["wide_loads"] = len(re.findall(r"ld\.global\S*\.v4\.b32", ptx))
@@ -45,12 +46,16 @@ def _launch_all() -> None:
     x = torch.empty(4096, dtype=_dtype)
     for form in ("critic", "generator", "labels", "hinge"):
         scores.mean_scores(form, x, x)
+    for size in (1, 2, 3072, 16384):
+        for batch in (1, 64):
+            penalty.gradient_penalty(torch.empty(batch, size, dtype=_dtype), "one-sided", 1.0, 10.0, _dtype)
+    penalty.gradient_penalty(torch.empty(64, 8, dtype=_dtype), "two-sided", 1.0, 10.0, None)
     small, large = torch.empty(64, 784, dtype=_dtype), torch.empty(2, 3, 256, 256, dtype=_dtype)
     penalty.interpolate(small, small, 7, 0)
     penalty.interpolate(large, large, 2**62, torch.zeros(1, dtype=torch.int64))
     for kind in ("two-sided", "one-sided", "zero-centered", "power"):
-        penalty.gradient_penalty(small, kind, 1.0, 10.0, True)
-    penalty.gradient_penalty(large, "two-sided", 1.0, 10.0, True)
+        penalty.gradient_penalty(small, kind, 1.0, 10.0, _dtype)
+    penalty.gradient_penalty(large, "two-sided", 1.0, 10.0, torch.float32)
     tensors = [torch.empty(5000, dtype=_dtype) for _ in range(3)]
     state, steps = [(x, x, x)] * 3, [torch.zeros(())] * 3
     hyper = ((0.5,) * len(update.HYPER),)
@@ -67,6 +72,6 @@ def _launch_all() -> None:
 if __name__ == "__main__":
     JITFunction.run = _compile
     for _target in TARGETS:
-        for _dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for _dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             _launch_all()
     sys.exit(0)

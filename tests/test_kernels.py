@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 def _uploads(monkeypatch):
     calls = []
     upload = table.upload
-    monkeypatch.setattr(table, "upload", lambda host, out: (calls.append(host.shape), upload(host, out)))
+    monkeypatch.setattr(table, "upload", lambda host, out: calls.append(host.shape) or upload(host, out))
     return calls
 
 
@@ -75,7 +75,7 @@ def test_the_arrival_counter_is_zero_between_launches():
     x = torch.randn(5000)
     for _ in range(3):
         scores.mean_scores("critic", x, x)
-        assert arrival.counter(x.device).item() == 0
+        assert arrival.zero(x.device).item() == 0
 
 
 def test_sums_do_not_depend_on_the_order_of_programs(monkeypatch, device):
@@ -84,11 +84,11 @@ def test_sums_do_not_depend_on_the_order_of_programs(monkeypatch, device):
     from triton.runtime import interpreter
 
     x, y = torch.randn(40_000), torch.randn(40_000)
-    straight = scores.mean_scores("critic", x, y)[1]
+    straight = scores.mean_scores("critic", x, y)[2]
     set_index = interpreter.interpreter_builder.set_grid_idx
     last = -(-40_000 // scores.BLOCK) - 1
     monkeypatch.setattr(interpreter.interpreter_builder, "set_grid_idx", lambda i, j, k: set_index(last - i, j, k))
-    assert torch.equal(scores.mean_scores("critic", x, y)[1], straight)
+    assert torch.equal(scores.mean_scores("critic", x, y)[2], straight)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999, 0.9999999])
@@ -125,11 +125,31 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here():
     }
     assert {row["target"] for row in rows} == {"cuda:80", "cuda:90", "hip:gfx942"}
     for row in rows:
-        if row["target"].startswith("cuda"):
-            assert row["wide_loads"] > 0, row
+        if row["target"].startswith("cuda") and row["dtype"] != "torch.float64":
             assert row["float64"] == 0, row
-            if row["kernel"] != "_scores_kernel":  # it writes a few numbers
-                assert row["wide_stores"] > 0, row
+            if max(row["numbers"]) >= 784:  # large enough for a thread to hold 16 bytes
+                assert row["wide_loads"] > 0, row
+                assert row["wide_stores"] > 0 or row["kernel"] == "_scores_kernel", row  # that writes a few numbers
+
+
+def test_uploads_kept_back_during_a_capture_come_in_order_and_stay(monkeypatch):
+    """As a graph capture would have it: its tables are its own, and what was kept back is not taken for done."""
+    mirror, tables, p = table.Mirror(torch.float32, CPU), table.Tables(), [torch.ones(3)]
+    args = (p, p, [()], None, [0], 8)
+    eager = tables.addresses(*args)[0]
+    monkeypatch.setattr(table, "capturing", lambda device: True)
+    captured = tables.addresses(*args)[0]
+    captured.zero_()
+    assert captured is not eager
+    first = mirror.set(((1.0,),))
+    mirror.set(((2.0,),))
+    first.zero_()
+    monkeypatch.setattr(table, "capturing", lambda device: False)
+    table.fill_pending()
+    assert torch.equal(captured, eager)
+    assert first.item() == 2
+    table.fill_pending()
+    assert mirror.set(((2.0,),)) is first
 
 
 def test_update_constants_name_the_columns():

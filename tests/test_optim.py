@@ -250,6 +250,50 @@ def test_infinite_weight_without_decay_stays(backend, device):
     assert p.isinf().all()
 
 
+@pytest.mark.parametrize("name", PAIRS)
+def test_steps_count_as_changes_to_autograd(name, backend, device):
+    """A backward pass over weights that a step has changed meanwhile must fail, not go wrong."""
+    p = nn.Parameter(torch.full((4,), 2.0, device=device))
+    p.grad = torch.ones_like(p)
+    y = (p**3).sum()
+    PAIRS[name][0]([p], backend=backend).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_state_follows_its_parameter(backend, device):
+    module, eager = nn.Linear(3, 2).to(device), nn.Linear(3, 2).to(device)
+    eager.load_state_dict(module.state_dict())
+    optimizer, other = Adam(module.parameters(), backend=backend), torch.optim.Adam(eager.parameters(), foreach=False)
+    for dtype in (torch.float32, torch.float64):
+        module.to(dtype)
+        eager.to(dtype)
+        _set_grads(list(module.parameters()), list(eager.parameters()), step=0)
+        optimizer.step()
+        for state in other.state.values():
+            state.update({k: v.to(dtype) for k, v in state.items() if k != "step"})
+        other.step()
+    torch.testing.assert_close(module.state_dict(), eager.state_dict())
+    module.weight.data = torch.ones(5, 5, dtype=torch.float64, device=device)
+    before = module.bias.detach().clone()
+    with pytest.raises((TypeError, ValueError), match="^(grad|state):"):
+        optimizer.step()
+    assert torch.equal(module.bias, before)
+
+
+def test_a_foreign_default_device_changes_nothing(backend, device):
+    p = nn.Parameter(torch.ones(3, device=device))
+    p.grad = torch.ones_like(p)
+    optimizer = RMSprop([p], clip=0.5, backend=backend)
+    torch.set_default_device("meta")
+    try:
+        optimizer.step()
+    finally:
+        torch.set_default_device(None)
+    assert optimizer.saturation == 1
+    assert p.abs().max() == 0.5
+
+
 def test_schedulers_and_closures(backend, device):
     (p,) = _params(torch.float32, device, [(3,)])
     optimizer = RMSprop([p], lr=1.0, backend=backend)
@@ -298,6 +342,15 @@ def test_bad_decays_parameters_and_gradients():
         Adam([P], betas=0.5)
     with pytest.raises(TypeError, match=r"^params\[0\]:"):
         RMSprop([torch.zeros(3, dtype=torch.complex64, requires_grad=True)])
+    with pytest.raises(TypeError, match=r"^params\[0\]:"):
+        RMSprop([{"params": torch.zeros(3, dtype=torch.complex64, requires_grad=True)}])
+    with pytest.raises(ValueError, match=r"^params\[1\]:"):
+        RMSprop([P, P])
+    half = nn.Parameter(torch.ones(3, dtype=torch.float16))
+    half.grad = torch.ones_like(half)
+    optimizer = RMSprop([half], clip=1e5)
+    with pytest.raises(ValueError, match="^clip:"):
+        optimizer.step()
     p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     q.grad, p.grad = torch.ones(3).to_sparse(), torch.ones(3)
     with pytest.raises(TypeError, match="^grad:"):
@@ -313,11 +366,40 @@ def test_bad_states_change_nothing():
     before = copy.deepcopy(optimizer.state_dict())
     other = nn.Parameter(torch.ones(4))
     other.grad = torch.ones(4)
-    for theirs in (torch.optim.Adam([other]), torch.optim.Adam([other], amsgrad=True), torch.optim.AdamW([other])):
+    states = []
+    for kind, options in (
+        (torch.optim.Adam, {}),  # another shape
+        (torch.optim.Adam, {"amsgrad": True}),
+        (torch.optim.AdamW, {}),
+        (torch.optim.SGD, {"lr": 0.1}),
+        (torch.optim.RMSprop, {}),
+        (torch.optim.Adamax, {}),
+    ):
+        theirs = kind([other], **options)
         theirs.step()
+        states.append(theirs.state_dict())
+    two = copy.deepcopy(before)
+    two["param_groups"] *= 2
+    stepless = copy.deepcopy(before)
+    del stepless["state"][0]["step"]
+    for state in (*states, two, stepless):
         with pytest.raises(ValueError, match="^state_dict:"):
-            optimizer.load_state_dict(theirs.state_dict())
+            optimizer.load_state_dict(state)
         torch.testing.assert_close(optimizer.state_dict(), before)
+
+
+def test_sparse_histories_load():
+    """States of an older torch, without every option, and of parameters that have never had a gradient."""
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = Adam([p, q])
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert not optimizer.state[q]
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["maximize"]
+    optimizer.load_state_dict(state)
+    optimizer.step()
+    assert optimizer.state_dict()["state"][0]["step"] == 2
 
 
 def test_triton_that_cannot_be_had_says_why(monkeypatch):
