@@ -41,7 +41,7 @@ class _Optimizer(Optimizer):
         self.backend: Backend = backend
         self._updates: dict[tuple[torch.device, torch.dtype, bool, bool], Any] = {}
         self.shares: list[tuple[Tensor, int]] = []  # of the last step: (share of weights on their bound, of how many)
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, "differentiable": False})  # an option that torch's base class looks for
 
     def _check_group(self, group: dict[str, Any]) -> None:
         for name in ("lr", "eps", "weight_decay"):
