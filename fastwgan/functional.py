@@ -284,7 +284,7 @@ def score_statistics(real_scores: Tensor, fake_scores: Tensor, backend: Backend)
 class _Interpolate(torch.autograd.Function):
     @staticmethod
     def forward(real: Tensor, fake: Tensor, seed: int, offset: int | Tensor) -> tuple[Tensor, Tensor]:
-        out, eps = kernels.penalty.interpolate(real, fake, seed, offset)
+        out, eps = kernels.interpolate.interpolate(real, fake, seed, offset)
         return out, eps
 
     @staticmethod

@@ -1,6 +1,7 @@
-"""Correctly rounded division and square root in float32 and float64.
+"""Scalar functions, in float32 and float64, that keep the digits.
 
-Triton's ``/`` and ``tl.sqrt`` are approximate in float32. These kernels wait for memory, so exactness costs nothing.
+Triton's ``/`` and ``tl.sqrt`` are approximate in float32; these round correctly. The kernels wait for memory, so that
+costs nothing.
 """
 
 import triton
@@ -16,3 +17,21 @@ def divide(x, y):
 @triton.jit
 def sqrt(x):
     return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
+
+
+@triton.jit
+def one_minus_power(log_base, exponent):
+    """1 - base^exponent for base in [0, 1), to rounding even where the power is close to one."""
+    x = log_base * exponent
+    near = tl.where(x > -0.5, x, 0)
+    series = near * 0 + 1
+    for i in tl.static_range(18, 1, -1):  # expm1(x) / x by Horner; 18 terms reach float64 rounding at -0.5
+        series = 1 + series * near / i
+    return tl.where(x > -0.5, -near * series, 1 - tl.exp(x))
+
+
+@triton.jit
+def toward(mean, value, beta, complement):
+    """beta * mean + complement * value; from the nearer end, so that beta = 0 gives the value exactly."""
+    change = value - mean
+    return tl.where(complement < 0.5, mean + complement * change, value - beta * change)

@@ -1,18 +1,17 @@
-"""WGAN-GP's two elementwise halves: the interpolation before the critic and the penalty after it.
+"""WGAN-GP's penalty: each sample's gradient norm, the mean of a function of it, and that mean's gradient.
 
-    interpolate       out[i] = fake[i] + eps[i] * (real[i] - fake[i]),  eps[i] = uniform(seed, offset + i)
-    gradient_penalty  n[i] = ||g[i]||_2,  loss = mean_i phi(n[i]),  v[i] = weight / N * phi'(n[i]) / n[i] * g[i]
+    n[i] = ||g[i]||_2,  loss = mean_i phi(n[i]),  v[i] = weight / N * phi'(n[i]) / n[i] * g[i]
 
     kind            phi(n)                  phi'(n) / n
-    two-sided       (n - target)^2          2 (n - target) / n,      0 at n = 0
+    two-sided       (n - target)^2          2 (n - target) / n,       0 at n = 0
     one-sided       max(n - target, 0)^2    2 max(n - target, 0) / n, 0 at n = 0
     zero-centered   n^2                     2
     power           n^6                     6 n^4
 
 Arrays are [N, size] with dense samples. Arithmetic is float32 (float64 for float64 input), so a half-precision
-gradient cannot overflow when squared. Interpolation reads two arrays and writes one; the penalty reads g once where
-a sample fits one block (MAX_BLOCK elements; beyond that the second read comes from cache) and writes v once.
-One launch each.
+gradient cannot overflow when squared. One launch reads g once where a sample fits one block (MAX_BLOCK elements;
+beyond that the second read comes from cache) and writes v once. A program handles one sample; the last to arrive
+takes the mean.
 """
 
 import torch
@@ -21,46 +20,10 @@ import triton.language as tl
 
 from .arithmetic import divide, sqrt
 from .arrival import is_last, zero
-from .philox import STREAM, uniform
+from .layout import dense_samples
 
-INTERPOLATE_BLOCK = 2048
 MAX_BLOCK = 16384  # 32 float32 registers per thread with 16 warps
 NORMS_BLOCK = 1024
-
-
-@triton.jit(do_not_specialize=["seed", "offset"])
-def _interpolate_kernel(
-    real_ptr,  # [N, size]
-    fake_ptr,  # [N, size]
-    out_ptr,  # [N, size]
-    eps_ptr,  # [N] float32
-    offset_ptr,  # [1] int64, added to offset where OFFSET_ON_DEVICE
-    seed: tl.int64,
-    offset: tl.int64,
-    size,
-    blocks,  # per sample
-    STREAM: tl.constexpr,
-    OFFSET_ON_DEVICE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    program = tl.program_id(0).to(tl.int64)
-    sample = program // blocks
-    block = program % blocks
-    index = sample + offset
-    if OFFSET_ON_DEVICE:
-        index += tl.load(offset_ptr)
-    eps = uniform(seed, index, STREAM)
-    if block == 0:
-        tl.store(eps_ptr + sample, eps)
-
-    columns = block * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < size
-    start = sample * size
-    real = tl.load(real_ptr + start + columns, mask)
-    fake = tl.load(fake_ptr + start + columns, mask)
-    acc = tl.float64 if real.dtype == tl.float64 else tl.float32
-    real, fake = real.to(acc), fake.to(acc)
-    tl.store(out_ptr + start + columns, fake + eps.to(acc) * (real - fake), mask)
 
 
 @triton.jit
@@ -158,39 +121,6 @@ def _penalty_kernel(
         tl.store(stats_ptr + 1, tl.sum(norms, axis=0) / batch)
 
 
-def _dense(x: torch.Tensor) -> torch.Tensor:
-    """x itself where its samples lie dense one after another (contiguous or channels_last), else a contiguous copy."""
-    x = x.resolve_neg()
-    if x.is_contiguous():
-        return x
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return x
-    if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
-        return x
-    return x.contiguous()
-
-
-def interpolate(
-    real: torch.Tensor, fake: torch.Tensor, seed: int, offset: int | torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch once; return (out like fake, eps [N] float32). ``offset`` is an int or a one-element int64 tensor."""
-    with torch.cuda.device_of(fake):
-        real, fake = _dense(real), _dense(fake)
-        if real.stride() != fake.stride():
-            real, fake = real.contiguous(), fake.contiguous()
-        batch, size = fake.shape[0], fake[0].numel()
-        out = torch.empty_like(fake)
-        eps = torch.empty(batch, dtype=torch.float32, device=fake.device)
-        on_device = isinstance(offset, torch.Tensor)
-        block = min(triton.next_power_of_2(size), INTERPOLATE_BLOCK)
-        blocks = triton.cdiv(size, block)
-        _interpolate_kernel[(batch * blocks,)](
-            real, fake, out, eps, offset if on_device else eps, seed, 0 if on_device else offset, size, blocks,
-            STREAM=STREAM, OFFSET_ON_DEVICE=on_device, BLOCK=block, num_warps=4,
-        )  # fmt: skip
-    return out, eps
-
-
 def gradient_penalty(
     g: torch.Tensor, kind: str, target: float, weight: float, cotangent: torch.dtype | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -199,7 +129,7 @@ def gradient_penalty(
     ``loss`` and ``stats`` are without the weight.
     """
     with torch.cuda.device_of(g):
-        g = _dense(g)
+        g = dense_samples(g)
         batch, size = g.shape[0], g[0].numel()
         acc = torch.float64 if g.dtype == torch.float64 else torch.float32
         v = g.new_empty(0) if cotangent is None else torch.empty_like(g, dtype=cotangent)

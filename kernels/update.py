@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from . import table
-from .arithmetic import divide, sqrt
+from .arithmetic import divide, one_minus_power, sqrt, toward
 from .arrival import is_last, zero
 
 BLOCK = 2048
@@ -41,24 +41,6 @@ PARAM, GRAD, STATE0, STATE1, STATE2 = (
 STEP, NUMEL, FIRST_CHUNK, HYPER_ROW, ALIGNED, COLUMNS = (
     tl.constexpr(i) for i in (table.STEP, table.NUMEL, table.FIRST_CHUNK, table.HYPER, table.ALIGNED, table.COLUMNS)
 )
-
-
-@triton.jit
-def _one_minus_power(log_base, exponent):
-    """1 - base^exponent for base in [0, 1), to rounding even where the power is close to one."""
-    x = log_base * exponent
-    near = tl.where(x > -0.5, x, 0)
-    series = near * 0 + 1
-    for i in tl.static_range(18, 1, -1):  # expm1(x) / x by Horner; 18 terms reach float64 rounding at -0.5
-        series = 1 + series * near / i
-    return tl.where(x > -0.5, -near * series, 1 - tl.exp(x))
-
-
-@triton.jit
-def _toward(mean, value, beta, complement):
-    """beta * mean + complement * value; from the nearer end, so that beta = 0 gives the value exactly."""
-    change = value - mean
-    return tl.where(complement < 0.5, mean + complement * change, value - beta * change)
 
 
 @triton.jit
@@ -107,7 +89,7 @@ def _update_chunk(
         if CENTERED:
             m_ptr = _pointer(row_ptr, STATE1, DTYPE, FULL) + offsets
             m = tl.load(m_ptr, mask).to(acc)
-            m = _toward(m, g, beta2, beta2_c)
+            m = toward(m, g, beta2, beta2_c)
             tl.store(m_ptr, m.to(DTYPE), mask)
             # Rounding can leave this difference just below zero, where the root would be NaN.
             variance = tl.maximum(s - m * m, 0, propagate_nan=tl.PropagateNan.ALL)
@@ -119,11 +101,11 @@ def _update_chunk(
         p -= lr * change
     elif ALGORITHM == "adam":
         step = tl.load(tl.load(row_ptr + STEP).to(tl.pointer_type(tl.float32))).to(acc) + 1
-        bias1 = _one_minus_power(tl.load(hyper_ptr + BETA1_LOG), step)
-        bias2 = _one_minus_power(tl.load(hyper_ptr + BETA2_LOG), step)
+        bias1 = one_minus_power(tl.load(hyper_ptr + BETA1_LOG), step)
+        bias2 = one_minus_power(tl.load(hyper_ptr + BETA2_LOG), step)
         m_ptr = _pointer(row_ptr, STATE1, DTYPE, FULL) + offsets
         m = tl.load(m_ptr, mask).to(acc)
-        m = _toward(m, g, tl.load(hyper_ptr + BETA1), tl.load(hyper_ptr + BETA1_C))
+        m = toward(m, g, tl.load(hyper_ptr + BETA1), tl.load(hyper_ptr + BETA1_C))
         tl.store(m_ptr, m.to(DTYPE), mask)
         p -= divide(lr, bias1) * divide(m, divide(sqrt(s), sqrt(bias2)) + eps)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import triton
-from fastwgan.kernels import penalty, scores, update
+from fastwgan.kernels import interpolate, penalty, scores, update
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -51,8 +51,8 @@ def _launch_all() -> None:
             penalty.gradient_penalty(torch.empty(batch, size, dtype=_dtype), "one-sided", 1.0, 10.0, _dtype)
     penalty.gradient_penalty(torch.empty(64, 8, dtype=_dtype), "two-sided", 1.0, 10.0, None)
     small, large = torch.empty(64, 784, dtype=_dtype), torch.empty(2, 3, 256, 256, dtype=_dtype)
-    penalty.interpolate(small, small, 7, 0)
-    penalty.interpolate(large, large, 2**62, torch.zeros(1, dtype=torch.int64))
+    interpolate.interpolate(small, small, 7, 0)
+    interpolate.interpolate(large, large, 2**62, torch.zeros(1, dtype=torch.int64))
     for kind in ("two-sided", "one-sided", "zero-centered", "power"):
         penalty.gradient_penalty(small, kind, 1.0, 10.0, _dtype)
     penalty.gradient_penalty(large, "two-sided", 1.0, 10.0, torch.float32)
