@@ -11,12 +11,13 @@ become part of the graph; it is kept back instead, and ``fill_pending`` does it 
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
+import triton.language as tl
 
 from .arrival import capturing
 
 # The columns of an address row (int64). STEP is 0 where an algorithm has no step count, STATE* where it is unused.
-PARAM, GRAD, STATE0, STATE1, STATE2, STEP, NUMEL, FIRST_CHUNK, HYPER, ALIGNED = range(10)
-COLUMNS = 10
+PARAM, GRAD, STATE0, STATE1, STATE2, STEP, NUMEL, FIRST_CHUNK, HYPER_ROW, ALIGNED = (tl.constexpr(i) for i in range(10))
+COLUMNS = tl.constexpr(10)
 CACHED = 16  # tables kept per cache; a loop that sees more address patterns than this uploads again
 
 _pending: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -104,7 +105,7 @@ class Tables:
         for i, param in enumerate(params):
             pointers = [param.data_ptr(), grads[i].data_ptr() if grads else 0, 0, 0, 0]
             for k, state in enumerate(states[i]):
-                pointers[STATE0 + k] = 0 if state is None else state.data_ptr()
+                pointers[STATE0.value + k] = 0 if state is None else state.data_ptr()
             numel = param.numel()
             aligned = all(pointer % 16 == 0 for pointer in pointers)
             step = steps[i].data_ptr() if steps else 0

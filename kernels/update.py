@@ -23,24 +23,18 @@ import triton.language as tl
 from . import table
 from .arithmetic import divide, one_minus_power, sqrt, toward
 from .arrival import is_last, zero
+from .table import Mirror, Tables
 
 BLOCK = 2048
 STEPS_BLOCK = 128
 
-# The columns of a hyper-parameter row. Decays come with their complement and logarithm, computed in double
-# precision on the host: 1 - 0.999 has lost four digits once 0.999 is a float32.
-HYPER = ("lr", "beta1", "beta1_complement", "beta1_log", "beta2", "beta2_complement", "beta2_log", "eps",
-         "weight_decay", "momentum", "sign", "bound")  # fmt: skip
-LR, BETA1, BETA1_C, BETA1_LOG, BETA2, BETA2_C, BETA2_LOG, EPS, DECAY, MOMENTUM, SIGN, BOUND = (
-    tl.constexpr(i) for i in range(len(HYPER))
+# The columns of a hyper-parameter row. Decays (RMSProp's alpha is BETA2) come with their complement and logarithm,
+# computed in double precision on the host: 1 - 0.999 has lost four digits once 0.999 is a float32. SIGN is -1 to
+# maximise, BOUND inf not to clamp.
+LR, BETA1, BETA1_C, BETA1_LOG, BETA2, BETA2_C, BETA2_LOG, EPS, DECAY, MOMENTUM, SIGN, BOUND = map(
+    tl.constexpr, range(12)
 )
-HYPER_COLUMNS = tl.constexpr(len(HYPER))
-PARAM, GRAD, STATE0, STATE1, STATE2 = (
-    tl.constexpr(i) for i in (table.PARAM, table.GRAD, table.STATE0, table.STATE1, table.STATE2)
-)
-STEP, NUMEL, FIRST_CHUNK, HYPER_ROW, ALIGNED, COLUMNS = (
-    tl.constexpr(i) for i in (table.STEP, table.NUMEL, table.FIRST_CHUNK, table.HYPER, table.ALIGNED, table.COLUMNS)
-)
+HYPER_COLUMNS = tl.constexpr(12)
 
 
 @triton.jit
@@ -68,7 +62,7 @@ def _update_chunk(
     acc = hyper_ptr.dtype.element_ty
     offsets = start + tl.arange(0, BLOCK)
     mask = None if FULL else offsets < numel
-    p_ptr = _pointer(row_ptr, PARAM, DTYPE, FULL) + offsets
+    p_ptr = _pointer(row_ptr, table.PARAM, DTYPE, FULL) + offsets
     p = tl.load(p_ptr, mask).to(acc)
 
     if ALGORITHM != "clamp":
@@ -77,17 +71,17 @@ def _update_chunk(
         decay = tl.load(hyper_ptr + DECAY)
         beta2 = tl.load(hyper_ptr + BETA2)
         beta2_c = tl.load(hyper_ptr + BETA2_C)
-        g = tl.load(_pointer(row_ptr, GRAD, DTYPE, FULL) + offsets, mask).to(acc) * tl.load(hyper_ptr + SIGN)
+        g = tl.load(_pointer(row_ptr, table.GRAD, DTYPE, FULL) + offsets, mask).to(acc) * tl.load(hyper_ptr + SIGN)
         if decay != 0:  # not g + 0 * p, which an infinite weight would turn into NaN
             g += decay * p
-        s_ptr = _pointer(row_ptr, STATE0, DTYPE, FULL) + offsets
+        s_ptr = _pointer(row_ptr, table.STATE0, DTYPE, FULL) + offsets
         s = beta2 * tl.load(s_ptr, mask).to(acc) + beta2_c * g * g
         tl.store(s_ptr, s.to(DTYPE), mask)
 
     if ALGORITHM == "rmsprop":
         variance = s
         if CENTERED:
-            m_ptr = _pointer(row_ptr, STATE1, DTYPE, FULL) + offsets
+            m_ptr = _pointer(row_ptr, table.STATE1, DTYPE, FULL) + offsets
             m = tl.load(m_ptr, mask).to(acc)
             m = toward(m, g, beta2, beta2_c)
             tl.store(m_ptr, m.to(DTYPE), mask)
@@ -95,15 +89,15 @@ def _update_chunk(
             variance = tl.maximum(s - m * m, 0, propagate_nan=tl.PropagateNan.ALL)
         change = divide(g, sqrt(variance) + eps)
         if HAS_MOMENTUM:
-            b_ptr = _pointer(row_ptr, STATE2, DTYPE, FULL) + offsets
+            b_ptr = _pointer(row_ptr, table.STATE2, DTYPE, FULL) + offsets
             change += tl.load(hyper_ptr + MOMENTUM) * tl.load(b_ptr, mask).to(acc)
             tl.store(b_ptr, change.to(DTYPE), mask)
         p -= lr * change
     elif ALGORITHM == "adam":
-        step = tl.load(tl.load(row_ptr + STEP).to(tl.pointer_type(tl.float32))).to(acc) + 1
+        step = tl.load(tl.load(row_ptr + table.STEP).to(tl.pointer_type(tl.float32))).to(acc) + 1
         bias1 = one_minus_power(tl.load(hyper_ptr + BETA1_LOG), step)
         bias2 = one_minus_power(tl.load(hyper_ptr + BETA2_LOG), step)
-        m_ptr = _pointer(row_ptr, STATE1, DTYPE, FULL) + offsets
+        m_ptr = _pointer(row_ptr, table.STATE1, DTYPE, FULL) + offsets
         m = tl.load(m_ptr, mask).to(acc)
         m = toward(m, g, tl.load(hyper_ptr + BETA1), tl.load(hyper_ptr + BETA1_C))
         tl.store(m_ptr, m.to(DTYPE), mask)
@@ -121,7 +115,7 @@ def _update_chunk(
 
 @triton.jit
 def _update_kernel(
-    table_ptr,  # [tensors, COLUMNS] int64
+    table_ptr,  # [tensors, table.COLUMNS] int64
     owner_ptr,  # [chunks] int32, the tensor each program works on
     hyper_ptr,  # [rows, HYPER_COLUMNS] in the accumulator's dtype
     count_ptr,  # [1] int64, zero between launches
@@ -137,11 +131,11 @@ def _update_kernel(
     STEPS_BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    row_ptr = table_ptr + tl.load(owner_ptr + program).to(tl.int64) * COLUMNS
-    numel = tl.load(row_ptr + NUMEL)
-    start = (program - tl.load(row_ptr + FIRST_CHUNK)) * BLOCK
-    row_hyper_ptr = hyper_ptr + tl.load(row_ptr + HYPER_ROW) * HYPER_COLUMNS
-    if (tl.load(row_ptr + ALIGNED) != 0) & (start + BLOCK <= numel):
+    row_ptr = table_ptr + tl.load(owner_ptr + program).to(tl.int64) * table.COLUMNS
+    numel = tl.load(row_ptr + table.NUMEL)
+    start = (program - tl.load(row_ptr + table.FIRST_CHUNK)) * BLOCK
+    row_hyper_ptr = hyper_ptr + tl.load(row_ptr + table.HYPER_ROW) * HYPER_COLUMNS
+    if (tl.load(row_ptr + table.ALIGNED) != 0) & (start + BLOCK <= numel):
         on_bound = _update_chunk(
             row_ptr, row_hyper_ptr, start, numel, DTYPE, ALGORITHM, HAS_MOMENTUM, CENTERED, BLOCK, True
         )
@@ -160,26 +154,19 @@ def _update_kernel(
             for first in range(0, tensors, STEPS_BLOCK):
                 slots = first + tl.arange(0, STEPS_BLOCK)
                 mask = slots < tensors
-                step_ptr = tl.load(table_ptr + slots * COLUMNS + STEP, mask, other=0).to(tl.pointer_type(tl.float32))
+                address = tl.load(table_ptr + slots * table.COLUMNS + table.STEP, mask, other=0)
+                step_ptr = address.to(tl.pointer_type(tl.float32))
                 tl.store(step_ptr, tl.load(step_ptr, mask, other=0) + 1, mask)
-
-
-_DTYPES = {
-    torch.float64: tl.float64,
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
 
 
 class Update:
     """The launcher for one (device, dtype) group of tensors on one stream, with the device tables it reuses."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+        self._dtype = getattr(tl, str(dtype).removeprefix("torch."))
         acc = torch.float64 if dtype == torch.float64 else torch.float32
-        self._hyper = table.Mirror(acc, device)
-        self._tables = table.Tables()
+        self._hyper = Mirror(acc, device)
+        self._tables = Tables()
 
     def launch(
         self,
@@ -198,19 +185,18 @@ class Update:
 
         No tensor is empty; all are dense and laid out like their parameter. ``states`` are per tensor: (square_avg,
         grad_avg or None, momentum_buffer or None) for rmsprop, (exp_avg_sq, exp_avg) for adam, () for clamp. ``hyper``
-        holds rows of HYPER, ``hyper_rows`` the row of each tensor. Returns the share of clamped weights on their bound
+        has the columns named above, ``hyper_rows`` the row of each tensor. Returns the share of clamped weights on their bound
         (0-d float32), or None if no row has a bound.
         """
         device = params[0].device
         with torch.cuda.device_of(params[0]):
             rows, owners = self._tables.addresses(params, grads, states, steps, hyper_rows, BLOCK)
-            bounded = [row[-1] != float("inf") for row in hyper]
-            clamped = sum(p.numel() for p, row in zip(params, hyper_rows, strict=True) if bounded[row])
+            clamped = sum(p.numel() for p, i in zip(params, hyper_rows, strict=True) if hyper[i][-1] != float("inf"))
             share = torch.empty((), dtype=torch.float32, device=device)
             _update_kernel[(len(owners),)](
                 rows, owners, self._hyper.set(hyper), zero(device, torch.int64), share, zero(device),
                 len(params), clamped,
-                DTYPE=_DTYPES[self._dtype], ALGORITHM=algorithm, HAS_MOMENTUM=momentum, CENTERED=centered,
+                DTYPE=self._dtype, ALGORITHM=algorithm, HAS_MOMENTUM=momentum, CENTERED=centered,
                 BLOCK=BLOCK, STEPS_BLOCK=STEPS_BLOCK, num_warps=4,
             )  # fmt: skip
         return share if clamped else None

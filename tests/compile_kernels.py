@@ -58,7 +58,7 @@ def _launch_all() -> None:
     penalty.gradient_penalty(large, "two-sided", 1.0, 10.0, torch.float32)
     tensors = [torch.empty(5000, dtype=_dtype) for _ in range(3)]
     state, steps = [(x, x, x)] * 3, [torch.zeros(())] * 3
-    hyper = ((0.5,) * len(update.HYPER),)
+    hyper = ((0.5,) * update.HYPER_COLUMNS.value,)
     for algorithm, momentum, centered in (
         ("rmsprop", False, False),
         ("rmsprop", True, True),

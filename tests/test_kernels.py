@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastwgan.kernels import arrival, scores, table, update
+from fastwgan.kernels import arrival, scores, table
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ def test_tables_upload_once_per_content(monkeypatch):
     rows, owners = tables.addresses(*args)
     assert len(calls) == 2
     assert owners.tolist() == [0, 0, 0, 1]
-    assert rows[1, table.FIRST_CHUNK] == 3
+    assert rows[1, table.FIRST_CHUNK.value] == 3
     assert tables.addresses(*args)[0] is rows
     assert len(calls) == 2
     moved = [torch.ones(5000), torch.ones(3)]
@@ -150,7 +150,3 @@ def test_uploads_kept_back_during_a_capture_come_in_order_and_stay(monkeypatch):
     assert first.item() == 2
     table.fill_pending()
     assert mirror.set(((2.0,),)) is first
-
-
-def test_update_constants_name_the_columns():
-    assert len(update.HYPER) == update.HYPER_COLUMNS.value == update.BOUND.value + 1
