@@ -184,9 +184,9 @@ class Update:
         """Launch once, in place.
 
         No tensor is empty; all are dense and laid out like their parameter. ``states`` are per tensor: (square_avg,
-        grad_avg or None, momentum_buffer or None) for rmsprop, (exp_avg_sq, exp_avg) for adam, () for clamp. ``hyper``
-        has the columns named above, ``hyper_rows`` the row of each tensor. Returns the share of clamped weights on their bound
-        (0-d float32), or None if no row has a bound.
+        grad_avg or None, momentum_buffer or None) for rmsprop, (exp_avg_sq, exp_avg) for adam, () for clamp.
+        ``hyper_rows`` names each tensor's row of ``hyper``, whose columns stand above. Returns the share of clamped
+        weights on their bound (0-d float32), or None if no row has a bound.
         """
         device = params[0].device
         with torch.cuda.device_of(params[0]):
