@@ -66,6 +66,6 @@ def interpolate(
         blocks = triton.cdiv(size, block)
         _interpolate_kernel[(batch * blocks,)](
             real, fake, out, eps, offset if on_device else eps, seed, 0 if on_device else offset, size, blocks,
-            STREAM=STREAM, OFFSET_ON_DEVICE=on_device, BLOCK=block, num_warps=4,
+            STREAM=STREAM, OFFSET_ON_DEVICE=on_device, BLOCK=block, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out, eps

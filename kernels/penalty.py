@@ -141,5 +141,6 @@ def gradient_penalty(
             g, g if cotangent is None else v, loss, stats, norms, zero(g.device), batch, size,
             KIND=kind, TARGET=target, WEIGHT=weight, COTANGENT=cotangent is not None, ONE_BLOCK=size <= block,
             BLOCK=block, NORMS_BLOCK=NORMS_BLOCK, num_warps=max(4, min(16, block // 1024)),
+            enable_fp_fusion=True,
         )  # fmt: skip
     return loss, stats, v

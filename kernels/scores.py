@@ -97,6 +97,6 @@ def mean_scores(form: str, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tens
         programs = min(triton.cdiv(max(a.numel(), b.numel()), BLOCK), MAX_PROGRAMS)
         _scores_kernel[(programs,)](
             a, b, loss, second, stats, partial, zero(a.device), a.numel(), b.numel(),
-            FORM=form, BLOCK=BLOCK, MAX_PROGRAMS=MAX_PROGRAMS, num_warps=4,
+            FORM=form, BLOCK=BLOCK, MAX_PROGRAMS=MAX_PROGRAMS, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return loss, second, stats

@@ -197,6 +197,6 @@ class Update:
                 rows, owners, self._hyper.set(hyper), zero(device, torch.int64), share, zero(device),
                 len(params), clamped,
                 DTYPE=self._dtype, ALGORITHM=algorithm, HAS_MOMENTUM=momentum, CENTERED=centered,
-                BLOCK=BLOCK, STEPS_BLOCK=STEPS_BLOCK, num_warps=4,
+                BLOCK=BLOCK, STEPS_BLOCK=STEPS_BLOCK, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
         return share if clamped else None
