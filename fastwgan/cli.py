@@ -1,9 +1,11 @@
 """The command line: fastwgan train | sample | info."""
 
 import argparse
+import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,10 +20,30 @@ from fastwgan.backend import triton_problem
 from fastwgan.constraints import GradientPenalty, WeightClip
 from fastwgan.fit import fit
 from fastwgan.optim import Adam, RMSprop
-from fastwgan.trainer import Trainer
+from fastwgan.trainer import Trainer, stream_seed
 
 DATA = ("digits", *data.TOYS)
+CONSTRAINTS = ("clip", "penalty")
+MOST = 1_000_000  # samples in a batch or a file
+
+# What takes a random stream of its own from --seed; the trainer takes 0 and 1.
+ORDER, PICTURE, SAMPLES = 2, 3, 4
 INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
+
+
+class _UserError(Exception):
+    """Something the user can mend; its one line is all that is shown."""
+
+
+@contextmanager
+def _problems() -> Iterator[None]:
+    """Whatever goes wrong while arguments and files are read is the user's to mend; later it would be ours."""
+    try:
+        yield
+    except ImportError as error:
+        raise _UserError(f"{error}; pip install 'fastwgan[train]' has what this command needs") from error
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        raise _UserError(str(error)) from error
 
 
 class _Parser(argparse.ArgumentParser):
@@ -67,6 +89,16 @@ class Config:
     n_critic: int
     seed: int
 
+    @classmethod
+    def of(cls, content: dict[str, Any], path: Path) -> "Config":
+        """The one that ``fastwgan train`` put into a checkpoint."""
+        config = content.get("config")
+        if not isinstance(config, dict) or config.keys() != cls.__dataclass_fields__.keys():
+            raise ValueError(f"{path} was not written by fastwgan train")
+        if config["data"] not in DATA or config["constraint"] not in CONSTRAINTS:
+            raise ValueError(f"{path} is of a run that this version does not know: {config}")
+        return cls(**config)
+
 
 def _recipe(name: str) -> Recipe:
     return DIGITS if name == "digits" else TOY
@@ -108,8 +140,8 @@ def _trainer(config: Config, device: torch.device, backend: Any) -> Trainer:
 def _batches(config: Config, device: torch.device) -> data.ShuffledBatches | data.SampledBatches:
     if config.data == "digits":
         samples, _ = data.digits()
-        return data.ShuffledBatches(samples.to(device), config.batch_size, config.seed)
-    return data.SampledBatches(data.TOYS[config.data], config.batch_size, config.seed, device)
+        return data.ShuffledBatches(samples.to(device), config.batch_size, stream_seed(config.seed, ORDER))
+    return data.SampledBatches(data.TOYS[config.data], config.batch_size, stream_seed(config.seed, ORDER), device)
 
 
 def _draw(name: str, samples: torch.Tensor, path: Path, seed: int) -> None:
@@ -118,7 +150,7 @@ def _draw(name: str, samples: torch.Tensor, path: Path, seed: int) -> None:
     if name == "digits":
         pictures.image_grid(samples, path)
     else:
-        real = data.TOYS[name](len(samples), torch.Generator().manual_seed(seed))
+        real = data.TOYS[name](len(samples), torch.Generator().manual_seed(stream_seed(seed, PICTURE)))
         pictures.points(samples, real, path)
 
 
@@ -127,13 +159,15 @@ def _device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        torch.Generator(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {name} cannot be used ({str(error).splitlines()[0]})") from error
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
-def _train(args: argparse.Namespace) -> int:
+def _prepare(args: argparse.Namespace) -> tuple[Config, Path, Trainer, Any]:
+    """The run that the arguments name, new or resumed: (what it is, its directory, trainer, batches)."""
     name = args.data or "digits"
     recipe = _recipe(name)
     given = {field: getattr(args, field) for field in Config.__dataclass_fields__ if getattr(args, field) is not None}
@@ -145,24 +179,30 @@ def _train(args: argparse.Namespace) -> int:
     content = None
     if args.resume:
         content = checkpoint.load(last)
-        if not content.get("config"):
-            raise ValueError(f"--resume: {last} was not written by fastwgan train")
+        config = Config.of(content, last)
         for field, value in given.items():
-            if content["config"][field] != value:
+            if getattr(config, field) != value:
                 option = "--" + field.replace("_", "-")
-                raise ValueError(f"{option}: the run in {out} has {content['config'][field]}, got {value}")
-        config = Config(**content["config"])
+                raise ValueError(f"{option}: the run in {out} has {getattr(config, field)}, got {value}")
     elif last.exists():
         raise ValueError(f"--out: {out} holds a run; go on with it by --resume, or name another directory")
-
     trainer, batches = _trainer(config, device, args.backend), _batches(config, device)
     if content is not None:
         trainer.load_state_dict(content["trainer"])
         batches.load_state_dict(content["data"])
+    out.mkdir(parents=True, exist_ok=True)
+    return config, out, trainer, batches
+
+
+def _train(args: argparse.Namespace) -> int:
+    with _problems():
+        import rich  # noqa: F401 - what is needed at the end had better be there at the start
+
+        from fastwgan import pictures
+
+        config, out, trainer, batches = _prepare(args)
     steps = max(0, (args.steps or _recipe(config.data).steps) - trainer.critic_iterations)
     done = fit(trainer, batches, steps, out=out, config=asdict(config), progress=True)
-
-    from fastwgan import pictures
 
     _draw(config.data, trainer.sample(100 if config.data == "digits" else 2000), out / "samples.png", config.seed)
     pictures.curves(out / "metrics.csv", out / "curves.png")
@@ -175,22 +215,22 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _sample(args: argparse.Namespace) -> int:
-    if args.out.suffix not in (".npy", ".png"):
-        raise ValueError(f"--out: expected a name ending in .npy or .png, got {args.out}")
-    content = checkpoint.load(args.checkpoint)
-    if not content.get("config"):
-        raise ValueError(f"--checkpoint: {args.checkpoint} was not written by fastwgan train")
-    config = Config(**content["config"])
-    generator = _generator(config.data)
-    generator.load_state_dict(content["trainer"]["generator"])
+    with _problems():
+        if args.out.suffix not in (".npy", ".png"):
+            raise ValueError(f"--out: expected a name ending in .npy or .png, got {args.out}")
+        content = checkpoint.load(args.checkpoint)
+        config = Config.of(content, args.checkpoint)
+        generator = _generator(config.data)
+        generator.load_state_dict(content["trainer"]["generator"])
     generator.eval()
-    random = torch.Generator().manual_seed(args.seed)
+    random = torch.Generator().manual_seed(stream_seed(args.seed, SAMPLES))
     with torch.no_grad():
         samples = generator(torch.randn(args.count, _recipe(config.data).latent, generator=random))
     if args.out.suffix == ".npy":
         np.save(args.out, samples.numpy())
     else:
-        _draw(config.data, samples, args.out, args.seed)
+        with _problems():
+            _draw(config.data, samples, args.out, args.seed)
     print(f"{args.count} samples of shape {tuple(samples.shape[1:])}: {args.out}")
     return 0
 
@@ -222,21 +262,16 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected an int >= 1, got {text}")
-    return value
+def _int(minimum: int, maximum: int) -> Callable[[str], int]:
+    """An argument type: an int within bounds, both included."""
 
+    def parse(text: str) -> int:
+        value = int(text) if text.strip().removeprefix("-").isdigit() else None
+        if value is None or not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(f"expected an int from {minimum:,} to {maximum:,}, got {text!r}")
+        return value
 
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"expected an int in [0, 2**63), got {text}")
-    return value
-
-
-_positive.__name__ = _seed.__name__ = "int"  # argparse names the type in its message
+    return parse
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -247,11 +282,11 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train on a small data set; Ctrl-C saves and ends it")
     train.set_defaults(run=_train)
     train.add_argument("--data", choices=DATA, help="default: digits")
-    train.add_argument("--constraint", choices=("clip", "penalty"), help="WGAN or WGAN-GP; default: penalty")
-    train.add_argument("--steps", type=_positive, help="critic steps in all, resumed ones included")
-    train.add_argument("--batch-size", type=_positive, help="real samples in a critic step")
-    train.add_argument("--n-critic", type=_positive, help="critic steps to a generator step")
-    train.add_argument("--seed", type=_seed, help="of weights, data order, latents and eps; default: 0")
+    train.add_argument("--constraint", choices=CONSTRAINTS, help="WGAN or WGAN-GP; default: penalty")
+    train.add_argument("--steps", type=_int(1, 10**15), help="critic steps in all, resumed ones included")
+    train.add_argument("--batch-size", type=_int(1, MOST), help="real samples in a critic step")
+    train.add_argument("--n-critic", type=_int(1, 10**15), help="critic steps to a generator step")
+    train.add_argument("--seed", type=_int(0, 2**63 - 1), help="of weights, data order, latents and eps; default: 0")
     train.add_argument("--device", help="such as cpu or cuda:0; default: the first GPU, else the CPU")
     train.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto")
     train.add_argument("--out", type=Path, help="directory; default: runs/DATA-CONSTRAINT")
@@ -260,8 +295,8 @@ def _parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sample", help="draw samples from a trained generator")
     sample.set_defaults(run=_sample)
     sample.add_argument("--checkpoint", type=Path, required=True, help="a last.pt of fastwgan train")
-    sample.add_argument("--count", type=_positive, default=100)
-    sample.add_argument("--seed", type=_seed, default=0)
+    sample.add_argument("--count", type=_int(1, MOST), default=100)
+    sample.add_argument("--seed", type=_int(0, 2**63 - 1), default=0)
     sample.add_argument("--out", type=Path, required=True, help="F.npy for the numbers, F.png for a picture")
 
     info = commands.add_parser("info", help="versions, devices, and which backend each op uses there and why")
@@ -275,15 +310,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         status: int = args.run(args)
+        sys.stdout.flush()
         return status
-    except (ValueError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
+    except BrokenPipeError:  # the reader has seen enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (_UserError, OSError) as error:
         parser.error(" ".join(str(error).split()))
-    except ImportError as error:
-        parser.error(f"{error}; pip install 'fastwgan[train]' has what this command needs")
-    except RuntimeError as error:
-        if not str(error).startswith("backend:"):
-            raise
-        parser.error(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

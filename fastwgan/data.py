@@ -67,9 +67,14 @@ class ShuffledBatches:
         samples: [N, ...].
         batch_size: may exceed N; a batch runs on into the next epoch.
         seed: of the order.
+
+    Raises:
+        ValueError: there are no samples.
     """
 
     def __init__(self, samples: Tensor, batch_size: int, seed: int) -> None:
+        if not len(samples):
+            raise ValueError("samples: expected at least one, got none")
         self._samples, self._batch_size = samples, batch_size
         self._random = torch.Generator().manual_seed(seed)
         self._order = torch.empty(0, dtype=torch.int64)

@@ -50,19 +50,29 @@ def _endless(batches: Iterable[Any]) -> Iterator[Any]:
             raise ValueError("batches: expected more batches, but the iterable has ended and cannot be started again")
 
 
+def _rows(path: Path) -> list[dict[str, str]]:
+    """The complete rows of a log; one that a killed process left half-written is no row."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if None not in row.values() and row.get("step", "").isdigit() and row.get("seconds")]
+
+
 class _Log:
     """DIR/metrics.csv. Rows past the step that a run starts from, left by one that was killed, are dropped."""
 
     def __init__(self, path: Path, start: int) -> None:
-        kept: list[dict[str, str]] = []
-        if path.exists():
-            with path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
-        self._file = path.open("w", newline="")
-        self._writer = csv.DictWriter(self._file, COLUMNS, restval="")
-        self._writer.writeheader()
-        self._writer.writerows(kept)
+        kept = [row for row in _rows(path) if int(row["step"]) <= start]
         self._seconds = float(kept[-1]["seconds"]) if kept else 0.0
+        rewritten = path.with_name(f".{path.name}")
+        with rewritten.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(kept)
+        rewritten.replace(path)
+        self._file = path.open("a", newline="")
+        self._writer = csv.DictWriter(self._file, COLUMNS, restval="")
         self._begun = time.perf_counter()
 
     def write(self, trainer: Trainer, values: dict[str, float]) -> None:
@@ -135,7 +145,8 @@ def fit(
         The steps taken: fewer than ``steps`` after Ctrl-C.
 
     Raises:
-        TypeError, ValueError: a number is out of range, or the batches end for good.
+        TypeError, ValueError: a number is out of range, ``out`` holds a run and the trainer is new, or the batches end
+            for good.
     """
     for name, value, minimum in (("steps", steps, 0), ("log_every", log_every, 1), ("save_every", save_every, 1)):
         if isinstance(value, bool) or not isinstance(value, int):
@@ -145,6 +156,8 @@ def fit(
     start = trainer.critic_iterations
     directory = None if out is None else Path(out)
     if directory is not None:
+        if start == 0 and (directory / "last.pt").exists():
+            raise ValueError(f"out: {directory} holds a run, which a new one would overwrite")
         directory.mkdir(parents=True, exist_ok=True)
     log = None if directory is None else _Log(directory / "metrics.csv", start)
     bar = _Progress(progress, start, start + steps)
@@ -161,20 +174,24 @@ def fit(
         with _interruptible() as stop:
             stream = _endless(batches)
             while done < steps and not stop.is_set():
-                batch = next(stream)
+                try:
+                    batch = next(stream)
+                except BaseException:
+                    save()  # the batches failed, not the trainer
+                    raise
                 parts = batch if isinstance(batch, (tuple, list)) else (batch,)
                 metrics = trainer.step(
                     *(x.to(trainer.device, non_blocking=True) if isinstance(x, Tensor) else x for x in parts)
                 )
                 done += 1
                 generator_loss = metrics.generator_loss if metrics.generator_loss is not None else generator_loss
-                if done % log_every == 0 or done == steps:
+                if trainer.critic_iterations % log_every == 0 or done == steps or stop.is_set():
                     metrics.generator_loss = generator_loss
                     values = metrics.as_dict()
                     bar.update(start + done, values)
                     if log is not None:
                         log.write(trainer, values)
-                if done % save_every == 0 and done < steps:
+                if trainer.critic_iterations % save_every == 0 and done < steps:
                     save()
             save()
     finally:

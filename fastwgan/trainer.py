@@ -9,9 +9,10 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,6 +23,9 @@ from fastwgan.constraints import GradientPenalty, WeightClip
 from fastwgan.optim import Adam, RMSprop
 
 __all__ = ["Metrics", "Trainer", "warmup_schedule"]
+
+PROBED_STEPS = 2  # critic steps that look whether samples mix, see _forward_at_once
+CONSTANTS = 64  # cotangents kept; a run has two or three, one with ever new batch sizes many
 
 Latent = int | Callable[[int, torch.device], Any]
 
@@ -121,19 +125,20 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """In evaluation mode; afterwards each submodule is back in its own."""
-    training = [m for m in module.modules() if m.training]
+    modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        for m in training:
-            m.training = True
+        for m, training in modes:  # outer ones first; by train(), which a module may have overridden
+            if m.training != training:
+                m.train(training)
 
 
 def _take_over(optimizer: torch.optim.Optimizer, backend: Backend) -> torch.optim.Optimizer:
     """Ours in place of a plain torch RMSprop or Adam, sharing its groups and state; any other as it is.
 
-    Sharing keeps the caller's object alive: a scheduler made for it steers ours.
+    Sharing keeps the caller's object alive: a scheduler made for it steers ours, and its hooks are called.
     """
     ours: type[RMSprop] | type[Adam]
     if type(optimizer) is torch.optim.RMSprop:
@@ -143,7 +148,8 @@ def _take_over(optimizer: torch.optim.Optimizer, backend: Backend) -> torch.opti
     else:
         return optimizer
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor) or any(group.get(k) for k in ("amsgrad", "decoupled_weight_decay")):
+        numbers = (group["lr"], *group.get("betas", ()))
+        if any(isinstance(x, Tensor) for x in numbers) or group.get("amsgrad") or group.get("decoupled_weight_decay"):
             return optimizer
     taken = ours([p for group in optimizer.param_groups for p in group["params"]], backend=backend)
     taken.param_groups, taken.state = optimizer.param_groups, optimizer.state
@@ -151,9 +157,16 @@ def _take_over(optimizer: torch.optim.Optimizer, backend: Backend) -> torch.opti
         group.setdefault("clip", None)
     for p, state in taken.state.items():
         state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(p.device)
+    taken._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
+    taken._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
     # torch's schedulers warn unless they see the optimizer they were made for take a step.
     taken.register_step_post_hook(lambda *_: setattr(optimizer, "_opt_called", True))
     return taken
+
+
+def stream_seed(seed: int, stream: int) -> int:
+    """A seed for one of several random streams that are to be independent though they come from one ``seed``."""
+    return int(np.random.SeedSequence((seed, stream)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _momentum(optimizer: torch.optim.Optimizer) -> float:
@@ -219,6 +232,8 @@ class Trainer:
                 raise TypeError(f"{name}: expected an nn.Module, got {type(module).__name__}")
             if not any(p.requires_grad for p in module.parameters()):
                 raise ValueError(f"{name}: expected trainable parameters, got none")
+        if {id(p) for p in generator.parameters()} & {id(p) for p in critic.parameters()}:
+            raise ValueError("critic: expected parameters of its own, got some that are the generator's too")
         devices = {p.device for module in (generator, critic) for p in module.parameters()}
         if len(devices) > 1:
             raise ValueError(f"critic: expected all parameters of both networks on one device, got {devices}")
@@ -245,14 +260,13 @@ class Trainer:
         self.generator_iterations = 0
         self._critic_steps_due = 0  # taken since the last generator step
         self._eps_offset = 0  # numbers of the eps stream used up
-        self._latent_random = torch.Generator(self.device).manual_seed(seed)
-        self._sample_random = torch.Generator(self.device).manual_seed(seed + 1)
+        self._latent_random = torch.Generator(self.device).manual_seed(stream_seed(seed, 0))
+        self._sample_random = torch.Generator(self.device).manual_seed(stream_seed(seed, 1))
         self._constants: dict[tuple[Any, ...], Tensor] = {}
-        self._one_forward: bool | None = None  # found out at the first critic step
+        self._one_forward = True  # until a critic step finds otherwise
 
         self.critic_optimizer = self._optimizer("critic_optimizer", critic_optimizer, critic)
         self.generator_optimizer = self._optimizer("generator_optimizer", generator_optimizer, generator)
-        self._clamp_apart: list[Tensor] = []  # what the optimizer's own launch cannot clamp
         if isinstance(constraint, WeightClip):
             self._clipped = constraint.clipped(critic)
             self._assign_clip(constraint.bound)
@@ -289,27 +303,24 @@ class Trainer:
             return Adam(trainable, lr=1e-4, betas=(0.0, 0.9), backend=self.backend)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"{name}: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError(f"{name}: expected an optimizer that steps on given gradients, got LBFGS")
         own = {id(p) for p in module.parameters()}
         if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
             raise ValueError(f"{name}: expected parameters of its own network only, got others")
         return _take_over(optimizer, self.backend)
 
     def _assign_clip(self, bound: float) -> None:
-        """Have each group of our optimizers clamp what it updates; a group with exclusions is clamped apart."""
-        clipped = {id(p) for p in self._clipped}
+        """Have each group of our optimizers that holds no exclusions clamp what it updates."""
         if not isinstance(self.critic_optimizer, (RMSprop, Adam)):
-            self._clamp_apart = list(self._clipped)
             return
-        for group in self.critic_optimizer.param_groups:
+        groups = self.critic_optimizer.param_groups
+        for group in groups:
             if group["clip"] not in (None, bound):
                 raise ValueError(f"critic_optimizer: its clip {group['clip']} contradicts the constraint's {bound}")
-        for group in self.critic_optimizer.param_groups:
-            inside = [p for p in group["params"] if id(p) in clipped]
-            if len(inside) == len(group["params"]):
-                group["clip"] = bound
-            else:
-                group["clip"] = None
-                self._clamp_apart += inside
+        clipped = {id(p) for p in self._clipped}
+        for group in groups:
+            group["clip"] = bound if all(id(p) in clipped for p in group["params"]) else None
 
     # Steps
 
@@ -318,7 +329,8 @@ class Trainer:
 
         Args:
             real: samples [N, ...] on the networks' device.
-            cond: conditions, passed on to generator and critic after their first argument.
+            cond: conditions, passed on to generator and critic after their first argument. A tensor whose first
+                dimension is N counts as one row per sample.
 
         Returns:
             Metrics without ``generator_loss``.
@@ -330,10 +342,9 @@ class Trainer:
         batch = len(real)
         with torch.no_grad():
             fake = self._generate(batch, cond, self._latent_random)
+        functional.check_samples("generator: its output", fake, self.device)
         functional.check_like("generator: its output", fake, "real", real, shape=True)
-        parameters = [p for p in self.critic.parameters() if p.requires_grad]
-        for p in parameters:
-            p.grad = None
+        parameters = self._without_gradients("critic", self.critic)
 
         with torch.enable_grad():
             roots, seeds, scores = self._scores(real, fake, cond)
@@ -353,6 +364,8 @@ class Trainer:
         saturation = self._clamp() if isinstance(constraint, WeightClip) else None
         self.critic_iterations += 1
         self._critic_steps_due += 1
+        if penalty is not None and isinstance(constraint, GradientPenalty) and constraint.at == "interpolates":
+            self._eps_offset += batch
         return Metrics(scores=scores, penalty=penalty, weight=weight, saturation=saturation)
 
     def generator_step(self, batch_size: int, *cond: Any) -> Metrics:
@@ -369,13 +382,14 @@ class Trainer:
             TypeError, ValueError: an argument or a network's output cannot be used. No weight is changed then.
         """
         self._check_count("batch_size", batch_size)
-        parameters = [p for p in self.generator.parameters() if p.requires_grad]
-        for p in parameters:
-            p.grad = None
+        parameters = self._without_gradients("generator", self.generator)
         with torch.enable_grad(), _frozen(self.critic):
             fake = self._generate(batch_size, cond, self._latent_random)
+            functional.check_samples("generator: its output", fake, self.device)
             scores = self.critic(fake, *cond)
             functional.check_scores("critic", scores, batch_size)
+            if not scores.requires_grad:
+                raise ValueError("generator: its output: expected to depend on its parameters, got one without a graph")
             loss = functional.generator_loss(scores.detach(), backend=self.backend)
             torch.autograd.backward([scores], [self._constant(scores, -1 / scores.numel())], inputs=parameters)
         self.generator_optimizer.step()
@@ -388,10 +402,10 @@ class Trainer:
 
         Args, Returns, Raises: as :meth:`critic_step`; ``generator_loss`` is set when a generator step was due.
         """
-        metrics = self.critic_step(real, *cond)
         due = self.n_critic
         if callable(due):
             due = self._check_count("n_critic: its result", due(self.generator_iterations))
+        metrics = self.critic_step(real, *cond)
         if self._critic_steps_due >= due:
             metrics.generator_loss = self.generator_step(len(real), *cond).generator_loss
         return metrics
@@ -417,10 +431,28 @@ class Trainer:
             TypeError, ValueError: ``n`` is not an int >= 1.
         """
         self._check_count("n", n)
-        with _evaluating(self.generator):
+        with _evaluating(self.generator), self._random_kept():
+            seed = int(torch.randint(2**62, (), generator=self._sample_random, device=self.device))
+            if self.device.type == "cuda":
+                torch.cuda.default_generators[self.device.index].manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             return self._generate(n, cond, self._sample_random)
 
     # Inside a step
+
+    def _random_kept(self) -> AbstractContextManager[None]:
+        """Afterwards PyTorch's global random state is what it was."""
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+
+    def _without_gradients(self, name: str, module: nn.Module) -> list[Tensor]:
+        """Drop all the module's gradients, those of frozen parameters too; return the parameters to be trained."""
+        parameters = list(module.parameters())
+        trainable = [p for p in parameters if p.requires_grad]
+        if not trainable:
+            raise ValueError(f"{name}: expected trainable parameters, got none")
+        for p in parameters:
+            p.grad = None
+        return trainable  # type: ignore[return-value]
 
     def _generate(self, n: int, cond: tuple[Any, ...], random: torch.Generator) -> Tensor:
         if callable(self.latent):
@@ -435,8 +467,7 @@ class Trainer:
         """(roots of the backward pass, their cotangents, score statistics), from one forward pass if that is sound."""
         batch = len(real)
         if self._forward_at_once(real, fake, cond):
-            both = self.critic(torch.cat((real, fake)), *(self._twice(c, batch) for c in cond))
-            functional.check_scores("critic", both, 2 * batch)
+            both = self._critic_on_both(real, fake, cond)
             count = both.numel() // 2
             statistics = functional.score_statistics(both[:batch], both[batch:], self.backend)
             return [both], [self._constant(both, -1 / count, 1 / count)], statistics
@@ -451,24 +482,37 @@ class Trainer:
         """Whether real and fake samples may share a forward pass: no score depends on another sample."""
         if any(isinstance(m, _BatchNorm) and m.training for m in self.critic.modules()):
             return False
-        if self._one_forward is None:
-            # Other layers can mix samples too (minibatch discrimination, a batch's standard deviation). The gradient
-            # of a real sample's score with respect to the fake samples tells: it is exactly zero if none does.
-            with _evaluating(self.critic):
-                x = torch.cat((real, fake)).requires_grad_()
-                scores = self.critic(x, *(self._twice(c, len(real)) for c in cond))
-                functional.check_scores("critic", scores, len(x))
-                g = None
-                if scores.requires_grad:
-                    (g,) = torch.autograd.grad(scores[0].sum(), x, allow_unused=True)
-            self._one_forward = g is None or not bool(g[len(real) :].any())
+        if not all(c is None or isinstance(c, (bool, int, float, str)) or self._is_batched(c, len(real)) for c in cond):
+            return False
+        # Other layers can mix samples too: a BatchNorm of someone's own, a batch's standard deviation. So at first the
+        # real samples' scores are taken beside two sets of fake ones, and must be the same to the bit. The second step
+        # looks again, as a last layer that starts at zero hides everything.
+        if self._one_forward and self.critic_iterations < PROBED_STEPS:
+            scores = [self._probe(real, other, cond) for other in (fake, 1 - 2 * fake)]
+            self._one_forward = torch.equal(*scores)
         return self._one_forward
 
+    @torch.no_grad()
+    def _probe(self, real: Tensor, fake: Tensor, cond: tuple[Any, ...]) -> Tensor:
+        """The real samples' scores from a forward pass that leaves random state and buffers as they were."""
+        buffers = [(b, b.clone()) for b in self.critic.buffers()]
+        try:
+            with self._random_kept():
+                return self._critic_on_both(real, fake, cond)[: len(real)]
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+    def _critic_on_both(self, real: Tensor, fake: Tensor, cond: tuple[Any, ...]) -> Tensor:
+        twice = (torch.cat((c, c)) if self._is_batched(c, len(real)) else c for c in cond)
+        scores: Tensor = self.critic(torch.cat((real, fake)), *twice)
+        functional.check_scores("critic", scores, 2 * len(real))
+        return scores
+
     @staticmethod
-    def _twice(cond: Any, batch: int) -> Any:
-        """A condition for real and fake samples together: one with a row per sample is repeated."""
-        is_batched = isinstance(cond, Tensor) and cond.dim() > 0 and len(cond) == batch
-        return torch.cat((cond, cond)) if is_batched else cond
+    def _is_batched(cond: Any, batch: int) -> bool:
+        """Whether a condition has a row for each sample."""
+        return isinstance(cond, Tensor) and cond.dim() > 0 and len(cond) == batch
 
     def _penalised(self, real: Tensor, fake: Tensor) -> Tensor:
         """The points at which the input gradient is taken, a leaf that requires grad."""
@@ -477,7 +521,6 @@ class Trainer:
             x = functional.interpolate(
                 real.detach(), fake, seed=self.seed, offset=self._eps_offset, backend=self.backend
             )
-            self._eps_offset += len(real)
         else:
             x = real if self.constraint.at == "real" else fake
         return x.detach().requires_grad_()
@@ -485,11 +528,12 @@ class Trainer:
     def _clamp(self) -> Tensor | None:
         """Clamp what the optimizer's launch did not; return the share of all clamped weights on their bound."""
         assert isinstance(self.constraint, WeightClip)
-        shares = []
-        apart = self._clamp_apart
+        shares, fused = [], set()
         if isinstance(self.critic_optimizer, (RMSprop, Adam)):
             shares = list(self.critic_optimizer.shares)
-            apart = apart + [p for p in self._clipped if p.grad is None and all(p is not q for q in apart)]
+            groups = [group["params"] for group in self.critic_optimizer.param_groups if group["clip"] is not None]
+            fused = {id(p) for params in groups for p in params if p.grad is not None}
+        apart = [p for p in self._clipped if id(p) not in fused]
         if apart:
             share = functional.clip_and_count_(apart, self.constraint.bound, self.backend)
             if share is not None:
@@ -505,6 +549,8 @@ class Trainer:
             constant = torch.full_like(like, value, requires_grad=False)
             if second_half is not None:
                 constant[len(constant) // 2 :] = second_half
+            if len(self._constants) >= CONSTANTS:
+                self._constants.clear()
             self._constants[key] = constant
         return constant
 
@@ -525,6 +571,8 @@ class Trainer:
             "critic_steps_due": self._critic_steps_due,
             "seed": self.seed,
             "eps_offset": self._eps_offset,
+            "one_forward": self._one_forward,
+            "optimizers": self._optimizer_names(),
             "random": {
                 "device": self.device.type,
                 "latent": self._latent_random.get_state(),
@@ -548,22 +596,37 @@ class Trainer:
         missing = sorted(before.keys() - state_dict.keys())
         if missing:
             raise ValueError(f"state_dict: expected the state of a Trainer, missing {', '.join(missing)}")
+        if state_dict["optimizers"] != self._optimizer_names():
+            expected, got = self._optimizer_names(), state_dict["optimizers"]
+            raise ValueError(f"state_dict: expected the optimizers {expected}, got {got}")
+        functional.check_seed("state_dict: seed", state_dict["seed"])
+        for name in ("critic_iterations", "generator_iterations", "critic_steps_due", "eps_offset"):
+            functional.check_seed(f"state_dict: {name}", state_dict[name])
         try:
             self._restore(state_dict)
         except BaseException:
             self._restore(before)
             raise
 
+    def _optimizer_names(self) -> list[str]:
+        """The algorithms, by which torch's RMSprop and Adam are the same as ours."""
+        return [type(optimizer).__name__ for optimizer in (self.generator_optimizer, self.critic_optimizer)]
+
     def _restore(self, state: dict[str, Any]) -> None:
         self.generator.load_state_dict(state["generator"])
         self.critic.load_state_dict(state["critic"])
         self.generator_optimizer.load_state_dict(state["generator_optimizer"])
+        clips = [group.get("clip") for group in self.critic_optimizer.param_groups]
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        for group, clip in zip(self.critic_optimizer.param_groups, clips, strict=True):
+            if "clip" in group:
+                group["clip"] = clip  # the constraint is the trainer's, not the checkpoint's
         self.critic_iterations = int(state["critic_iterations"])
         self.generator_iterations = int(state["generator_iterations"])
         self._critic_steps_due = int(state["critic_steps_due"])
         self.seed = int(state["seed"])
         self._eps_offset = int(state["eps_offset"])
+        self._one_forward = bool(state["one_forward"])
         random = state["random"]
         if random["device"] != self.device.type:
             warnings.warn(

@@ -159,6 +159,11 @@ BAD = [
     ("sample", "--checkpoint", "nowhere.pt", "--out", "x.npy"),
     ("sample", "--checkpoint", "nowhere.pt", "--out", "x.jpg"),
     ("sample", "--out", "x.npy"),
+    ("sample", "--checkpoint", "nowhere.pt", "--out", "x.npy", "--count", "1000000000000000000000000"),
+    ("train", "--batch-size", "1000000000000"),
+    ("train", "--steps", "0\n"),
+    ("train", "--device", "meta"),
+    ("train", "--out", "x" * 300),
     ("evaluate",),
     (),
 ]
@@ -189,6 +194,22 @@ def test_a_run_is_not_overwritten_or_mixed_up(tmp_path):
         in fastwgan("sample", "--checkpoint", tmp_path / "text.pt", "--out", "x.npy", code=2).stderr
     )
     assert (out / "last.pt").read_bytes() == before
+
+
+def test_files_in_the_way_and_foreign_checkpoints(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "x.npy").mkdir()
+    checkpoint.save(tmp_path / "foreign.pt", {"config": {"name": "x"}})
+    fastwgan("train", "--steps", 5, "--out", tmp_path / "run")
+    for args in (
+        ("train", "--steps", "5", "--out", tmp_path / "file"),
+        ("sample", "--checkpoint", tmp_path / "foreign.pt", "--out", tmp_path / "y.npy"),
+        ("sample", "--checkpoint", tmp_path / "run" / "last.pt", "--out", tmp_path / "x.npy"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            cli.main([str(arg) for arg in args])
+        assert error.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_explicit_triton_without_a_gpu_is_refused(tmp_path):

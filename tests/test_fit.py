@@ -53,6 +53,27 @@ def test_rows_past_the_resumed_step_are_dropped(trainer, tmp_path):
     assert [row["step"] for row in read_log(tmp_path)] == ["1", "2", "3", "4"]
 
 
+def test_a_half_written_row_is_no_row(trainer, tmp_path):
+    fit(trainer, [torch.randn(4, 10)], 3, out=tmp_path, log_every=1)
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("3,0")
+    fit(trainer, [torch.randn(4, 10)], 1, out=tmp_path, log_every=1)
+    assert [row["step"] for row in read_log(tmp_path)] == ["1", "2", "3", "4"]
+
+
+def test_a_run_is_not_overwritten(trainer, tmp_path):
+    fit(trainer, [torch.randn(4, 10)], 1, out=tmp_path)
+    trainer.critic_iterations = 0
+    with pytest.raises(ValueError, match="^out:"):
+        fit(trainer, [torch.randn(4, 10)], 1, out=tmp_path)
+
+
+def test_failing_batches_leave_a_checkpoint(trainer, tmp_path):
+    with pytest.raises(ValueError, match="^batches:"):
+        fit(trainer, iter([torch.randn(4, 10)]), 5, out=tmp_path)
+    assert checkpoint.load(tmp_path / "last.pt")["trainer"]["critic_iterations"] == 1
+
+
 def test_bad_input_is_named(trainer):
     with pytest.raises(ValueError, match="^steps:"):
         fit(trainer, [], -1)

@@ -5,14 +5,17 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from launches import count_kernels
 from torch import nn
 
 from fastwgan import Adam, GradientPenalty, RMSprop, Trainer, WeightClip, models, reference, warmup_schedule
+from fastwgan import trainer as trainer_module
 
 F64 = torch.float64
+PROBED_STEPS = trainer_module.PROBED_STEPS
 
 
 def mlp_pair(dtype=F64):
@@ -163,7 +166,8 @@ def test_lean_budgets(name, make, shape, constraint, textbook, budget):
     trainer = Trainer(Constant(torch.randn(4, *shape)), make(), latent=1, constraint=constraint, backend="triton")
     real = torch.randn(4, *shape)
     trainer.latent = lambda n, device: None
-    trainer.critic_step(real)
+    for _ in range(PROBED_STEPS):
+        trainer.critic_step(real)
     with count_kernels() as counts:
         trainer.critic_step(real)
     assert sum(counts.values()) <= budget, counts
@@ -209,6 +213,24 @@ class BatchStd(nn.Module):
         return torch.cat((x, x.std(0).mean().expand(len(x), 1)), 1)
 
 
+class DetachedMean(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0).detach()
+
+
+class OwnBatchNorm(nn.Module):
+    """As conditional and third-party norms do it: no subclass of PyTorch's."""
+
+    def forward(self, x):
+        return nn.functional.batch_norm(x, None, None, training=self.training)
+
+
+def zeroed(layer):
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
 def test_real_and_fake_share_a_forward_only_where_samples_do_not_mix():
     calls = []
 
@@ -220,16 +242,46 @@ def test_real_and_fake_share_a_forward_only_where_samples_do_not_mix():
     for critic, expected in (
         (critic_with(nn.Linear(10, 4), nn.Dropout(0.5), nn.Linear(4, 1)), [16]),
         (critic_with(BatchStd(), nn.Linear(11, 1)), [8, 8]),
+        (critic_with(BatchStd(), zeroed(nn.Linear(11, 1))), [8, 8]),
+        (critic_with(DetachedMean(), nn.Linear(10, 1)), [8, 8]),
+        (critic_with(nn.Linear(10, 4), OwnBatchNorm(), nn.Linear(4, 1)), [8, 8]),
+        (critic_with(nn.utils.parametrizations.spectral_norm(nn.Linear(10, 4)), nn.Linear(4, 1)), [16]),
         (critic_with(nn.Linear(10, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)), [8, 8]),
         (critic_with(nn.Linear(10, 4), nn.BatchNorm1d(4).eval(), nn.Linear(4, 1)), [16]),
     ):
         trainer = Trainer(models.mlp([6, 10]), critic, latent=6)
         modes = [m.training for m in critic.modules()]
-        trainer.critic_step(torch.randn(8, 10))
+        for _ in range(PROBED_STEPS):
+            trainer.critic_step(torch.randn(8, 10))
         calls.clear()
         trainer.critic_step(torch.randn(8, 10))
-        assert calls == expected
+        assert calls == expected, critic
         assert [m.training for m in critic.modules()] == modes
+
+
+def test_looking_for_mixing_leaves_no_trace():
+    """Buffers, and the random state that a critic with noise of its own draws from."""
+    critic = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(10, 4)), nn.Dropout(), nn.Linear(4, 1))
+    trainer = Trainer(models.mlp([6, 10]), critic, latent=6)
+    before, random = copy.deepcopy(critic.state_dict()), torch.get_rng_state()
+    real = torch.randn(8, 10)
+    random = torch.get_rng_state()
+    assert trainer._forward_at_once(real, torch.randn(8, 10, generator=torch.Generator()), ())
+    assert_same_state(critic.state_dict(), before)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_conditions_that_are_no_row_per_sample_take_two_forwards():
+    class Critic(nn.Linear):
+        def forward(self, x, cond):
+            scale = cond["scale"] if isinstance(cond, dict) else 1.0 if cond is None else cond.mean()
+            return super().forward(x) * scale
+
+    generator = models.mlp([6, 10])
+    generator.forward = lambda z, cond: nn.Sequential.forward(generator, z)
+    for cond in ({"scale": torch.ones(8, 1)}, torch.ones(2, 8, 3), None, torch.ones(8)):
+        trainer = Trainer(generator, Critic(10, 1), latent=6)
+        assert trainer.critic_step(torch.randn(8, 10), cond).wasserstein.isfinite()
 
 
 def test_step_counts_critic_steps_to_a_generator_step():
@@ -373,6 +425,39 @@ def test_parameters_without_gradient_are_clamped_as_the_textbook_does(device):
     assert weights(critic).abs().max() <= 0.01
 
 
+@pytest.mark.parametrize("kind", [RMSprop, torch.optim.SGD])
+def test_parameters_outside_the_optimizer_are_clamped_too(kind, device):
+    critic = models.mlp([10, 8, 1]).to(device)
+    trainer = Trainer(
+        models.mlp([6, 10]).to(device), critic, latent=6, critic_optimizer=kind(critic[-1].parameters(), lr=0.1)
+    )
+    trainer.critic_step(torch.randn(8, 10, device=device))
+    assert weights(critic).abs().max() <= 0.01
+
+
+def test_a_layer_frozen_during_training_stays_put():
+    generator, critic, _, latent = mlp_pair(torch.float32)
+    trainer = Trainer(generator, critic, latent=latent, constraint=GradientPenalty(), n_critic=1)
+    trainer.step(torch.randn(8, 10))
+    for layer in (generator[1], critic[1]):
+        layer.weight.requires_grad_(False)
+    before = generator[1].weight.clone(), critic[1].weight.clone()
+    trainer.step(torch.randn(8, 10))
+    assert torch.equal(generator[1].weight, before[0])
+    assert torch.equal(critic[1].weight, before[1])
+
+
+@pytest.mark.parametrize("kind", [torch.optim.RMSprop, torch.optim.Adam])
+def test_hooks_of_a_taken_over_optimizer_are_called(kind):
+    generator, critic, _, latent = mlp_pair(torch.float32)
+    optimizer, calls = kind(critic.parameters(), lr=0.01), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    trainer = quietly(Trainer, generator, critic, latent=latent, critic_optimizer=optimizer)
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    trainer.critic_step(torch.randn(8, 10))
+    assert calls == ["before", "after"]
+
+
 @pytest.mark.parametrize("kind", [torch.optim.RMSprop, torch.optim.Adam])
 def test_torch_optimizers_are_taken_over_with_state_and_scheduler(kind, device):
     generator, critic, _, latent = mlp_pair()
@@ -483,6 +568,56 @@ def test_load_refuses_what_does_not_fit_and_changes_nothing(tmp_path):
     assert_same_state(trainer.state_dict(), before)
 
 
+def test_the_constraint_is_the_trainers_not_the_checkpoints():
+    def make(constraint):
+        generator, critic = models.mlp([6, 10]), models.mlp([10, 8, 1])
+        optimizers = [RMSprop(m.parameters(), lr=0.1) for m in (critic, generator)]
+        return Trainer(
+            generator, critic, latent=6, constraint=constraint,
+            critic_optimizer=optimizers[0], generator_optimizer=optimizers[1],
+        )  # fmt: skip
+
+    for saved in (GradientPenalty(), WeightClip(0.5)):
+        for loaded, bound in ((WeightClip(0.01), 0.01), (GradientPenalty(), None)):
+            before, after = make(saved), make(loaded)
+            before.critic_step(torch.randn(8, 10))
+            after.load_state_dict(before.state_dict())
+            after.critic_step(torch.randn(8, 10))
+            assert after.critic_optimizer.param_groups[0]["clip"] == bound
+            assert (weights(after.critic).abs().max() <= 0.01) == (bound == 0.01)
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", -1), ("eps_offset", -5), ("critic_iterations", 1.5)])
+def test_load_checks_numbers(key, value):
+    trainer = Trainer(models.mlp([6, 10]), models.mlp([10, 1]), latent=6)
+    with pytest.raises((TypeError, ValueError), match=f"^state_dict: {key}:"):
+        trainer.load_state_dict(trainer.state_dict() | {key: value})
+
+
+def test_load_checks_optimizers():
+    trainer, other = (
+        Trainer(models.mlp([6, 10]), models.mlp([10, 1]), latent=6, constraint=c)
+        for c in (WeightClip(), GradientPenalty())
+    )
+    with pytest.raises(ValueError, match="^state_dict: expected the optimizers"):
+        trainer.load_state_dict(other.state_dict())
+
+
+def test_what_is_saved_can_be_loaded(tmp_path):
+    """A scheduler that computes in NumPy makes the learning rate one of its scalars."""
+    trainer = Trainer(models.mlp([6, 10]), models.mlp([10, 1]), latent=6)
+    trainer.critic_optimizer.param_groups[0]["lr"] = np.float64(0.25)
+    trainer.save(tmp_path / "last.pt")
+    assert (tmp_path / "last.pt").stat().st_mode & 0o044  # as readable as any file one writes
+    trainer.load(tmp_path / "last.pt")
+    assert trainer.critic_optimizer.param_groups[0]["lr"] == 0.25
+    trainer.critic_optimizer.param_groups[0]["note"] = {1, 2}
+    before = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(TypeError, match="^content"):
+        trainer.save(tmp_path / "last.pt")
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
 def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch):
     trainer = Trainer(models.mlp([6, 10]), models.mlp([10, 1]), latent=6)
     trainer.save(tmp_path / "last.pt")
@@ -494,12 +629,13 @@ def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
-def test_sampling_does_not_disturb_training():
+@pytest.mark.parametrize("latent", [6, lambda n, device: torch.randn(n, 6)], ids=["own", "callable"])
+def test_sampling_does_not_disturb_training(latent):
     results = []
     for sampling in (False, True):
         torch.manual_seed(0)
         generator = models.mlp([6, 16, 16, 10], norm=True)
-        trainer = Trainer(generator, models.mlp([10, 1]), latent=6)
+        trainer = Trainer(generator, models.mlp([10, 1]), latent=latent)
         for _ in range(4):
             trainer.step(torch.ones(8, 10))
             if sampling:
@@ -523,6 +659,8 @@ BAD_ARGUMENTS = [
     ({"seed": -1}, ValueError, "seed"),
     ({"backend": "cuda"}, ValueError, "backend"),
     ({"critic_optimizer": "adam"}, TypeError, "critic_optimizer"),
+    ({"critic_optimizer": torch.optim.LBFGS(D.parameters())}, TypeError, "critic_optimizer"),
+    ({"critic": nn.Sequential(G, nn.Linear(10, 1))}, ValueError, "critic"),
     ({"critic_optimizer": torch.optim.SGD(G.parameters(), lr=1)}, ValueError, "critic_optimizer"),
     ({"critic_optimizer": RMSprop(D.parameters(), clip=0.5)}, ValueError, "critic_optimizer"),
     ({"constraint": WeightClip(exclude="nothing.*")}, ValueError, "exclude"),
@@ -546,6 +684,7 @@ BAD_STEPS = [
     (lambda t: t.critic_step(torch.ones(4, 11)), ValueError, "generator: its output"),
     (lambda t: t.critic_step(torch.ones(4, 10).double()), TypeError, "generator: its output"),
     (lambda t: t.generator_step(0), ValueError, "batch_size"),
+    (lambda t: setattr(t, "n_critic", lambda i: 0) or t.step(torch.ones(4, 10)), ValueError, "n_critic: its result"),
     (lambda t: t.sample(0), ValueError, "n"),
     (lambda t: t.sample(1.5), TypeError, "n"),
 ]
