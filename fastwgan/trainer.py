@@ -2,7 +2,8 @@
 
 The critic step builds no graph through the generator and no loss tensors. Its gradient is seeded directly at the
 scores (-1/N at real ones, +1/N at fake ones) and at the input gradient (the penalty's cotangent), which leaves the
-networks' own kernels and a handful of launches. Nothing in a step waits for the device.
+networks' own kernels and a handful of launches. Nothing in a step waits for the device, except that a trainer's first
+two critic steps look whether the critic mixes samples.
 """
 
 import copy
