@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastwgan import reference
 from fastwgan.backend import DTYPES, Backend, kernels, resolve
+from fastwgan.rectifiers import LinearPieces
 
 PENALTY_KINDS = ("two-sided", "one-sided", "zero-centered", "power")
 
@@ -431,7 +432,8 @@ def input_gradient(
     Raises:
         ValueError: the critic does not give scores for each of the N samples, or they do not depend on ``x``.
     """
-    scores = critic(x, *args)
+    with LinearPieces():
+        scores = critic(x, *args)
     check_scores("critic", scores, len(x))
     g = None
     if scores.requires_grad:

@@ -258,8 +258,9 @@ def test_gradient_penalty_reaches_the_weights_of_deep_critics(name, dtype, devic
     tolerance = 1e-10 if dtype == torch.float64 else 1e-4
     torch.testing.assert_close(loss.double(), naive, rtol=tolerance, atol=tolerance)
     for a, e in zip(actual, expected, strict=True):
-        assert (a is None) == (e is None)
-        if a is not None:
+        if a is None:  # no path, where eager may have one that carries zeros
+            assert e is None or not e.any()
+        else:
             torch.testing.assert_close(a.double(), e, rtol=tolerance, atol=tolerance)
 
 

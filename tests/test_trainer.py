@@ -141,9 +141,9 @@ class Constant(nn.Module):
 
 BUDGETS = [
     ("mlp-clip", lambda: models.mlp([784, 512, 256, 1], slope=0.2), (784,), WeightClip(), 85, 18),
-    ("mlp-penalty", lambda: models.mlp([784, 512, 256, 1], slope=0.2), (784,), GradientPenalty(), 146, 53),
+    ("mlp-penalty", lambda: models.mlp([784, 512, 256, 1], slope=0.2), (784,), GradientPenalty(), 146, 40),
     ("dcgan-clip", lambda: models.dcgan_critic(width=8), (3, 64, 64), WeightClip(), 149, 67),
-    ("dcgan-penalty", lambda: models.dcgan_critic(width=8, norm=False), (3, 64, 64), GradientPenalty(), 168, 82),
+    ("dcgan-penalty", lambda: models.dcgan_critic(width=8, norm=False), (3, 64, 64), GradientPenalty(), 168, 77),
 ]
 
 

@@ -1,0 +1,64 @@
+"""ReLU and leaky ReLU whose second derivative is known to be nothing, for the critic's pass at the penalised points.
+
+The penalty differentiates the critic's input gradient. PyTorch answers for a rectifier's second derivative with a
+tensor of zeros, which then runs backward through the whole forward graph: for an MLP half of the penalty's backward
+pass computes weight gradients that are exactly zero, and adds them up. Here the slope is a constant of that backward
+pass, as it is almost everywhere, so that graph is not entered at all.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["LinearPieces"]
+
+
+class _Rectify(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, slope: float, inplace: bool) -> Tensor:
+        return F.leaky_relu(x, slope, inplace) if slope else F.relu(x, inplace)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.slope, inplace = inputs
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(output)  # positive where the input is, and kept by the next layer anyway
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (y,) = ctx.saved_tensors
+        return torch.ops.aten.leaky_relu_backward(grad, y.detach(), ctx.slope, False), None, None
+
+
+def _rectify(x: Any, slope: float, inplace: bool) -> Tensor | None:
+    """The rectified x, or None where PyTorch's own function has to do it."""
+    if not isinstance(x, Tensor) or not x.requires_grad or slope < 0 or (inplace and x._is_view()):
+        return None
+    return _Rectify.apply(x, float(slope), inplace)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _leaky_relu(input: Any, negative_slope: float = 0.01, inplace: bool = False) -> Tensor | None:
+    return _rectify(input, negative_slope, inplace)
+
+
+def _relu(input: Any, inplace: bool = False) -> Tensor | None:
+    return _rectify(input, 0.0, inplace)
+
+
+_OURS: dict[Any, Any] = {F.leaky_relu: _leaky_relu, F.relu: _relu, torch.relu: _relu, Tensor.relu: _relu}
+
+
+class LinearPieces(TorchFunctionMode):
+    """Within it, the rectifiers that any module calls are those above. Values and derivatives are PyTorch's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _OURS:
+            result = _OURS[func](*args, **kwargs)
+            if result is not None:
+                return result
+        return func(*args, **kwargs)
