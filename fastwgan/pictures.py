@@ -13,7 +13,7 @@ __all__ = ["curves", "image_grid", "points"]
 
 
 def image_grid(images: Tensor, path: Path) -> None:
-    """Write gray or RGB images [N, C, H, W] in [-1, 1] as a near-square grid, an inch to four pixels or so."""
+    """Write gray or RGB images [N, C, H, W] in [-1, 1] as a near-square grid with white lines between them."""
     array = ((images.float().cpu().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()
     n, height, width, channels = array.shape
     columns = math.ceil(math.sqrt(n))
