@@ -26,12 +26,13 @@ class _Rectify(torch.autograd.Function):
         x, ctx.slope, inplace = inputs
         if inplace:
             ctx.mark_dirty(x)
-        ctx.save_for_backward(output)  # positive where the input is, and kept by the next layer anyway
+        # Either is positive where the other is. As PyTorch does, keep the one that a user may not change in place.
+        ctx.save_for_backward(x if ctx.slope and not inplace else output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (y,) = ctx.saved_tensors
-        return torch.ops.aten.leaky_relu_backward(grad, y.detach(), ctx.slope, False), None, None
+        (kept,) = ctx.saved_tensors
+        return torch.ops.aten.leaky_relu_backward(grad, kept.detach(), ctx.slope, False), None, None
 
 
 def _rectify(x: Any, slope: float, inplace: bool) -> Tensor | None:
