@@ -177,7 +177,8 @@ def fit(
                 try:
                     batch = next(stream)
                 except BaseException:
-                    save()  # the batches failed, not the trainer
+                    if done:
+                        save()  # the batches failed, not the trainer
                     raise
                 parts = batch if isinstance(batch, (tuple, list)) else (batch,)
                 metrics = trainer.step(

@@ -7,7 +7,7 @@ Every op takes ``backend="auto" | "triton" | "torch"`` (see :mod:`fastwgan.backe
 
 import math
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -63,6 +63,14 @@ def check_like(name: str, x: Tensor, other_name: str, other: Tensor, *, shape: b
         raise ValueError(f"{name}: expected {other_name}'s device {other.device}, got {x.device}")
     if shape and x.shape != other.shape:
         raise ValueError(f"{name}: expected {other_name}'s shape {tuple(other.shape)}, got {tuple(x.shape)}")
+
+
+def _check_scores_pair(real_scores: object, fake_scores: object) -> None:
+    _check_tensor("real_scores", real_scores)
+    _check_tensor("fake_scores", fake_scores)
+    assert isinstance(real_scores, Tensor)
+    assert isinstance(fake_scores, Tensor)
+    check_like("fake_scores", fake_scores, "real_scores", real_scores, shape=False)
 
 
 def check_number(name: str, value: object, *, minimum: float, exclusive: bool = False) -> float:
@@ -178,9 +186,7 @@ def critic_loss(real_scores: Tensor, fake_scores: Tensor, *, backend: Backend = 
     >>> critic_loss(torch.tensor([3.0, 1.0]), torch.tensor([0.5]))
     tensor(-1.5000)
     """
-    _check_tensor("real_scores", real_scores)
-    _check_tensor("fake_scores", fake_scores)
-    check_like("fake_scores", fake_scores, "real_scores", real_scores, shape=False)
+    _check_scores_pair(real_scores, fake_scores)
     if resolve(backend, real_scores.device) == "torch":
         return reference.critic_loss(real_scores, fake_scores)
     loss: Tensor = _apply(_CriticLoss, real_scores, fake_scores)
@@ -261,9 +267,7 @@ def hinge_critic_loss(real_scores: Tensor, fake_scores: Tensor, *, backend: Back
     >>> hinge_critic_loss(torch.tensor([3.0, 0.0]), torch.tensor([-0.5]))
     (tensor(0.5000), tensor(0.5000))
     """
-    _check_tensor("real_scores", real_scores)
-    _check_tensor("fake_scores", fake_scores)
-    check_like("fake_scores", fake_scores, "real_scores", real_scores, shape=False)
+    _check_scores_pair(real_scores, fake_scores)
     if resolve(backend, real_scores.device) == "torch":
         return reference.hinge_critic_loss(real_scores, fake_scores)
     real, fake = _apply(_HingeCriticLoss, real_scores, fake_scores)
@@ -541,6 +545,7 @@ def _clipper(device: torch.device, dtype: torch.dtype, stream: int) -> Any:
     return kernels.update.Update(device, dtype)
 
 
+@lru_cache
 def check_bound(name: str, bound: object, dtype: torch.dtype) -> float:
     """``bound`` as ``dtype`` holds it, or an error naming it unless it is a number > 0 that ``dtype`` can hold."""
     value = check_number(name, bound, minimum=0, exclusive=True)

@@ -411,11 +411,11 @@ class Trainer:
             metrics.generator_loss = self.generator_step(len(real), *cond).generator_loss
         return metrics
 
-    def fit(self, batches: Iterable[Any], steps: int, **options: Any) -> None:
-        """Call :meth:`step` on ``steps`` batches; see :func:`fastwgan.fit.fit` for the options."""
+    def fit(self, batches: Iterable[Any], steps: int, **options: Any) -> int:
+        """Call :meth:`step` on ``steps`` batches; see :func:`fastwgan.fit.fit` for options and result."""
         from fastwgan.fit import fit  # the loop stands above the trainer
 
-        fit(self, batches, steps, **options)
+        return fit(self, batches, steps, **options)
 
     @torch.no_grad()
     def sample(self, n: int, *cond: Any) -> Tensor:

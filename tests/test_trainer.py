@@ -594,6 +594,19 @@ def test_load_checks_numbers(key, value):
         trainer.load_state_dict(trainer.state_dict() | {key: value})
 
 
+def test_a_state_of_another_device_loads_with_a_warning():
+    trainer, other = (
+        Trainer(models.mlp([6, 10]), models.mlp([10, 1]), latent=6, constraint=GradientPenalty()) for _ in range(2)
+    )
+    trainer.critic_step(torch.randn(8, 10))
+    state = trainer.state_dict()
+    state["random"] |= {"device": "cuda", "latent": torch.zeros(16, dtype=torch.uint8)}
+    with pytest.warns(UserWarning, match="fresh random streams"):
+        other.load_state_dict(state)
+    assert torch.equal(weights(other.critic), weights(trainer.critic))
+    assert other.critic_iterations == 1
+
+
 def test_load_checks_optimizers():
     trainer, other = (
         Trainer(models.mlp([6, 10]), models.mlp([10, 1]), latent=6, constraint=c)
