@@ -15,6 +15,12 @@ def divide(x, y):
 
 
 @triton.jit
+def mean(total, count):
+    """total / count for a scalar and an integer."""
+    return divide(total, tl.full([], count, total.dtype))
+
+
+@triton.jit
 def sqrt(x):
     return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
 
@@ -23,11 +29,12 @@ def sqrt(x):
 def one_minus_power(log_base, exponent):
     """1 - base^exponent for base in [0, 1), to rounding even where the power is close to one."""
     x = log_base * exponent
-    near = tl.where(x > -0.5, x, 0)
-    series = near * 0 + 1
-    for i in tl.static_range(18, 1, -1):  # expm1(x) / x by Horner; 18 terms reach float64 rounding at -0.5
-        series = 1 + series * near / i
-    return tl.where(x > -0.5, -near * series, 1 - tl.exp(x))
+    half = tl.where(x > -0.5, 0.5 * x, 0)
+    series = half * 0 + 1
+    for i in tl.static_range(13, 1, -1):  # expm1(half) / half by Horner; 13 terms reach float64 rounding at -0.25
+        series = 1 + series * half * (1.0 / i)
+    root = half * series
+    return tl.where(x > -0.5, -root * (root + 2), 1 - tl.exp(x))  # expm1(2 y) = expm1(y) (expm1(y) + 2)
 
 
 @triton.jit

@@ -9,7 +9,7 @@
     power           n^6                     6 n^4
 
 Arrays are [N, size] with dense samples. Arithmetic is float32 (float64 for float64 input), so a half-precision
-gradient cannot overflow when squared. One launch reads g once where a sample fits one block (MAX_BLOCK elements;
+gradient cannot overflow when squared. One launch reads g once where a sample fits one block (up to MAX_BLOCK elements;
 beyond that the second read comes from cache) and writes v once. A program handles one sample; the last to arrive
 takes the mean.
 """
@@ -18,11 +18,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .arithmetic import divide, sqrt
+from .arithmetic import divide, mean, sqrt
 from .arrival import is_last, zero
 from .layout import dense_samples
 
-MAX_BLOCK = 16384  # 32 float32 registers per thread with 16 warps
+MAX_BLOCK = 16384  # the largest sample held in registers: 32 per thread with 16 warps
+LOOP_BLOCK = 8192  # of a larger one
 NORMS_BLOCK = 1024
 
 
@@ -58,7 +59,7 @@ def _slope(norm, KIND: tl.constexpr, TARGET: tl.constexpr):
     return factor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _penalty_kernel(
     g_ptr,  # [N, size]
     v_ptr,  # [N, size], written where COTANGENT, in its own dtype
@@ -66,7 +67,7 @@ def _penalty_kernel(
     stats_ptr,  # [2] mean penalty, mean norm; the accumulator's dtype
     norm_ptr,  # [N]
     counter_ptr,  # [1] int32
-    batch,
+    batch: tl.int64,
     size,
     KIND: tl.constexpr,
     TARGET: tl.constexpr,
@@ -86,7 +87,7 @@ def _penalty_kernel(
         g = tl.load(g_ptr + start + lanes, mask, other=0).to(acc)
         norm = sqrt(tl.sum(g * g, axis=0))
         if COTANGENT:
-            scale = WEIGHT * _slope(norm, KIND, TARGET) / batch
+            scale = mean(WEIGHT * _slope(norm, KIND, TARGET), batch)
             tl.store(v_ptr + start + lanes, scale * g, mask)
     else:
         squares = tl.zeros([BLOCK], acc)
@@ -97,7 +98,7 @@ def _penalty_kernel(
             squares += g * g
         norm = sqrt(tl.sum(squares, axis=0))
         if COTANGENT:
-            scale = WEIGHT * _slope(norm, KIND, TARGET) / batch
+            scale = mean(WEIGHT * _slope(norm, KIND, TARGET), batch)
             last = (size - 1) // BLOCK
             for i in range(origin, last + 1):
                 column = (last - i) * BLOCK  # backwards: what was read last is still in cache
@@ -115,10 +116,10 @@ def _penalty_kernel(
             each = tl.load(norm_ptr + first + slots, valid, other=0, cache_modifier=".cg")
             norms += each
             penalties += tl.where(valid, _phi(each, KIND, TARGET), 0)
-        loss = tl.sum(penalties, axis=0) / batch
+        loss = mean(tl.sum(penalties, axis=0), batch)
         tl.store(loss_ptr, loss)
         tl.store(stats_ptr + 0, loss)
-        tl.store(stats_ptr + 1, tl.sum(norms, axis=0) / batch)
+        tl.store(stats_ptr + 1, mean(tl.sum(norms, axis=0), batch))
 
 
 def gradient_penalty(
@@ -136,11 +137,12 @@ def gradient_penalty(
         loss = torch.empty((), dtype=g.dtype, device=g.device)
         stats = torch.empty(2, dtype=acc, device=g.device)
         norms = torch.empty(batch, dtype=acc, device=g.device)
-        block = min(triton.next_power_of_2(size), MAX_BLOCK)
+        block = triton.next_power_of_2(size) if size <= MAX_BLOCK else LOOP_BLOCK
+        warps = block * acc.itemsize // 2048  # 64 bytes of the accumulator per thread
         _penalty_kernel[(batch,)](
             g, g if cotangent is None else v, loss, stats, norms, zero(g.device), batch, size,
             KIND=kind, TARGET=target, WEIGHT=weight, COTANGENT=cotangent is not None, ONE_BLOCK=size <= block,
-            BLOCK=block, NORMS_BLOCK=NORMS_BLOCK, num_warps=max(4, min(16, block // 1024)),
+            BLOCK=block, NORMS_BLOCK=NORMS_BLOCK, num_warps=min(max(warps, 4), 16),
             enable_fp_fusion=True,
         )  # fmt: skip
     return loss, stats, v

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .arithmetic import mean
 from .arrival import is_last, zero
 
 BLOCK = 1024
@@ -67,10 +68,11 @@ def _scores_kernel(
     if is_last(counter_ptr):
         slots = tl.arange(0, MAX_PROGRAMS)
         used = slots < tl.num_programs(0)
-        mean_a = tl.sum(tl.load(partial_ptr + slots, used, other=0, cache_modifier=".cg"), axis=0) / a_numel
+        a_partials = tl.load(partial_ptr + slots, used, other=0, cache_modifier=".cg")
+        mean_a = mean(tl.sum(a_partials, axis=0), a_numel)
         if FORM == "critic" or FORM == "hinge":
             b_partials = tl.load(partial_ptr + MAX_PROGRAMS + slots, used, other=0, cache_modifier=".cg")
-            mean_b = tl.sum(b_partials, axis=0) / b_numel
+            mean_b = mean(tl.sum(b_partials, axis=0), b_numel)
             tl.store(stats_ptr + 0, mean_a)
             tl.store(stats_ptr + 1, mean_b)
             tl.store(stats_ptr + 2, mean_a - mean_b)

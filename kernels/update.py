@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from . import table
-from .arithmetic import divide, one_minus_power, sqrt, toward
+from .arithmetic import divide, mean, one_minus_power, sqrt, toward
 from .arrival import is_last, zero
 from .table import Mirror, Tables
 
@@ -38,17 +38,29 @@ HYPER_COLUMNS = tl.constexpr(12)
 
 
 @triton.jit
-def _pointer(row_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr, FULL: tl.constexpr):
+def _pointers(row_ptr, COLUMN: tl.constexpr, start, lanes, DTYPE: tl.constexpr, FULL: tl.constexpr):
+    """Where the chunk's elements lie: the 64-bit start is added once, the lanes are 32-bit, which spares registers."""
     pointer = tl.load(row_ptr + COLUMN).to(tl.pointer_type(DTYPE))
     if FULL:
         pointer = tl.multiple_of(pointer, 16)  # must be said of the pointer: a hint on the integer is lost in the cast
-    return pointer
+    return pointer + start + lanes
+
+
+@triton.jit
+def _bias_corrections(row_ptr, hyper_ptr):
+    """1 - beta1^t and 1 - beta2^t of the step to come."""
+    step = tl.load(tl.load(row_ptr + table.STEP).to(tl.pointer_type(tl.float32)))
+    step = step.to(hyper_ptr.dtype.element_ty) + 1
+    bias1 = one_minus_power(tl.load(hyper_ptr + BETA1_LOG), step)
+    return bias1, one_minus_power(tl.load(hyper_ptr + BETA2_LOG), step)
 
 
 @triton.jit
 def _update_chunk(
     row_ptr,  # this tensor's row of the address table
     hyper_ptr,  # this tensor's row of hyper-parameters
+    bias1,  # Adam's 1 - beta1^t
+    bias2,  # and 1 - beta2^t
     start,
     numel,
     DTYPE: tl.constexpr,
@@ -60,9 +72,9 @@ def _update_chunk(
 ):
     """Update one chunk; return how many of its weights lie on their bound."""
     acc = hyper_ptr.dtype.element_ty
-    offsets = start + tl.arange(0, BLOCK)
-    mask = None if FULL else offsets < numel
-    p_ptr = _pointer(row_ptr, table.PARAM, DTYPE, FULL) + offsets
+    lanes = tl.arange(0, BLOCK)
+    mask = None if FULL else lanes < numel - start
+    p_ptr = _pointers(row_ptr, table.PARAM, start, lanes, DTYPE, FULL)
     p = tl.load(p_ptr, mask).to(acc)
 
     if ALGORITHM != "clamp":
@@ -71,17 +83,17 @@ def _update_chunk(
         decay = tl.load(hyper_ptr + DECAY)
         beta2 = tl.load(hyper_ptr + BETA2)
         beta2_c = tl.load(hyper_ptr + BETA2_C)
-        g = tl.load(_pointer(row_ptr, table.GRAD, DTYPE, FULL) + offsets, mask).to(acc) * tl.load(hyper_ptr + SIGN)
+        g = tl.load(_pointers(row_ptr, table.GRAD, start, lanes, DTYPE, FULL), mask).to(acc) * tl.load(hyper_ptr + SIGN)
         if decay != 0:  # not g + 0 * p, which an infinite weight would turn into NaN
             g += decay * p
-        s_ptr = _pointer(row_ptr, table.STATE0, DTYPE, FULL) + offsets
+        s_ptr = _pointers(row_ptr, table.STATE0, start, lanes, DTYPE, FULL)
         s = beta2 * tl.load(s_ptr, mask).to(acc) + beta2_c * g * g
         tl.store(s_ptr, s.to(DTYPE), mask)
 
     if ALGORITHM == "rmsprop":
         variance = s
         if CENTERED:
-            m_ptr = _pointer(row_ptr, table.STATE1, DTYPE, FULL) + offsets
+            m_ptr = _pointers(row_ptr, table.STATE1, start, lanes, DTYPE, FULL)
             m = tl.load(m_ptr, mask).to(acc)
             m = toward(m, g, beta2, beta2_c)
             tl.store(m_ptr, m.to(DTYPE), mask)
@@ -89,15 +101,12 @@ def _update_chunk(
             variance = tl.maximum(s - m * m, 0, propagate_nan=tl.PropagateNan.ALL)
         change = divide(g, sqrt(variance) + eps)
         if HAS_MOMENTUM:
-            b_ptr = _pointer(row_ptr, table.STATE2, DTYPE, FULL) + offsets
+            b_ptr = _pointers(row_ptr, table.STATE2, start, lanes, DTYPE, FULL)
             change += tl.load(hyper_ptr + MOMENTUM) * tl.load(b_ptr, mask).to(acc)
             tl.store(b_ptr, change.to(DTYPE), mask)
         p -= lr * change
     elif ALGORITHM == "adam":
-        step = tl.load(tl.load(row_ptr + table.STEP).to(tl.pointer_type(tl.float32))).to(acc) + 1
-        bias1 = one_minus_power(tl.load(hyper_ptr + BETA1_LOG), step)
-        bias2 = one_minus_power(tl.load(hyper_ptr + BETA2_LOG), step)
-        m_ptr = _pointer(row_ptr, table.STATE1, DTYPE, FULL) + offsets
+        m_ptr = _pointers(row_ptr, table.STATE1, start, lanes, DTYPE, FULL)
         m = tl.load(m_ptr, mask).to(acc)
         m = toward(m, g, tl.load(hyper_ptr + BETA1), tl.load(hyper_ptr + BETA1_C))
         tl.store(m_ptr, m.to(DTYPE), mask)
@@ -113,7 +122,7 @@ def _update_chunk(
     return tl.where(bound < float("inf"), tl.sum(on_bound.to(tl.int32), axis=0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors", "clamped"])
 def _update_kernel(
     table_ptr,  # [tensors, table.COLUMNS] int64
     owner_ptr,  # [chunks] int32, the tensor each program works on
@@ -121,13 +130,14 @@ def _update_kernel(
     count_ptr,  # [1] int64, zero between launches
     share_ptr,  # [1] float32
     counter_ptr,  # [1] int32
-    tensors,
-    clamped,  # number of weights that have a bound
+    tensors: tl.int32,
+    clamped: tl.int64,  # number of weights that have a bound
     DTYPE: tl.constexpr,
     ALGORITHM: tl.constexpr,
     HAS_MOMENTUM: tl.constexpr,
     CENTERED: tl.constexpr,
     BLOCK: tl.constexpr,
+    PART: tl.constexpr,
     STEPS_BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
@@ -135,20 +145,25 @@ def _update_kernel(
     numel = tl.load(row_ptr + table.NUMEL)
     start = (program - tl.load(row_ptr + table.FIRST_CHUNK)) * BLOCK
     row_hyper_ptr = hyper_ptr + tl.load(row_ptr + table.HYPER_ROW) * HYPER_COLUMNS
+    bias1, bias2 = 1.0, 1.0
+    if ALGORITHM == "adam":
+        bias1, bias2 = _bias_corrections(row_ptr, row_hyper_ptr)
     if (tl.load(row_ptr + table.ALIGNED) != 0) & (start + BLOCK <= numel):
         on_bound = _update_chunk(
-            row_ptr, row_hyper_ptr, start, numel, DTYPE, ALGORITHM, HAS_MOMENTUM, CENTERED, BLOCK, True
+            row_ptr, row_hyper_ptr, bias1, bias2, start, numel, DTYPE, ALGORITHM, HAS_MOMENTUM, CENTERED, BLOCK, True
         )
     else:
-        on_bound = _update_chunk(
-            row_ptr, row_hyper_ptr, start, numel, DTYPE, ALGORITHM, HAS_MOMENTUM, CENTERED, BLOCK, False
-        )
+        on_bound = 0
+        for part in range(start, tl.minimum(start + BLOCK, numel), PART):
+            on_bound += _update_chunk(
+                row_ptr, row_hyper_ptr, bias1, bias2, part, numel, DTYPE, ALGORITHM, HAS_MOMENTUM, CENTERED, PART, False
+            )
     if clamped > 0:
         tl.atomic_add(count_ptr, on_bound.to(tl.int64), sem="relaxed")  # an integer, so the order cannot matter
 
     if is_last(counter_ptr):
         if clamped > 0:
-            tl.store(share_ptr, tl.load(count_ptr, volatile=True).to(tl.float32) / clamped)
+            tl.store(share_ptr, mean(tl.load(count_ptr, volatile=True).to(tl.float32), clamped))
             tl.store(count_ptr, 0)
         if ALGORITHM != "clamp":
             for first in range(0, tensors, STEPS_BLOCK):
@@ -197,6 +212,6 @@ class Update:
                 rows, owners, self._hyper.set(hyper), zero(device, torch.int64), share, zero(device),
                 len(params), clamped,
                 DTYPE=self._dtype, ALGORITHM=algorithm, HAS_MOMENTUM=momentum, CENTERED=centered,
-                BLOCK=BLOCK, STEPS_BLOCK=STEPS_BLOCK, num_warps=4, enable_fp_fusion=True,
+                BLOCK=BLOCK, PART=BLOCK // 4, STEPS_BLOCK=STEPS_BLOCK, num_warps=16 if self._dtype == tl.float64 else 8, enable_fp_fusion=True,
             )  # fmt: skip
         return share if clamped else None

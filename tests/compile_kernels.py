@@ -1,11 +1,24 @@
-"""Compile every kernel for GPUs that are not here, from the launchers' own arguments; print one JSON row for each.
+"""Compile every kernel for GPUs that are not here, from the launchers' own arguments; one JSON row per program.
 
-Run without TRITON_INTERPRET. A launch is replaced by the compilation of what it would have launched.
+Run without TRITON_INTERPRET. A launch is replaced by the compilation of what it would have launched, and tensors are
+on PyTorch's meta device, so sizes past 2^31 cost nothing. ``main`` cases are what the hot paths look like in use and
+have a line in compiled_kernels.md; the others go through what else a launcher can specialise a kernel to.
+
+    python tests/compile_kernels.py            print the rows
+    python tests/compile_kernels.py --table    print compiled_kernels.md
 """
 
 import json
 import re
+import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,62 +29,174 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 TARGETS = {
-    "cuda:80": GPUTarget("cuda", 80, 32),
-    "cuda:90": GPUTarget("cuda", 90, 32),
-    "hip:gfx942": GPUTarget("hip", "gfx942", 64),
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-_target = ""
-_dtype = torch.float32
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SNAPSHOT = Path(__file__).with_name("compiled_kernels.md")
+HUGE = 2**31 + 16  # makes an argument int64
+KINDS = ("two-sided", "one-sided", "zero-centered", "power")
+FORMS = ("critic", "generator", "labels", "hinge")
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+Case = tuple[str, bool, Callable[[], Any]]  # name, main, launch
 
 
-def _compile(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-    target = TARGETS[_target]
-    backend = make_backend(target)
-    binder = create_function_from_signature(self.signature, self.params, backend)
-    bound, specialization, options = binder(*args, **kwargs, debug=False)
-    options, signature, constexprs, attrs = self._pack_args(backend, kwargs, bound, specialization, options)
-    source = ASTSource(self, signature, constexprs, attrs)
-    compiled = triton.compile(source, target=target, options=options.__dict__)
-    numbers = [value for value in args if isinstance(value, int)]
-    row = {"kernel": self.__name__, "target": _target, "dtype": str(_dtype), "numbers": numbers}
-    if "ptx" in compiled.asm:
-        ptx = compiled.asm["ptx"]
-        row["wide_loads"] = len(re.findall(r"ld\.global\S*\.v4\.b32", ptx))
-        row["wide_stores"] = len(re.findall(r"st\.global\S*\.v4\.b32", ptx))
-        row["float64"] = len(re.findall(r"\.f64", ptx))
-    print(json.dumps(row))
+def _unaligned(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.numel() + 1)[1:].view(x.shape)
 
 
-def _launch_all() -> None:
-    x = torch.empty(4096, dtype=_dtype)
-    for form in ("critic", "generator", "labels", "hinge"):
-        scores.mean_scores(form, x, x)
-    for size in (1, 2, 3072, 16384):
-        for batch in (1, 64):
-            penalty.gradient_penalty(torch.empty(batch, size, dtype=_dtype), "one-sided", 1.0, 10.0, _dtype)
-    penalty.gradient_penalty(torch.empty(64, 8, dtype=_dtype), "two-sided", 1.0, 10.0, None)
-    small, large = torch.empty(64, 784, dtype=_dtype), torch.empty(2, 3, 256, 256, dtype=_dtype)
-    interpolate.interpolate(small, small, 7, 0)
-    interpolate.interpolate(large, large, 2**62, torch.zeros(1, dtype=torch.int64))
-    for kind in ("two-sided", "one-sided", "zero-centered", "power"):
-        penalty.gradient_penalty(small, kind, 1.0, 10.0, _dtype)
-    penalty.gradient_penalty(large, "two-sided", 1.0, 10.0, torch.float32)
-    tensors = [torch.empty(5000, dtype=_dtype) for _ in range(3)]
-    state, steps = [(x, x, x)] * 3, [torch.zeros(())] * 3
-    hyper = ((0.5,) * update.HYPER_COLUMNS.value,)
-    for algorithm, momentum, centered in (
-        ("rmsprop", False, False),
-        ("rmsprop", True, True),
-        ("adam", False, False),
-        ("clamp", False, False),
-    ):
-        launcher = update.Update(torch.device("cpu"), _dtype)
-        launcher.launch(algorithm, tensors, tensors, state, steps, hyper, [0] * 3, momentum=momentum, centered=centered)
+def _update(tensors: int, numel: int, algorithm: str, momentum: bool, centered: bool, bound: float, dtype: Any) -> None:
+    params = [torch.empty(numel, dtype=dtype, device="meta")] * tensors
+    steps = [torch.empty((), device="meta")] * tensors
+    hyper = ((*[0.5] * (update.HYPER_COLUMNS.value - 1), bound),)
+    grads = None if algorithm == "clamp" else params
+    update.Update(torch.device("meta"), dtype).launch(
+        algorithm, params, grads, [(p, p, p) for p in params], steps, hyper, [0] * tensors,
+        momentum=momentum, centered=centered,
+    )  # fmt: skip
+
+
+def cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Every specialisation: each form and option, each block size, arguments that are 1, odd, 16-fold and past 2^31."""
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for form in FORMS:
+        yield f"scores {form}", form == "critic", partial(scores.mean_scores, form, new(2**20), new(2**20))
+        for a, b in ((new(1), new(1)), (_unaligned(new(17)), new(17)), (new(HUGE), _unaligned(new(HUGE + 1)))):
+            yield f"scores {form} {a.numel()}, {b.numel()}", False, partial(scores.mean_scores, form, a, b)
+
+    on_device = torch.empty((), dtype=torch.int64, device="meta")
+    draw = interpolate.interpolate
+    for size in (3072, 784, 2**18, HUGE, HUGE + 1, *(2**k - k % 2 for k in range(12))):
+        x = new(64, size)
+        yield f"interpolate {size}", size == 3072, partial(draw, x, x, 2**62, 0)
+        if size in (784, 31):
+            yield f"interpolate {size} offset on device", False, partial(draw, x, x, 7, on_device)
+            yield f"interpolate {size} unaligned", False, partial(draw, _unaligned(x), x, 7, 2**40)
+
+    run = penalty.gradient_penalty
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for size in (3072, 3 * 256 * 256):
+        reads = "one read" if size <= penalty.MAX_BLOCK else "two reads"
+        yield f"penalty {reads}", True, partial(run, new(64, size), "two-sided", 1.0, 10.0, dtype)
+        for kind, cotangent in product(KINDS, {dtype, wide, None}):
+            yield f"penalty {reads} {kind} {cotangent}", False, partial(run, new(64, size), kind, 0.0, 1.0, cotangent)
+    for k in range(15):
+        yield f"penalty {2**k - k % 2}", False, partial(run, new(1 + k, 2**k - k % 2), KINDS[k % 3], 1.0, 1.0, wide)
+    for x in (new(1, 784), _unaligned(new(3, 784)), new(3, 16385), new(1, HUGE), new(HUGE, 1)):
+        yield f"penalty {tuple(x.shape)}", False, partial(run, x, "one-sided", 1.0, 1.0, wide)
+
+    inf = float("inf")
+    for momentum, centered in product((False, True), repeat=2):
+        name = "update rmsprop" + " momentum" * momentum + " centered" * centered
+        yield name, momentum == centered, partial(_update, 6, 5000, "rmsprop", momentum, centered, 0.01, dtype)
+    for algorithm in ("adam", "clamp"):
+        yield f"update {algorithm}", True, partial(_update, 6, 5000, algorithm, False, False, 0.01, dtype)
+    for algorithm, (tensors, numel, bound) in product(("rmsprop", "adam", "clamp"), ((1, 1, inf), (16, HUGE, 0.01))):
+        name = f"update {algorithm} {tensors} x {numel}, bound {bound}"
+        yield name, False, partial(_update, tensors, numel, algorithm, False, False, bound, dtype)
+
+
+def _nvidia(compiled: Any, main: bool) -> dict[str, Any]:
+    """What the PTX says, and what cuobjdump reads out of the machine code that ptxas made of it."""
+    ptx = compiled.asm["ptx"]
+    before_arrival = ptx.split("atom.global.gpu.acq_rel")[0]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        arguments = ("-res-usage", "-sass") if main else ("-res-usage",)
+        report = subprocess.run([CUOBJDUMP, *arguments, file.name], capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", report)
+    assert usage is not None, report
+    registers, stack, shared, local = map(int, usage.groups())
+    return {
+        "opcodes": sorted(set(re.findall(r"^\s*(?:@!?%p\d+ )?([a-z]\w*\.[\w.:]+)", ptx, re.MULTILINE))),
+        "arrives": before_arrival != ptx and before_arrival.rfind("bar.sync") > before_arrival.rfind("st.global"),
+        "wide": [len(re.findall(rf"{op}\.global\S*\.v(?:4\.b32|2\.b64)", ptx)) for op in ("ld", "st")],
+        "registers": registers,
+        "shared": shared,
+        "local": stack + local,  # bytes a thread keeps in memory: spills, and arrays that are indexed at run time
+        "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?!NOP)", report)),
+    }
+
+
+def _amd(compiled: Any) -> dict[str, Any]:
+    asm = compiled.asm["amdgcn"]
+    code = asm.split(".amdhsa_kernel")[0]
+    count = {name: int(n) for name, n in re.findall(r"^\s*\.(\w+):\s+(\d+)$", asm, re.MULTILINE)}
+    instructions = re.findall(r"^\t([a-z]\w+)", code, re.MULTILINE)
+    return {
+        "opcodes": sorted(set(instructions)),
+        "wide": [
+            sum(name.endswith(f"_{op}_dwordx4") and name[0] != "s" for name in instructions) for op in ("load", "store")
+        ],
+        "registers": count["vgpr_count"],
+        "shared": count["group_segment_fixed_size"],
+        "local": count["private_segment_fixed_size"] + count["vgpr_spill_count"] + count["sgpr_spill_count"],
+        "instructions": len(instructions),
+    }
+
+
+def compile_all(target_name: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """One row for each distinct program that the cases ask for."""
+    target = TARGETS[target_name]
+    rows: dict[str, dict[str, Any]] = {}
+    name, main = "", False
+
+    def compile_one(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        backend = make_backend(target)
+        binder = create_function_from_signature(self.signature, self.params, backend)
+        bound, specialization, options = binder(*args, **kwargs, debug=False)
+        options, signature, constexprs, attrs = self._pack_args(backend, kwargs, bound, specialization, options)
+        source = ASTSource(self, signature, constexprs, attrs)
+        compiled = triton.compile(source, target=target, options=options.__dict__)
+        if compiled.hash in rows:
+            return
+        row = {"kernel": self.__name__, "case": name, "main": main, "target": target_name, "dtype": str(dtype)[6:]}
+        row["elements"] = kwargs["BLOCK"] / (kwargs["num_warps"] * target.warp_size)  # of a block, per thread
+        rows[compiled.hash] = row | (_nvidia(compiled, main) if target.backend == "cuda" else _amd(compiled))
+
+    JITFunction.run = compile_one
+    for name, main, launch in cases(dtype):
+        launch()
+    return list(rows.values())
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """compiled_kernels.md: the main cases, a line for each kernel and dtype, the targets side by side."""
+    found = {(row["case"], row["dtype"], row["target"]): row for row in rows if row["main"]}
+    lines = [
+        f"The kernels as Triton {triton.__version__} compiles them, written by `python tests/compile_kernels.py --table`",
+        "and compared by a test, so that a change in generated code shows in review. Each cell: registers per thread /",
+        "bytes of shared memory / widest access in bits / machine instructions, of the whole program, per element that a",
+        "thread handles of a block. The update's program holds a second, masked path for tensor ends, and counts it.",
+        "Nothing spills: a test sees to it, for these and all other specialisations.",
+        "",
+        "| kernel | dtype | " + " | ".join(TARGETS) + " |",
+        "|---" * (2 + len(TARGETS)) + "|",
+    ]
+    for case, dtype in dict.fromkeys((case, dtype) for case, dtype, _ in found):
+        cells = [case, dtype]
+        for target in TARGETS:
+            row = found[case, dtype, target]
+            width = 128 if row["wide"][0] else "< 128"
+            per_element = row["instructions"] / row["elements"]
+            cells.append(f"{row['registers']} / {row['shared']} / {width} / {per_element:.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    JITFunction.run = _compile
-    for _target in TARGETS:
-        for _dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            _launch_all()
-    sys.exit(0)
+    jobs = list(product(TARGETS, DTYPES))
+    with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
+        all_rows = [row for rows in pool.map(compile_all, *zip(*jobs, strict=True)) for row in rows]
+    if "--table" in sys.argv:
+        print(table(all_rows), end="")
+    else:
+        for row in all_rows:
+            print(json.dumps(row))

@@ -1,12 +1,18 @@
 """Without a GPU, kernels run in Triton's interpreter; that is decided when they are defined, so before any import."""
 
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+COMPILER = pytest.StashKey[subprocess.Popen[str]]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -21,6 +27,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(gpu)
         if "interpreted" in item.keywords and torch.cuda.is_available():
             item.add_marker(interpreted)
+    items.sort(key=lambda item: "compiled_kernels" in getattr(item, "fixturenames", ()))  # these wait for a compiler
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the compilation of all kernels, where a test wants it, beside the other tests."""
+    if not session.config.option.collectonly and any(
+        "compiled_kernels" in getattr(item, "fixturenames", ()) for item in session.items
+    ):
+        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        script = Path(__file__).with_name("compile_kernels.py")
+        session.config.stash[COMPILER] = subprocess.Popen(
+            [sys.executable, str(script)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if COMPILER in config.stash and config.stash[COMPILER].poll() is None:
+        os.killpg(config.stash[COMPILER].pid, signal.SIGKILL)  # it has workers
+
+
+@pytest.fixture(scope="session")
+def compiled_kernels(pytestconfig: pytest.Config) -> subprocess.Popen[str]:
+    """The process that compiles all kernels."""
+    return pytestconfig.stash[COMPILER]
 
 
 @pytest.fixture(

@@ -1,0 +1,84 @@
+"""Code for GPUs that are not here: what compile_kernels.py makes of every specialisation a launcher can ask for."""
+
+import json
+
+import pytest
+import triton
+from compile_kernels import DTYPES, SNAPSHOT, TARGETS, table
+
+KERNELS = ("_scores_kernel", "_interpolate_kernel", "_penalty_kernel", "_update_kernel")
+ARRAYS = {  # read and written, by case; each 16 bytes at a time
+    "interpolate 3072": (2, 1),
+    "penalty one read": (1, 1),
+    "penalty two reads": (2, 1),
+    "update rmsprop": (3, 2),
+    "update rmsprop momentum centered": (5, 4),
+    "update adam": (4, 3),
+    "update clamp": (1, 1),
+}
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@pytest.fixture(scope="module")
+def rows(compiled_kernels):
+    """One row for each program, from a process without the interpreter; it has been at work since the run began."""
+    stdout, stderr = compiled_kernels.communicate()
+    assert compiled_kernels.returncode == 0, stderr
+    return [json.loads(line) for line in stdout.splitlines()]
+
+
+def nvidia(rows, *, double=False):
+    """The PTX rows, of float64 kernels or of the others."""
+    return [row for row in rows if row["target"].startswith("sm_") and (row["dtype"] == "float64") == double]
+
+
+def test_every_kernel_compiles_in_every_dtype_for_every_target(rows):
+    found = {(row["kernel"], row["dtype"], row["target"]) for row in rows}
+    assert found == {(k, str(d)[6:], t) for k in KERNELS for d in DTYPES for t in TARGETS}
+
+
+def test_nothing_spills_and_nothing_lies_in_local_memory(rows):
+    assert [row for row in rows if row["local"]] == []
+
+
+def test_hot_paths_move_16_bytes_at_a_time(rows):
+    """Every element of every array that the hot path reads or writes, on NVIDIA; the kernels are not tuned for AMD."""
+    for row in nvidia(rows) + nvidia(rows, double=True):
+        if row["case"] in ARRAYS:
+            per_array = row["elements"] * BYTES[row["dtype"]] / 16
+            for found, arrays in zip(row["wide"], ARRAYS[row["case"]], strict=True):
+                assert found >= arrays * per_array, row
+
+
+def test_no_float64_in_other_kernels(rows):
+    for row in rows:
+        if row["dtype"] != "float64":
+            assert [op for op in row["opcodes"] if "f64" in op] == [], row
+
+
+def test_division_and_root_round_correctly(rows):
+    """Nothing approximate but the exponential in Adam's bias correction, and no denormal number flushed."""
+    for row in nvidia(rows):
+        inexact = {op for op in row["opcodes"] if "approx" in op or ".full" in op or ".ftz" in op}
+        assert inexact <= ({"ex2.approx.f32"} if "adam" in row["case"] else set()), row
+        if row["case"].startswith(("update rmsprop", "update adam", "penalty one read two-sided")):
+            assert {"div.rn.f32", "sqrt.rn.f32"} <= set(row["opcodes"]), row
+
+
+def test_minima_and_maxima_keep_nan(rows):
+    for row in nvidia(rows):
+        extrema = {op for op in row["opcodes"] if op.startswith(("min.", "max.")) and op.endswith(("f32", "f16"))}
+        assert extrema <= {"min.NaN.f32", "max.NaN.f32"}, row
+
+
+def test_partial_results_are_published_before_the_arrival(rows):
+    """No store between the barrier and the acquire-release increment that says a program has arrived."""
+    for row in nvidia(rows) + nvidia(rows, double=True):
+        assert row["arrives"] == (row["kernel"] != "_interpolate_kernel"), row
+
+
+def test_generated_code_is_the_committed(rows):
+    expected = SNAPSHOT.read_text()
+    if f"Triton {triton.__version__} " not in expected:
+        pytest.skip(f"{SNAPSHOT.name} is not of Triton {triton.__version__}")
+    assert table(rows) == expected, "if that is meant: python tests/compile_kernels.py --table > tests/" + SNAPSHOT.name
