@@ -573,7 +573,7 @@ def clip_and_count_(parameters: Iterable[Tensor], bound: float, backend: Backend
             shares.append((on_bound / total, total))
             continue
         dense = [p.detach() if is_dense(p) else p.detach().contiguous() for p in params]
-        hyper = ((*[0.0] * (kernels.update.HYPER_COLUMNS.value - 1), limit),)
+        hyper = ((*[0.0] * (kernels.table.HYPER_COLUMNS.value - 1), limit),)
         launcher = _clipper(device, dtype, kernels.arrival.stream_of(device))
         share = launcher.launch("clamp", dense, None, [()] * len(dense), None, hyper, [0] * len(dense))
         torch.autograd.graph.increment_version(params)

@@ -11,6 +11,7 @@ become part of the graph; it is kept back instead, and ``fill_pending`` does it 
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
+import triton
 import triton.language as tl
 
 from .arrival import capturing
@@ -18,7 +19,24 @@ from .arrival import capturing
 # The columns of an address row (int64). STEP is 0 where an algorithm has no step count, STATE* where it is unused.
 PARAM, GRAD, STATE0, STATE1, STATE2, STEP, NUMEL, FIRST_CHUNK, HYPER_ROW, ALIGNED = (tl.constexpr(i) for i in range(10))
 COLUMNS = tl.constexpr(10)
+# The columns of a hyper-parameter row. Decays (RMSProp's alpha is BETA2) come with their complement and logarithm,
+# computed in double precision on the host: 1 - 0.999 has lost four digits once 0.999 is a float32. SIGN is -1 to
+# maximise, BOUND inf not to clamp.
+LR, BETA1, BETA1_C, BETA1_LOG, BETA2, BETA2_C, BETA2_LOG, EPS, DECAY, MOMENTUM, SIGN, BOUND = map(
+    tl.constexpr, range(12)
+)
+HYPER_COLUMNS = tl.constexpr(12)
 CACHED = 16  # tables kept per cache; a loop that sees more address patterns than this uploads again
+
+
+@triton.jit
+def pointers(row_ptr, COLUMN: tl.constexpr, start, lanes, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where elements start + lanes of a row's tensor lie. The start is 64-bit, the lanes 32, which spares registers."""
+    pointer = tl.load(row_ptr + COLUMN).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)  # must be said of the pointer: a hint on the integer is lost in the cast
+    return pointer + start + lanes
+
 
 _pending: list[tuple[torch.Tensor, torch.Tensor]] = []
 

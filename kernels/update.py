@@ -28,31 +28,14 @@ from .table import Mirror, Tables
 BLOCK = 2048
 STEPS_BLOCK = 128
 
-# The columns of a hyper-parameter row. Decays (RMSProp's alpha is BETA2) come with their complement and logarithm,
-# computed in double precision on the host: 1 - 0.999 has lost four digits once 0.999 is a float32. SIGN is -1 to
-# maximise, BOUND inf not to clamp.
-LR, BETA1, BETA1_C, BETA1_LOG, BETA2, BETA2_C, BETA2_LOG, EPS, DECAY, MOMENTUM, SIGN, BOUND = map(
-    tl.constexpr, range(12)
-)
-HYPER_COLUMNS = tl.constexpr(12)
-
-
-@triton.jit
-def _pointers(row_ptr, COLUMN: tl.constexpr, start, lanes, DTYPE: tl.constexpr, FULL: tl.constexpr):
-    """Where the chunk's elements lie: the 64-bit start is added once, the lanes are 32-bit, which spares registers."""
-    pointer = tl.load(row_ptr + COLUMN).to(tl.pointer_type(DTYPE))
-    if FULL:
-        pointer = tl.multiple_of(pointer, 16)  # must be said of the pointer: a hint on the integer is lost in the cast
-    return pointer + start + lanes
-
 
 @triton.jit
 def _bias_corrections(row_ptr, hyper_ptr):
     """1 - beta1^t and 1 - beta2^t of the step to come."""
     step = tl.load(tl.load(row_ptr + table.STEP).to(tl.pointer_type(tl.float32)))
     step = step.to(hyper_ptr.dtype.element_ty) + 1
-    bias1 = one_minus_power(tl.load(hyper_ptr + BETA1_LOG), step)
-    return bias1, one_minus_power(tl.load(hyper_ptr + BETA2_LOG), step)
+    bias1 = one_minus_power(tl.load(hyper_ptr + table.BETA1_LOG), step)
+    return bias1, one_minus_power(tl.load(hyper_ptr + table.BETA2_LOG), step)
 
 
 @triton.jit
@@ -74,26 +57,28 @@ def _update_chunk(
     acc = hyper_ptr.dtype.element_ty
     lanes = tl.arange(0, BLOCK)
     mask = None if FULL else lanes < numel - start
-    p_ptr = _pointers(row_ptr, table.PARAM, start, lanes, DTYPE, FULL)
+    p_ptr = table.pointers(row_ptr, table.PARAM, start, lanes, DTYPE, FULL)
     p = tl.load(p_ptr, mask).to(acc)
 
     if ALGORITHM != "clamp":
-        lr = tl.load(hyper_ptr + LR)
-        eps = tl.load(hyper_ptr + EPS)
-        decay = tl.load(hyper_ptr + DECAY)
-        beta2 = tl.load(hyper_ptr + BETA2)
-        beta2_c = tl.load(hyper_ptr + BETA2_C)
-        g = tl.load(_pointers(row_ptr, table.GRAD, start, lanes, DTYPE, FULL), mask).to(acc) * tl.load(hyper_ptr + SIGN)
+        lr = tl.load(hyper_ptr + table.LR)
+        eps = tl.load(hyper_ptr + table.EPS)
+        decay = tl.load(hyper_ptr + table.DECAY)
+        beta2 = tl.load(hyper_ptr + table.BETA2)
+        beta2_c = tl.load(hyper_ptr + table.BETA2_C)
+        g = tl.load(table.pointers(row_ptr, table.GRAD, start, lanes, DTYPE, FULL), mask).to(acc) * tl.load(
+            hyper_ptr + table.SIGN
+        )
         if decay != 0:  # not g + 0 * p, which an infinite weight would turn into NaN
             g += decay * p
-        s_ptr = _pointers(row_ptr, table.STATE0, start, lanes, DTYPE, FULL)
+        s_ptr = table.pointers(row_ptr, table.STATE0, start, lanes, DTYPE, FULL)
         s = beta2 * tl.load(s_ptr, mask).to(acc) + beta2_c * g * g
         tl.store(s_ptr, s.to(DTYPE), mask)
 
     if ALGORITHM == "rmsprop":
         variance = s
         if CENTERED:
-            m_ptr = _pointers(row_ptr, table.STATE1, start, lanes, DTYPE, FULL)
+            m_ptr = table.pointers(row_ptr, table.STATE1, start, lanes, DTYPE, FULL)
             m = tl.load(m_ptr, mask).to(acc)
             m = toward(m, g, beta2, beta2_c)
             tl.store(m_ptr, m.to(DTYPE), mask)
@@ -101,18 +86,18 @@ def _update_chunk(
             variance = tl.maximum(s - m * m, 0, propagate_nan=tl.PropagateNan.ALL)
         change = divide(g, sqrt(variance) + eps)
         if HAS_MOMENTUM:
-            b_ptr = _pointers(row_ptr, table.STATE2, start, lanes, DTYPE, FULL)
-            change += tl.load(hyper_ptr + MOMENTUM) * tl.load(b_ptr, mask).to(acc)
+            b_ptr = table.pointers(row_ptr, table.STATE2, start, lanes, DTYPE, FULL)
+            change += tl.load(hyper_ptr + table.MOMENTUM) * tl.load(b_ptr, mask).to(acc)
             tl.store(b_ptr, change.to(DTYPE), mask)
         p -= lr * change
     elif ALGORITHM == "adam":
-        m_ptr = _pointers(row_ptr, table.STATE1, start, lanes, DTYPE, FULL)
+        m_ptr = table.pointers(row_ptr, table.STATE1, start, lanes, DTYPE, FULL)
         m = tl.load(m_ptr, mask).to(acc)
-        m = toward(m, g, tl.load(hyper_ptr + BETA1), tl.load(hyper_ptr + BETA1_C))
+        m = toward(m, g, tl.load(hyper_ptr + table.BETA1), tl.load(hyper_ptr + table.BETA1_C))
         tl.store(m_ptr, m.to(DTYPE), mask)
         p -= divide(lr, bias1) * divide(m, divide(sqrt(s), sqrt(bias2)) + eps)
 
-    bound = tl.load(hyper_ptr + BOUND)
+    bound = tl.load(hyper_ptr + table.BOUND)
     p = tl.maximum(p, -bound, propagate_nan=tl.PropagateNan.ALL)
     p = tl.minimum(p, bound, propagate_nan=tl.PropagateNan.ALL).to(DTYPE)
     tl.store(p_ptr, p, mask)
@@ -126,7 +111,7 @@ def _update_chunk(
 def _update_kernel(
     table_ptr,  # [tensors, table.COLUMNS] int64
     owner_ptr,  # [chunks] int32, the tensor each program works on
-    hyper_ptr,  # [rows, HYPER_COLUMNS] in the accumulator's dtype
+    hyper_ptr,  # [rows, table.HYPER_COLUMNS] in the accumulator's dtype
     count_ptr,  # [1] int64, zero between launches
     share_ptr,  # [1] float32
     counter_ptr,  # [1] int32
@@ -137,27 +122,27 @@ def _update_kernel(
     HAS_MOMENTUM: tl.constexpr,
     CENTERED: tl.constexpr,
     BLOCK: tl.constexpr,
-    PART: tl.constexpr,
     STEPS_BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     row_ptr = table_ptr + tl.load(owner_ptr + program).to(tl.int64) * table.COLUMNS
     numel = tl.load(row_ptr + table.NUMEL)
     start = (program - tl.load(row_ptr + table.FIRST_CHUNK)) * BLOCK
-    row_hyper_ptr = hyper_ptr + tl.load(row_ptr + table.HYPER_ROW) * HYPER_COLUMNS
+    row_hyper_ptr = hyper_ptr + tl.load(row_ptr + table.HYPER_ROW) * table.HYPER_COLUMNS
     bias1, bias2 = 1.0, 1.0
     if ALGORITHM == "adam":
         bias1, bias2 = _bias_corrections(row_ptr, row_hyper_ptr)
     if (tl.load(row_ptr + table.ALIGNED) != 0) & (start + BLOCK <= numel):
         on_bound = _update_chunk(
-            row_ptr, row_hyper_ptr, bias1, bias2, start, numel, DTYPE, ALGORITHM, HAS_MOMENTUM, CENTERED, BLOCK, True
-        )
+            row_ptr, row_hyper_ptr, bias1, bias2, start, numel, DTYPE, ALGORITHM, HAS_MOMENTUM, CENTERED, BLOCK, True,
+        )  # fmt: skip
     else:
         on_bound = 0
-        for part in range(start, tl.minimum(start + BLOCK, numel), PART):
+        for part in range(start, tl.minimum(start + BLOCK, numel), BLOCK // 4):  # in parts, which spares registers
             on_bound += _update_chunk(
-                row_ptr, row_hyper_ptr, bias1, bias2, part, numel, DTYPE, ALGORITHM, HAS_MOMENTUM, CENTERED, PART, False
-            )
+                row_ptr, row_hyper_ptr, bias1, bias2, part, numel, DTYPE, ALGORITHM, HAS_MOMENTUM, CENTERED, BLOCK // 4,
+                False,
+            )  # fmt: skip
     if clamped > 0:
         tl.atomic_add(count_ptr, on_bound.to(tl.int64), sem="relaxed")  # an integer, so the order cannot matter
 
@@ -200,7 +185,7 @@ class Update:
 
         No tensor is empty; all are dense and laid out like their parameter. ``states`` are per tensor: (square_avg,
         grad_avg or None, momentum_buffer or None) for rmsprop, (exp_avg_sq, exp_avg) for adam, () for clamp.
-        ``hyper_rows`` names each tensor's row of ``hyper``, whose columns stand above. Returns the share of clamped
+        ``hyper_rows`` names each tensor's row of ``hyper``, whose columns table.py lists. Returns the share of clamped
         weights on their bound (0-d float32), or None if no row has a bound.
         """
         device = params[0].device
@@ -212,6 +197,7 @@ class Update:
                 rows, owners, self._hyper.set(hyper), zero(device, torch.int64), share, zero(device),
                 len(params), clamped,
                 DTYPE=self._dtype, ALGORITHM=algorithm, HAS_MOMENTUM=momentum, CENTERED=centered,
-                BLOCK=BLOCK, PART=BLOCK // 4, STEPS_BLOCK=STEPS_BLOCK, num_warps=16 if self._dtype == tl.float64 else 8, enable_fp_fusion=True,
+                BLOCK=BLOCK, STEPS_BLOCK=STEPS_BLOCK, num_warps=16 if self._dtype == tl.float64 else 8,
+                enable_fp_fusion=True,
             )  # fmt: skip
         return share if clamped else None

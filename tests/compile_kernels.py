@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import triton
-from fastwgan.kernels import interpolate, penalty, scores, update
+from fastwgan.kernels import interpolate, penalty, scores, table, update
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -51,7 +51,7 @@ def _unaligned(x: torch.Tensor) -> torch.Tensor:
 def _update(tensors: int, numel: int, algorithm: str, momentum: bool, centered: bool, bound: float, dtype: Any) -> None:
     params = [torch.empty(numel, dtype=dtype, device="meta")] * tensors
     steps = [torch.empty((), device="meta")] * tensors
-    hyper = ((*[0.5] * (update.HYPER_COLUMNS.value - 1), bound),)
+    hyper = ((*[0.5] * (table.HYPER_COLUMNS.value - 1), bound),)
     grads = None if algorithm == "clamp" else params
     update.Update(torch.device("meta"), dtype).launch(
         algorithm, params, grads, [(p, p, p) for p in params], steps, hyper, [0] * tensors,
@@ -132,9 +132,7 @@ def _amd(compiled: Any) -> dict[str, Any]:
     instructions = re.findall(r"^\t([a-z]\w+)", code, re.MULTILINE)
     return {
         "opcodes": sorted(set(instructions)),
-        "wide": [
-            sum(name.endswith(f"_{op}_dwordx4") and name[0] != "s" for name in instructions) for op in ("load", "store")
-        ],
+        "wide": [len(re.findall(rf"\t(?:global|buffer)_{op}_dwordx4", code)) for op in ("load", "store")],
         "registers": count["vgpr_count"],
         "shared": count["group_segment_fixed_size"],
         "local": count["private_segment_fixed_size"] + count["vgpr_spill_count"] + count["sgpr_spill_count"],
@@ -146,7 +144,7 @@ def compile_all(target_name: str, dtype: torch.dtype) -> list[dict[str, Any]]:
     """One row for each distinct program that the cases ask for."""
     target = TARGETS[target_name]
     rows: dict[str, dict[str, Any]] = {}
-    name, main = "", False
+    case = next(cases(dtype))
 
     def compile_one(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         backend = make_backend(target)
@@ -157,24 +155,25 @@ def compile_all(target_name: str, dtype: torch.dtype) -> list[dict[str, Any]]:
         compiled = triton.compile(source, target=target, options=options.__dict__)
         if compiled.hash in rows:
             return
+        name, main, _ = case
         row = {"kernel": self.__name__, "case": name, "main": main, "target": target_name, "dtype": str(dtype)[6:]}
         row["elements"] = kwargs["BLOCK"] / (kwargs["num_warps"] * target.warp_size)  # of a block, per thread
         rows[compiled.hash] = row | (_nvidia(compiled, main) if target.backend == "cuda" else _amd(compiled))
 
     JITFunction.run = compile_one
-    for name, main, launch in cases(dtype):
-        launch()
+    for case in cases(dtype):
+        case[2]()
     return list(rows.values())
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def summary(rows: list[dict[str, Any]]) -> str:
     """compiled_kernels.md: the main cases, a line for each kernel and dtype, the targets side by side."""
     found = {(row["case"], row["dtype"], row["target"]): row for row in rows if row["main"]}
     lines = [
-        f"The kernels as Triton {triton.__version__} compiles them, written by `python tests/compile_kernels.py --table`",
-        "and compared by a test, so that a change in generated code shows in review. Each cell: registers per thread /",
-        "bytes of shared memory / widest access in bits / machine instructions, of the whole program, per element that a",
-        "thread handles of a block. The update's program holds a second, masked path for tensor ends, and counts it.",
+        f"The kernels as Triton {triton.__version__} compiles them. `tests/compile_kernels.py --table` writes this, a",
+        "test compares it, so that a change in generated code shows in review. Each cell: registers per thread / bytes of",
+        "shared memory / widest access in bits / machine instructions, of the whole program, per element that a thread",
+        "handles of a block. The update's program holds a second, masked path for tensor ends, and counts it.",
         "Nothing spills: a test sees to it, for these and all other specialisations.",
         "",
         "| kernel | dtype | " + " | ".join(TARGETS) + " |",
@@ -196,7 +195,7 @@ if __name__ == "__main__":
     with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
         all_rows = [row for rows in pool.map(compile_all, *zip(*jobs, strict=True)) for row in rows]
     if "--table" in sys.argv:
-        print(table(all_rows), end="")
+        print(summary(all_rows), end="")
     else:
         for row in all_rows:
             print(json.dumps(row))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import triton
-from compile_kernels import DTYPES, SNAPSHOT, TARGETS, table
+from compile_kernels import DTYPES, SNAPSHOT, TARGETS, summary
 
 KERNELS = ("_scores_kernel", "_interpolate_kernel", "_penalty_kernel", "_update_kernel")
 ARRAYS = {  # read and written, by case; each 16 bytes at a time
@@ -81,4 +81,6 @@ def test_generated_code_is_the_committed(rows):
     expected = SNAPSHOT.read_text()
     if f"Triton {triton.__version__} " not in expected:
         pytest.skip(f"{SNAPSHOT.name} is not of Triton {triton.__version__}")
-    assert table(rows) == expected, "if that is meant: python tests/compile_kernels.py --table > tests/" + SNAPSHOT.name
+    assert summary(rows) == expected, (
+        "if that is meant: python tests/compile_kernels.py --table > tests/" + SNAPSHOT.name
+    )
