@@ -11,6 +11,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    import strict
+
+    strict.install()
 
 COMPILER = pytest.StashKey[subprocess.Popen[str]]()
 
