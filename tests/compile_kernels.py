@@ -172,8 +172,8 @@ def summary(rows: list[dict[str, Any]]) -> str:
     lines = [
         f"The kernels as Triton {triton.__version__} compiles them. `tests/compile_kernels.py --table` writes this, a",
         "test compares it, so that a change in generated code shows in review. Each cell: registers per thread / bytes",
-        "of shared memory / widest access in bits / machine instructions, of the whole program, per element that a thread",
-        "handles of a block. The update's program holds a second, masked path for tensor ends, and counts it.",
+        "of shared memory / widest access in bits / machine instructions, of the whole program, per element that one",
+        "thread handles of a block. The update's program holds a second, masked path for tensor ends, and counts it.",
         "Nothing spills: a test sees to it, for these and all other specialisations.",
         "",
         "| kernel | dtype | " + " | ".join(TARGETS) + " |",

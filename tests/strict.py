@@ -42,11 +42,15 @@ class _Launch:
         return (owner < 0) | (addresses + size > self.end[owner])
 
 
-_current: _Launch | None = None
-_by_address: list[torch.Tensor] = []  # tensors that a launch knows by address alone
-_order: Callable[[int, int], int] | None = None
-_asked: dict[str, list[np.ndarray]] | None = None  # in last_program: addresses loaded and stored outside real tensors
-_programs = 0
+class _State:
+    launch: _Launch | None = None
+    by_address: tuple[torch.Tensor, ...] = ()  # tensors that a launch knows by address alone
+    order: Callable[[int, int], int] | None = None
+    asked: dict[str, list[np.ndarray]] | None = None  # in last_program: accesses outside real tensors
+    programs = 0
+
+
+_state = _State()
 
 
 def _extent(x: torch.Tensor) -> int:
@@ -56,18 +60,18 @@ def _extent(x: torch.Tensor) -> int:
 
 def _allowed(kind: str, pointers: Any, mask: np.ndarray) -> np.ndarray:
     """``mask`` where the access may be made; raises where it may not, or takes note in last_program."""
-    assert _current is not None
+    assert _state.launch is not None
     mask = np.broadcast_to(mask, pointers.data.shape)
     addresses = pointers.data[mask].astype(np.int64)
-    outside = _current.outside(addresses, max(1, pointers.get_element_ty().primitive_bitwidth // 8))
-    if outside.any() and _asked is None:
+    outside = _state.launch.outside(addresses, max(1, pointers.get_element_ty().primitive_bitwidth // 8))
+    if outside.any() and _state.asked is None:
         raise IndexError(f"{kind}: {outside.sum()} of {outside.size} lanes outside the tensors of the launch")
-    if _asked is not None:
-        _asked[kind].append(addresses[outside])
+    if _state.asked is not None:
+        _state.asked[kind].append(addresses[outside])
         mask = mask.copy()
         mask[mask] = ~outside
     if kind == "store":
-        _current.stored.append(addresses)
+        _state.launch.stored.append(addresses)
     return mask
 
 
@@ -98,13 +102,13 @@ def _to_bfloat16(data: np.ndarray, source: Any, target: Any, rounding: Any) -> n
 
 
 def _grid_dim(self: Any, x: int, y: int, z: int) -> None:
-    _set_grid_dim(self, x if _asked is None else _programs, y, z)
+    _set_grid_dim(self, x if _state.asked is None else _state.programs, y, z)
 
 
 def _grid_idx(self: Any, x: int, y: int, z: int) -> None:
-    if _asked is not None:
-        x = _programs - 1
-    _set_grid_idx(self, x if _order is None else _order(x, self.grid_dim[0]), y, z)
+    if _state.asked is not None:
+        x = _state.programs - 1
+    _set_grid_idx(self, x if _state.order is None else _state.order(x, self.grid_dim[0]), y, z)
 
 
 class _StandIn:
@@ -115,7 +119,7 @@ class _StandIn:
 
 
 def _args(self: Any, args: Any, kwargs: Any) -> Any:
-    if _asked is None:
+    if _state.asked is None:
         return _init_args(self, args, kwargs)
     return [
         _StandIn(x.dtype, (i + 1) << REGION) if isinstance(x, torch.Tensor) and x.is_meta else x
@@ -124,34 +128,34 @@ def _args(self: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _restore(self: Any, *args: Any) -> None:
-    if _asked is None:
+    if _state.asked is None:
         _restore_args(self, *args)
 
 
 def _call(self: Any, *args: Any, **kwargs: Any) -> None:
-    global _current, _programs
-    outer = _current
-    _current = _Launch([x for x in args if isinstance(x, torch.Tensor) and not x.is_meta] + _by_address)
-    if _asked is not None:
-        _programs, self.grid = self.grid[0], (1,)
+    outer = _state.launch
+    real = [x for x in args if isinstance(x, torch.Tensor) and not x.is_meta]
+    _state.launch = _Launch([*real, *_state.by_address])
+    if _state.asked is not None:
+        _state.programs, self.grid = self.grid[0], (1,)
     try:
         _run(self, *args, **kwargs)
-        stored = np.concatenate([*_current.stored, np.empty(0, np.int64)])
+        stored = np.concatenate([*_state.launch.stored, np.empty(0, np.int64)])
         if len(np.unique(stored)) != len(stored):
             raise IndexError("store: two stores to one address")
     finally:
-        _current = outer
+        _state.launch = outer
 
 
 def _update(
     self: Any, algorithm: str, params: Any, grads: Any, states: Any, steps: Any, *args: Any, **kwargs: Any
 ) -> Any:
     tensors = (*params, *(grads or ()), *(x for state in states for x in state), *(steps or ()))
-    _by_address[:] = [x for x in tensors if x is not None and x.data_ptr() >> REGION == 0]
+    _state.by_address = tuple(x for x in tensors if x is not None and x.data_ptr() >> REGION == 0)
     try:
         return _launch_update(self, algorithm, params, grads, states, steps, *args, **kwargs)
     finally:
-        _by_address.clear()
+        _state.by_address = ()
 
 
 def install() -> None:
@@ -168,12 +172,11 @@ def install() -> None:
 @contextmanager
 def program_order(order: Callable[[int, int], int]) -> Iterator[None]:
     """Where program i of n stands, run program ``order(i, n)``."""
-    global _order
-    _order = order
+    _state.order = order
     try:
         yield
     finally:
-        _order = None
+        _state.order = None
 
 
 @contextmanager
@@ -183,9 +186,8 @@ def last_program() -> Iterator[dict[str, list[np.ndarray]]]:
     Yields the addresses by "load", "store" and "atomic"; argument i of a launch, a meta tensor, lies at
     (i + 1) << REGION. No program finds itself to be the last to arrive.
     """
-    global _asked
-    _asked = {"load": [], "store": [], "atomic": []}
+    _state.asked = {"load": [], "store": [], "atomic": []}
     try:
-        yield _asked
+        yield _state.asked
     finally:
-        _asked = None
+        _state.asked = None
