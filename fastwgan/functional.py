@@ -164,7 +164,8 @@ class _HingeCriticLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, real_grad: Tensor, fake_grad: Tensor) -> tuple[Tensor, Tensor]:
         real, fake = ctx.saved_tensors
-        return (real < 1) * (real_grad / -real.numel()), (fake > -1) * (fake_grad / fake.numel())
+        # Not "real < 1": a NaN score has a slope, so that it shows in the gradients as in the loss.
+        return ~(real >= 1) * (real_grad / -real.numel()), ~(fake <= -1) * (fake_grad / fake.numel())
 
 
 def critic_loss(real_scores: Tensor, fake_scores: Tensor, *, backend: Backend = "auto") -> Tensor:
