@@ -1,7 +1,8 @@
 """The tolerance rule: at most twice as far from float64 as eager PyTorch in the same dtype, and a floor.
 
 The floor is one rounding of the largest value, times the square root of the reduction's length, as rounding errors of
-a sum add up like a random walk; or one rounding of a summand, where summands cancel and leave a small sum. float64 runs on the CPU, so that a GPU is not judged by itself.
+a sum add up like a random walk; or one rounding of a summand, where summands cancel and leave a small sum. float64
+runs on the CPU, so that a GPU is not judged by itself.
 """
 
 from collections.abc import Callable, Iterable
@@ -94,8 +95,8 @@ def check_optimizer(
         theirs(weights[1], foreach=False, **options),
         theirs(weights[2], foreach=False, **options),
     ]
-    steps = 0
-    for steps, grads in enumerate(gradients, 1):
+    gradients = list(gradients)
+    for grads in gradients:
         for optimizer, ps in zip(optimizers, weights, strict=True):
             for p, g in zip(ps, grads, strict=True):
                 p.grad = None if g is None else g if ps is weights[0] else g.to(p.device, p.dtype, copy=True)
@@ -105,5 +106,5 @@ def check_optimizer(
                 p.data.clamp_(-clip, clip)
     for i, (p, eager, exact) in enumerate(zip(*weights, strict=True)):
         if p.numel():
-            assert_close(f"{label}, parameter {i}", p.data, eager.data, exact.data, length=steps**2)
+            assert_close(f"{label}, parameter {i}", p.data, eager.data, exact.data, length=len(gradients) ** 2)
             assert clip is None or not (p.abs() > clip).any(), f"{label}, parameter {i}: past the bound"

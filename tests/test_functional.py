@@ -122,7 +122,6 @@ def test_penalty_of_more_samples_than_one_sum_takes(device):
     check_op(partial(functional.penalty, backend="triton"), reference.penalty, g, length=1100)
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # the interpreter's, in NumPy
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_penalty_derivatives_at_the_edges(backend, device):
     """A gradient whose square overflows has a cotangent all the same, and n^2 is curved at zero."""
