@@ -102,10 +102,30 @@ def _apply(function: Any, *args: Any) -> Any:
     return function.apply(*args)
 
 
+class _Op(torch.autograd.Function):
+    """A differentiable launch. Under torch.func.vmap it launches once for each element of the batch."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:  # type: ignore[override]
+        elements = [
+            _apply(cls, *(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(elements[0], tuple):
+            return tuple(map(torch.stack, zip(*elements, strict=True))), (0,) * len(elements[0])
+        return torch.stack(elements), 0
+
+    @classmethod
+    def jvp(cls, ctx: Any, *tangents: Any) -> Any:  # type: ignore[override]
+        raise NotImplementedError(
+            "forward-mode differentiation: not supported by the Triton kernels; pass backend='torch' to the op"
+        )
+
+
 # Scores
 
 
-class _CriticLoss(torch.autograd.Function):
+class _CriticLoss(_Op):
     @staticmethod
     def forward(real: Tensor, fake: Tensor) -> Any:
         return kernels.scores.mean_scores("critic", real, fake)[0]
@@ -120,7 +140,7 @@ class _CriticLoss(torch.autograd.Function):
         return (grad / -real.numel()).expand(real), (grad / fake.numel()).expand(fake)
 
 
-class _GeneratorLoss(torch.autograd.Function):
+class _GeneratorLoss(_Op):
     @staticmethod
     def forward(fake: Tensor) -> Any:
         return kernels.scores.mean_scores("generator", fake, fake)[0]
@@ -134,7 +154,7 @@ class _GeneratorLoss(torch.autograd.Function):
         return (grad / -ctx.shape.numel()).expand(ctx.shape)
 
 
-class _WassersteinLoss(torch.autograd.Function):
+class _WassersteinLoss(_Op):
     @staticmethod
     def forward(y_true: Tensor, y_pred: Tensor) -> Any:
         return kernels.scores.mean_scores("labels", y_true, y_pred)[0]
@@ -151,7 +171,7 @@ class _WassersteinLoss(torch.autograd.Function):
         return grad * y_pred if needs_true else None, grad * y_true if needs_pred else None
 
 
-class _HingeCriticLoss(torch.autograd.Function):
+class _HingeCriticLoss(_Op):
     @staticmethod
     def forward(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
         on_real, on_fake, _ = kernels.scores.mean_scores("hinge", real, fake)
@@ -287,7 +307,7 @@ def score_statistics(real_scores: Tensor, fake_scores: Tensor, backend: Backend)
 # Penalty
 
 
-class _Interpolate(torch.autograd.Function):
+class _Interpolate(_Op):
     @staticmethod
     def forward(real: Tensor, fake: Tensor, seed: int, offset: int | Tensor) -> tuple[Tensor, Tensor]:
         out, eps = kernels.interpolate.interpolate(real, fake, seed, offset)
@@ -355,7 +375,7 @@ def interpolate(
     return out  # type: ignore[no-any-return]
 
 
-class _Penalty(torch.autograd.Function):
+class _Penalty(_Op):
     @staticmethod
     def forward(gradients: Tensor, kind: str, target: float, differentiable: bool) -> tuple[Tensor, Tensor]:
         # Wide, as the gradient that comes in may be large (a loss scale) where the cotangent is small.

@@ -4,47 +4,18 @@ from functools import partial
 
 import pytest
 import torch
+from cases import DTYPES, KINDS
 from launches import count_kernels, ours
-from oracle import DTYPES, check_op, tensors
+from oracle import tensors
 from torch import nn
 
 from fastwgan import functional, reference
 
-KINDS = functional.PENALTY_KINDS
 SCORE_OPS = {
     "critic_loss": (functional.critic_loss, reference.critic_loss),
     "hinge_critic_loss": (functional.hinge_critic_loss, reference.hinge_critic_loss),
     "wasserstein_loss": (functional.wasserstein_loss, reference.wasserstein_loss),
 }
-SHAPES = [(1,), (17,), (1025, 1), (5, 1, 3, 3), (2, 30, 40)]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", SCORE_OPS)
-def test_scores(name, shape, dtype, device):
-    op, eager = SCORE_OPS[name]
-    a, b = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
-    check_op(partial(op, backend="triton"), eager, a, b, length=a.numel())
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_generator_loss(dtype, device):
-    x = torch.randn(70, 1, device=device).to(dtype)
-    check_op(partial(functional.generator_loss, backend="triton"), reference.generator_loss, x, length=70)
-
-
-def test_scores_of_different_counts_and_layouts(device):
-    real = torch.randn(8, 6, device=device).t()[::2]
-    fake = torch.randn(1, device=device).expand(5000)
-    loss = functional.critic_loss(real, fake, backend="triton")
-    torch.testing.assert_close(loss, fake.mean() - real.mean())
-
-
-def test_scores_over_more_blocks_than_programs(device):
-    real, fake = torch.randn(1024 * 513, device=device), torch.randn(3, device=device)
-    loss = functional.critic_loss(real, fake, backend="triton")
-    torch.testing.assert_close(loss, reference.critic_loss(real.double(), fake.double()).float())
 
 
 def test_scores_keep_nan(device):
@@ -73,13 +44,18 @@ def test_hinge_is_its_definition(device):
     assert on_fake == pytest.approx((0 + 1.5) / 2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (3,), (5, 17), (4, 3, 8, 8), (2, 2049), (2, 3, 2, 3, 2)])
-def test_interpolate(shape, dtype, device):
-    real, fake = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
-    options = {"seed": 11, "offset": 2**35}
-    op = partial(functional.interpolate, backend="triton", **options)
-    check_op(op, partial(reference.interpolate, **options), real, fake)
+def test_scores_of_different_counts_and_layouts(device):
+    real = torch.randn(8, 6, device=device).t()[::2]
+    fake = torch.randn(1, device=device).expand(5000)
+    loss = functional.critic_loss(real, fake, backend="triton")
+    torch.testing.assert_close(loss, fake.mean() - real.mean())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_penalty_is_the_same_with_a_cotangent_and_without(kind, device):
+    g = torch.randn(3, 17, device=device)
+    op = partial(functional.penalty, kind=kind, backend="triton")
+    assert op(g) == op(g.clone().requires_grad_())
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**31, 2**63 - 1])
@@ -94,32 +70,6 @@ def test_eps_is_bit_identical_to_the_reference(seed, offset, device):
     on_device = torch.tensor([offset], device=device)
     eps = functional.interpolate(ones, torch.zeros_like(ones), seed=seed, offset=on_device, backend="triton")
     assert torch.equal(eps[:, 0].cpu(), expected)
-
-
-def test_interpolate_layouts(device):
-    last = torch.randn(3, 4, 5, 6, device=device).to(memory_format=torch.channels_last)
-    other = torch.randn(3, 4, 5, 6, device=device)
-    sliced = torch.randn(6, 8, 5, 6, device=device)[::2, ::2]
-    expanded = torch.randn(1, 4, 1, 6, device=device).expand(3, 4, 5, 6)
-    for real, fake in ((last, last + 1), (last, other), (other, last), (sliced, last), (expanded, sliced)):
-        out = functional.interpolate(real, fake, seed=1, backend="triton")
-        torch.testing.assert_close(out, reference.interpolate(real, fake, seed=1))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (4,), (3, 17), (5, 3, 8, 8), (2, 16385), (1, 40000)])
-@pytest.mark.parametrize("kind", KINDS)
-def test_penalty(kind, shape, dtype, device):
-    g = (torch.randn(shape, device=device) / shape[-1] ** 0.5).to(dtype)
-    options = {"kind": kind, "target": 0.7}
-    op, eager = partial(functional.penalty, backend="triton", **options), partial(reference.penalty, **options)
-    check_op(op, eager, g, length=g.numel())
-    assert op(g) == op(g.clone().requires_grad_())  # with and without a cotangent
-
-
-def test_penalty_of_more_samples_than_one_sum_takes(device):
-    g = torch.randn(1100, 2, device=device)
-    check_op(partial(functional.penalty, backend="triton"), reference.penalty, g, length=1100)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -158,31 +108,6 @@ def test_losses_can_be_added_to_in_place(device):
         loss.backward(retain_graph=True)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, where it looks for a formula
-def test_forward_mode_raises_rather_than_forgetting_the_tangent(device):
-    import torch.autograd.forward_ad as fwd
-
-    x = torch.randn(4, 3, device=device)
-    with fwd.dual_level():
-        dual = fwd.make_dual(x, torch.ones_like(x))
-        for op in (functional.penalty, functional.generator_loss):
-            with pytest.raises((NotImplementedError, RuntimeError)):
-                op(dual, backend="triton")
-
-
-def test_penalty_layouts(device):
-    g = torch.randn(6, 4, 5, 6, device=device)
-    views = (
-        g.to(memory_format=torch.channels_last),
-        g[::2, :, 1:],
-        g.transpose(1, 3),
-        g[:1].expand(6, 4, 5, 6),
-        g[:, :1].expand(6, 4, 5, 6),
-    )
-    for view in views:
-        check_op(partial(functional.penalty, backend="triton"), reference.penalty, view, length=100)
-
-
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_penalty_of_large_half_precision_gradients_is_finite(backend, device):
     g = torch.full((2, 784), 60.0, dtype=torch.float16, device=device)  # a norm of 1680; squared, past 65504
@@ -202,67 +127,6 @@ def test_zero_gradient_has_finite_penalty_and_zero_derivatives(kind, backend, de
     assert second.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradcheck_of_penalty(kind, device):
-    g = torch.randn(3, 2, 4, dtype=torch.float64, device=device, requires_grad=True)
-    op = partial(functional.penalty, kind=kind, target=0.5, backend="triton")
-    assert torch.autograd.gradcheck(op, (g,))
-    assert torch.autograd.gradgradcheck(op, (g,))
-
-
-@pytest.mark.parametrize("name", SCORE_OPS)
-def test_gradcheck_of_scores(name, device):
-    a, b = (torch.randn(6, 1, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2))
-    op = partial(SCORE_OPS[name][0], backend="triton")
-    assert torch.autograd.gradcheck(op, (a, b))
-    assert torch.autograd.gradgradcheck(op, (a, b))
-
-
-def test_gradcheck_of_generator_loss_and_interpolate(device):
-    a, b = (torch.randn(4, 3, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2))
-    for op, inputs in (
-        (partial(functional.generator_loss, backend="triton"), (a,)),
-        (partial(functional.interpolate, seed=4, backend="triton"), (a, b)),
-    ):
-        assert torch.autograd.gradcheck(op, inputs)
-        assert torch.autograd.gradgradcheck(op, inputs)
-
-
-def _critics():
-    return {
-        "mlp": (nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 7), nn.LeakyReLU(0.2), nn.Linear(7, 1)), (12,)),
-        "conv": (
-            nn.Sequential(
-                nn.Conv2d(2, 4, 3), nn.SiLU(), nn.Conv2d(4, 3, 3), nn.Softplus(), nn.Flatten(), nn.Linear(12, 1)
-            ),
-            (2, 6, 6),
-        ),
-    }
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("name", ["mlp", "conv"])
-def test_gradient_penalty_reaches_the_weights_of_deep_critics(name, dtype, device):
-    """Against the penalty as anyone would write it, in float64: a first-order op inside would be wrong here."""
-    critic, shape = _critics()[name]
-    critic = critic.to(device, torch.float64)
-    real, fake = (torch.randn(5, *shape, dtype=torch.float64, device=device) for _ in range(2))
-    x = reference.interpolate(real, fake, seed=8).requires_grad_()
-    (g,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
-    naive = 10 * ((g.flatten(1).norm(dim=1) - 1) ** 2).mean()
-    expected = torch.autograd.grad(naive, list(critic.parameters()), allow_unused=True)
-    critic = critic.to(dtype)
-    loss = functional.gradient_penalty(critic, real.to(dtype), fake.to(dtype), seed=8, backend="triton")
-    actual = torch.autograd.grad(loss, list(critic.parameters()), allow_unused=True)
-    tolerance = 1e-10 if dtype == torch.float64 else 1e-4
-    torch.testing.assert_close(loss.double(), naive, rtol=tolerance, atol=tolerance)
-    for a, e in zip(actual, expected, strict=True):
-        if a is None:  # no path, where eager may have one that carries zeros
-            assert e is None or not e.any()
-        else:
-            torch.testing.assert_close(a.double(), e, rtol=tolerance, atol=tolerance)
-
-
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_linear_critic_has_the_closed_form(backend, device):
     critic = nn.Linear(5, 1).to(device, torch.float64)
@@ -280,14 +144,6 @@ def test_gradient_penalty_leaves_inputs_and_modes_alone(device):
     assert fake.grad is None
     assert critic.weight.grad is not None
     assert critic.bias.grad is None
-
-
-def test_func_transforms(device):
-    g = torch.randn(3, 4, device=device)
-    actual = torch.func.grad(partial(functional.penalty, backend="triton"))(g)
-    torch.testing.assert_close(actual, torch.func.grad(reference.penalty)(g))
-    with pytest.raises(RuntimeError, match="vmap"):
-        torch.func.vmap(partial(functional.generator_loss, backend="triton"))(g)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
