@@ -106,7 +106,7 @@ class _Op(torch.autograd.Function):
     """A differentiable launch. Under torch.func.vmap it launches once for each element of the batch."""
 
     @classmethod
-    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:  # type: ignore[override]
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         elements = [
             _apply(cls, *(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)))
             for i in range(info.batch_size)
@@ -116,7 +116,7 @@ class _Op(torch.autograd.Function):
         return torch.stack(elements), 0
 
     @classmethod
-    def jvp(cls, ctx: Any, *tangents: Any) -> Any:  # type: ignore[override]
+    def jvp(cls, ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(
             "forward-mode differentiation: not supported by the Triton kernels; pass backend='torch' to the op"
         )
