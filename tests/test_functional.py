@@ -58,6 +58,24 @@ def test_penalty_is_the_same_with_a_cotangent_and_without(kind, device):
     assert op(g) == op(g.clone().requires_grad_())
 
 
+# The first four numbers, times 2^24, of a seed and an offset.
+EPS = {
+    (0, 0): (5153432, 4627910, 14621121, 8692622),
+    (7, 2**31 - 2): (3233498, 6980331, 5863170, 10003382),
+    (2**63 - 1, 2**40): (2380482, 15602824, 14562401, 13712292),
+}
+
+
+@pytest.mark.parametrize(("seed", "offset"), EPS)
+def test_eps_is_the_same_everywhere(seed, offset, device):
+    """In the reference, in the interpreter and on a GPU, bit for bit: a run can be repeated on other hardware."""
+    expected = torch.tensor(EPS[seed, offset], dtype=torch.float32) / 2**24
+    ones = torch.ones(4, 3, device=device)
+    eps = functional.interpolate(ones, torch.zeros_like(ones), seed=seed, offset=offset, backend="triton")
+    assert torch.equal(eps.cpu(), expected.view(4, 1).expand(4, 3))
+    assert torch.equal(reference.uniform(seed, offset, 4, device).cpu(), expected)
+
+
 @pytest.mark.parametrize("seed", [0, 7, 2**31, 2**63 - 1])
 @pytest.mark.parametrize("offset", [0, 5, 2**31 - 2, 2**40])
 def test_eps_is_bit_identical_to_the_reference(seed, offset, device):

@@ -1,0 +1,184 @@
+"""Plant faults in the kernels, one at a time, and see that the tests fail: python tests/mutate.py [NUMBER ...]
+
+Each fault is planted in a copy of the tree, where the kernels' tests run until the first failure. Without numbers all
+are planted, which takes half an hour on two cores, and mutants.md is written. Exits with 1 if any survives.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+TABLE = Path(__file__).with_name("mutants.md")
+SUITES = (  # the second compiles for GPUs, which takes minutes, and is asked where the first sees nothing
+    "test_memory.py test_functional.py test_kernels.py test_matrix.py test_optim.py test_determinism.py",
+    "test_compiled.py",
+)
+
+
+class Fault(NamedTuple):
+    """``old``, which stands once in a file of kernels/, becomes ``new``."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+
+
+FAULTS = [
+    # philox
+    Fault("high half of the index dropped", "philox", "high = ((index >> 32) & 0xFFFFFFFF)", "high = (index & 0)"),
+    Fault("stream word dropped", "philox", "low, high, 0, STREAM)", "low, high, 0, 0)"),
+    Fault("23 bits, not 24", "philox", "(word >> 8)", "(word >> 9 << 1)"),
+    Fault("scaled to (0, 2)", "philox", "1.0 / (1 << 24)", "2.0 / (1 << 24)"),
+    # arithmetic
+    Fault("approximate division", "arithmetic", "tl.div_rn(x, y)", "x / y"),
+    Fault("approximate root", "arithmetic", "tl.sqrt_rn(x)", "tl.sqrt(x)"),
+    Fault("series of too few terms", "arithmetic", "tl.static_range(13, 1, -1)", "tl.static_range(6, 1, -1)"),
+    Fault("1 - beta^t by cancellation", "arithmetic", "x > -0.5, -root * (root + 2)", "x > 1, -root * (root + 2)"),
+    Fault("wrong sign in the moving mean", "arithmetic", "mean + complement * change", "mean - complement * change"),
+    Fault("beta = 0 not exact", "arithmetic", "tl.where(complement < 0.5,", "tl.where(complement < 2.0,"),
+    # arrival
+    Fault("first to arrive adds up", "arrival", "arrived == tl.num_programs(0) - 1", "arrived == 0"),
+    Fault("counter not put back", "arrival", "tl.store(counter_ptr, 0)", "tl.store(counter_ptr, 1)"),
+    Fault("arrival publishes nothing", "arrival", 'sem="acq_rel"', 'sem="relaxed"'),
+    Fault("no barrier before the arrival", "arrival", "    tl.debug_barrier()  #", "    #"),
+    # layout
+    Fault("any layout taken for dense", "layout", "    return x.contiguous()\n", "    return x\n"),
+    Fault("lazy negation forgotten", "layout", "x = x.resolve_neg()", "x = x"),
+    # scores
+    Fault("mask dropped", "scores", "mask = start + lanes < a_numel", "mask = start + lanes < a_numel + 1"),
+    Fault("block size for mask bound", "scores", "mask = start + lanes < b_numel", "mask = lanes < b_numel"),
+    Fault("+ for - in the estimate", "scores", "stats_ptr + 2, mean_a - mean_b", "stats_ptr + 2, mean_a + mean_b"),
+    Fault("critic's loss negated", "scores", "tl.store(loss_ptr, mean_b - mean_a)", "tl.store(loss_ptr, mean_a - mean_b)"),
+    Fault("generator's loss negated", "scores", "tl.store(loss_ptr, -mean_a)", "tl.store(loss_ptr, mean_a)"),
+    Fault("labels left out", "scores", 'if FORM == "labels":\n            a *=', 'if FORM == "labels":\n            a +='),
+    Fault("hinge's sign", "scores", "tl.maximum(1 + b, 0", "tl.maximum(1 - b, 0"),
+    Fault("hinge counts lanes past the end", "scores", "tl.where(mask, tl.maximum(1 - a", "tl.where(lanes >= 0, tl.maximum(1 - a"),
+    Fault("hinge swallows NaN", "scores", "(1 - a, 0, propagate_nan=tl.PropagateNan.ALL)", "(1 - a, 0)"),
+    Fault("a missing partial", "scores", "used = slots < tl.num_programs(0)", "used = slots < tl.num_programs(0) - 1"),
+    Fault("mean over the other's count", "scores", "tl.sum(b_partials, axis=0), b_numel", "tl.sum(b_partials, axis=0), a_numel"),
+    Fault("programs overlap", "scores", "stride = tl.num_programs(0) * BLOCK", "stride = BLOCK"),
+    Fault("32-bit start", "scores", "program.to(tl.int64) * BLOCK", "program * BLOCK"),
+    # interpolate
+    Fault("one eps for the batch", "interpolate", "index = sample + offset", "index = sample * 0 + offset"),
+    Fault("one eps per block", "interpolate", "index = sample + offset", "index = program + offset"),
+    Fault("offset on the device ignored", "interpolate", "index += tl.load(offset_ptr)", "index += 0"),
+    Fault("eps from the wrong end", "interpolate", "fake + eps.to(acc) * (real - fake)", "real + eps.to(acc) * (fake - real)"),
+    Fault("+ for -", "interpolate", "(real - fake), mask", "(real + fake), mask"),
+    Fault("eps not kept", "interpolate", "if block == 0:", "if block == 1:"),
+    Fault("store mask dropped", "interpolate", "(real - fake), mask)", "(real - fake))"),
+    Fault("32-bit sample offset", "interpolate", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)"),
+    Fault("half-precision arithmetic", "interpolate", "real, fake = real.to(acc), fake.to(acc)", "eps = eps.to(real.dtype)"),
+    # penalty
+    Fault("norm not rooted", "penalty", "        norm = sqrt(tl.sum(g * g, axis=0))", "        norm = tl.sum(g * g, axis=0)"),
+    Fault("an eps inside the root", "penalty", "sqrt(tl.sum(squares, axis=0))", "sqrt(tl.sum(squares, axis=0) + 1e-6)"),
+    Fault("NaN at zero gradient", "penalty", "tl.where(norm == 0, 0, divide(2 * excess, tl.where(norm == 0, 1, norm)))", "divide(2 * excess, norm)"),
+    Fault("cotangent not over the batch", "penalty", "mean(WEIGHT * _slope(norm, KIND, TARGET), batch)\n            tl.store", "WEIGHT * _slope(norm, KIND, TARGET)\n            tl.store"),
+    Fault("weight dropped", "penalty", "mean(WEIGHT * _slope(norm, KIND, TARGET), batch)\n            last", "mean(_slope(norm, KIND, TARGET), batch)\n            last"),
+    Fault("one-sided is two-sided", "penalty", "        excess = tl.maximum(norm - TARGET, 0, propagate_nan=tl.PropagateNan.ALL)\n        value", "        excess = norm - TARGET\n        value"),
+    Fault("one-sided slope below target", "penalty", 'if KIND == "one-sided":\n            excess = tl.maximum(excess, 0', 'if KIND == "one-sided":\n            excess = tl.maximum(excess, excess'),
+    Fault("power's slope", "penalty", "factor = 6 * square * square", "factor = 6 * square"),
+    Fault("one-sided swallows NaN", "penalty", "tl.maximum(norm - TARGET, 0, propagate_nan=tl.PropagateNan.ALL)", "tl.maximum(norm - TARGET, 0)"),
+    Fault("second read starts late", "penalty", "for i in range(origin, last + 1):", "for i in range(origin + 1, last + 1):"),
+    Fault("last block of a sample left out", "penalty", "for column in range(origin, size, BLOCK):", "for column in range(origin, size - BLOCK, BLOCK):"),
+    Fault("padding counted as samples", "penalty", "tl.where(valid, _phi(each, KIND, TARGET), 0)", "_phi(each, KIND, TARGET)"),
+    Fault("32-bit sample offset", "penalty", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)"),
+    Fault("spills", "penalty", "LOOP_BLOCK = 8192", "LOOP_BLOCK = 32768"),
+    # table
+    Fault("unaligned taken for aligned", "table", "pointer % 16 == 0", "pointer % 2 == 0"),
+    Fault("chunks counted from the wrong row", "table", "first += count", "first += 1"),
+    Fault("last chunk of a tensor left out", "table", "count = -(-numel // block)", "count = max(1, numel // block)"),
+    Fault("stale table for moved gradients", "table", "self._get(tuple(rows), device,", "self._get(tuple(r[0] for r in rows), device,"),
+    Fault("alignment hint lost", "table", "pointer = tl.multiple_of(pointer, 16)", "pointer = pointer"),
+    Fault("new hyper-parameters not uploaded", "table", "if rows != self._rows:", "if self._rows is None:"),
+    # update
+    Fault("clamp before the update", "update", "    p = tl.maximum(p, -bound, propagate_nan=tl.PropagateNan.ALL)\n    p = tl.minimum(p, bound, propagate_nan=tl.PropagateNan.ALL).to(DTYPE)\n", "    old = tl.load(p_ptr, mask).to(acc)\n    p = (p - old + tl.minimum(tl.maximum(old, -bound), bound)).to(DTYPE)\n"),
+    Fault("clamp swallows NaN", "update", "p = tl.maximum(p, -bound, propagate_nan=tl.PropagateNan.ALL)", "p = tl.maximum(p, -bound)"),
+    Fault("clamp on one side", "update", "p = tl.maximum(p, -bound, propagate_nan=tl.PropagateNan.ALL)\n", "p = p\n"),
+    Fault("eps inside the root", "update", "sqrt(variance) + eps", "sqrt(variance + eps)"),
+    Fault("gradient not squared", "update", "beta2_c * g * g", "beta2_c * g"),
+    Fault("sign of the step", "update", "p -= lr * change", "p += lr * change"),
+    Fault("maximize ignored", "update", "tl.load(hyper_ptr + table.SIGN)", "1"),
+    Fault("decay of an infinite weight", "update", "if decay != 0:", "if decay == decay:"),
+    Fault("centered variance below zero", "update", "tl.maximum(s - m * m, 0, propagate_nan=tl.PropagateNan.ALL)", "s - m * m"),
+    Fault("momentum overwritten", "update", "change += tl.load(hyper_ptr + table.MOMENTUM)", "change = tl.load(hyper_ptr + table.MOMENTUM)"),
+    Fault("bias correction of the old step", "update", "step.to(hyper_ptr.dtype.element_ty) + 1", "step.to(hyper_ptr.dtype.element_ty)"),
+    Fault("bias corrections exchanged", "update", "divide(lr, bias1) * divide(m, divide(sqrt(s), sqrt(bias2)) + eps)", "divide(lr, bias2) * divide(m, divide(sqrt(s), sqrt(bias1)) + eps)"),
+    Fault("state not stored", "update", "tl.store(m_ptr, m.to(DTYPE), mask)\n            # Rounding", "# Rounding"),
+    Fault("lanes past the end counted", "update", "        on_bound &= mask", "        on_bound &= lanes >= 0"),
+    Fault("mask of the block, not the tensor", "update", "lanes < numel - start", "lanes < BLOCK"),
+    Fault("part of a chunk left out", "update", "tl.minimum(start + BLOCK, numel), BLOCK // 4)", "tl.minimum(start + BLOCK, numel), BLOCK // 2)"),
+    Fault("full path for part of a block", "update", "(start + BLOCK <= numel)", "(start <= numel)"),
+    Fault("steps of the first tensors alone", "update", "mask = slots < tensors", "mask = slots < tl.minimum(tensors, STEPS_BLOCK)"),
+    Fault("steps counted twice", "update", "mask, other=0) + 1, mask)", "mask, other=0) + 2, mask)"),
+    Fault("count of the bound not put back", "update", "            tl.store(count_ptr, 0)\n", ""),
+    Fault("first group's numbers for all", "update", "tl.load(row_ptr + table.HYPER_ROW) *", "0 * tl.load(row_ptr + table.HYPER_ROW) *"),
+    Fault("float32 state in float64", "update", "p = tl.load(p_ptr, mask).to(acc)", "p = tl.load(p_ptr, mask).to(tl.float32).to(acc)"),
+]  # fmt: skip
+
+
+def source(fault: Fault) -> Path:
+    """The file that a fault is planted in, relative to the tree."""
+    return Path("kernels") / f"{fault.file}.py"
+
+
+def plant(fault: Fault, tree: Path) -> None:
+    """Write the faulty file.
+
+    Raises:
+        ValueError: what is to be replaced does not stand there exactly once.
+    """
+    text = (ROOT / source(fault)).read_text()
+    if text.count(fault.old) != 1:
+        raise ValueError(f"{fault.file}: {fault.what}: expected once, got {text.count(fault.old)} times: {fault.old!r}")
+    (tree / source(fault)).write_text(text.replace(fault.old, fault.new))
+
+
+def caught_by(fault: Fault) -> str:
+    """The test that fails first with the fault planted, or "" if none does."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        ignore = shutil.ignore_patterns(".git", "__pycache__", "runs", "*.egg-info", "build", ".*_cache", ".benchmarks")
+        shutil.copytree(ROOT, tree, ignore=ignore)
+        (tree / "fastwgan" / "kernels").symlink_to("../kernels")
+        plant(fault, tree)
+        env = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        for suite in SUITES:
+            command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no"]
+            files = [f"tests/{name}" for name in suite.split()]
+            run = subprocess.run([*command, *files], cwd=tree, env=env, capture_output=True, text=True, check=False)
+            if run.returncode:
+                found = re.search(r"^(?:FAILED|ERROR) tests/(\S+?)(?: - .*)?$", run.stdout, re.MULTILINE)
+                return found.group(1) if found else f"no import: {run.stdout.strip().splitlines()[-1]}"
+    return ""
+
+
+def main(numbers: list[int]) -> int:
+    """Plant the faults; return the exit status."""
+    chosen = numbers or list(range(1, len(FAULTS) + 1))
+    rows, survivors = [], 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for i, test in zip(chosen, pool.map(lambda i: caught_by(FAULTS[i - 1]), chosen), strict=True):
+            rows.append(
+                f"| {i} | {FAULTS[i - 1].file} | {FAULTS[i - 1].what} | {f'`{test}`' if test else '**none**'} |"
+            )
+            survivors += not test
+            print(rows[-1], flush=True)
+    head = (
+        f"Faults planted in the kernels by `tests/mutate.py`, one at a time: {len(rows) - survivors} of {len(rows)} caught.\n"
+        "\n| | kernel file | fault | first test to fail |\n|---|---|---|---|\n"
+    )
+    if not numbers:
+        TABLE.write_text(head + "\n".join(rows) + "\n")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main([int(n) for n in sys.argv[1:]]))
