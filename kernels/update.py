@@ -66,9 +66,8 @@ def _update_chunk(
         decay = tl.load(hyper_ptr + table.DECAY)
         beta2 = tl.load(hyper_ptr + table.BETA2)
         beta2_c = tl.load(hyper_ptr + table.BETA2_C)
-        g = tl.load(table.pointers(row_ptr, table.GRAD, start, lanes, DTYPE, FULL), mask).to(acc) * tl.load(
-            hyper_ptr + table.SIGN
-        )
+        sign = tl.load(hyper_ptr + table.SIGN)
+        g = sign * tl.load(table.pointers(row_ptr, table.GRAD, start, lanes, DTYPE, FULL), mask).to(acc)
         if decay != 0:  # not g + 0 * p, which an infinite weight would turn into NaN
             g += decay * p
         s_ptr = table.pointers(row_ptr, table.STATE0, start, lanes, DTYPE, FULL)
