@@ -3,6 +3,8 @@
 Every op takes ``backend="auto" | "triton" | "torch"`` (see :mod:`fastwgan.backend`); the torch backend is
 :mod:`fastwgan.reference`. First derivatives come out of the launch or cost one elementwise op; asked for a graph
 (``create_graph=True``), a backward pass is made of differentiable PyTorch ops, so derivatives of any order are right.
+They compose with ``torch.func`` (``grad``, ``vjp``, ``jacrev``, ``vmap``), except that the Triton backend has no
+forward mode and says so.
 """
 
 import math
