@@ -1,7 +1,7 @@
 """Plant faults in the kernels, one at a time, and see that the tests fail: python tests/mutate.py [NUMBER ...]
 
 Each fault is planted in a copy of the tree, where the kernels' tests run until the first failure. Without numbers all
-are planted, which takes half an hour on two cores, and mutants.md is written. Exits with 1 if any survives.
+are planted, which takes most of an hour on two cores. The results go to mutants.md. Exits with 1 if any fault survives.
 """
 
 import os
@@ -16,19 +16,18 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 TABLE = Path(__file__).with_name("mutants.md")
-SUITES = (  # the second compiles for GPUs, which takes minutes, and is asked where the first sees nothing
-    "test_memory.py test_functional.py test_kernels.py test_matrix.py test_optim.py test_determinism.py",
-    "test_compiled.py",
-)
+RUN = "test_memory.py test_functional.py test_kernels.py test_matrix.py test_optim.py test_determinism.py"
+CODE = "test_compiled.py"  # compiles for GPUs, which takes minutes
 
 
 class Fault(NamedTuple):
-    """``old``, which stands once in a file of kernels/, becomes ``new``."""
+    """``old``, which stands once in a file of kernels/, becomes ``new``. The ``first`` tests are asked first."""
 
     what: str
     file: str
     old: str
     new: str
+    first: str = RUN
 
 
 NO_FAULT = Fault("none", "scores", "def mean_scores(", "def mean_scores(")
@@ -39,8 +38,8 @@ FAULTS = [
     Fault("23 bits, not 24", "philox", "(word >> 8)", "(word >> 9 << 1)"),
     Fault("scaled to (0, 2)", "philox", "1.0 / (1 << 24)", "2.0 / (1 << 24)"),
     # arithmetic
-    Fault("approximate division", "arithmetic", "tl.div_rn(x, y)", "x / y"),
-    Fault("approximate root", "arithmetic", "tl.sqrt_rn(x)", "tl.sqrt(x)"),
+    Fault("approximate division", "arithmetic", "tl.div_rn(x, y)", "x / y", CODE),
+    Fault("approximate root", "arithmetic", "tl.sqrt_rn(x)", "tl.sqrt(x)", CODE),
     Fault("series of too few terms", "arithmetic", "tl.static_range(13, 1, -1)", "tl.static_range(6, 1, -1)"),
     Fault("1 - beta^t by cancellation", "arithmetic", "x > -0.5, -root * (root + 2)", "x > 1, -root * (root + 2)"),
     Fault("wrong sign in the moving mean", "arithmetic", "mean + complement * change", "mean - complement * change"),
@@ -48,8 +47,8 @@ FAULTS = [
     # arrival
     Fault("first to arrive adds up", "arrival", "arrived == tl.num_programs(0) - 1", "arrived == 0"),
     Fault("counter not put back", "arrival", "tl.store(counter_ptr, 0)", "tl.store(counter_ptr, 1)"),
-    Fault("arrival publishes nothing", "arrival", 'sem="acq_rel"', 'sem="relaxed"'),
-    Fault("no barrier before the arrival", "arrival", "    tl.debug_barrier()  #", "    #"),
+    Fault("arrival publishes nothing", "arrival", 'sem="acq_rel"', 'sem="relaxed"', CODE),
+    Fault("no barrier before the arrival", "arrival", "    tl.debug_barrier()  #", "    #", CODE),
     # layout
     Fault("any layout taken for dense", "layout", "    return x.contiguous()\n", "    return x\n"),
     Fault("lazy negation forgotten", "layout", "x = x.resolve_neg()", "x = x"),
@@ -91,13 +90,13 @@ FAULTS = [
     Fault("last block of a sample left out", "penalty", "for column in range(origin, size, BLOCK):", "for column in range(origin, size - BLOCK, BLOCK):"),
     Fault("padding counted as samples", "penalty", "tl.where(valid, _phi(each, KIND, TARGET), 0)", "_phi(each, KIND, TARGET)"),
     Fault("32-bit sample offset", "penalty", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)"),
-    Fault("spills", "penalty", "LOOP_BLOCK = 8192", "LOOP_BLOCK = 32768"),
+    Fault("spills", "penalty", "LOOP_BLOCK = 8192", "LOOP_BLOCK = 32768", CODE),
     # table
     Fault("unaligned taken for aligned", "table", "pointer % 16 == 0", "pointer % 2 == 0"),
     Fault("chunks counted from the wrong row", "table", "first += count", "first += 1"),
     Fault("last chunk of a tensor left out", "table", "count = -(-numel // block)", "count = max(1, numel // block)"),
     Fault("stale table for moved gradients", "table", "self._get(tuple(rows), device,", "self._get(tuple(r[0] for r in rows), device,"),
-    Fault("alignment hint lost", "table", "pointer = tl.multiple_of(pointer, 16)", "pointer = pointer"),
+    Fault("alignment hint lost", "table", "pointer = tl.multiple_of(pointer, 16)", "pointer = pointer", CODE),
     Fault("new hyper-parameters not uploaded", "table", "if rows != self._rows:", "if self._rows is None:"),
     # update
     Fault("clamp before the update", "update", "    p = tl.maximum(p, -bound, propagate_nan=tl.PropagateNan.ALL)\n    p = tl.minimum(p, bound, propagate_nan=tl.PropagateNan.ALL).to(DTYPE)\n", "    old = tl.load(p_ptr, mask).to(acc)\n    p = (p - old + tl.minimum(tl.maximum(old, -bound), bound)).to(DTYPE)\n"),
@@ -151,7 +150,7 @@ def caught_by(fault: Fault) -> str:
         (tree / "fastwgan" / "kernels").symlink_to("../kernels")
         plant(fault, tree)
         env = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        for suite in SUITES:
+        for suite in sorted((RUN, CODE), key=lambda suite: suite != fault.first):
             command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--deselect"]
             command.append("tests/test_compiled.py::test_generated_code_is_the_committed")  # which any change fails
             files = [f"tests/{name}" for name in suite.split()]
@@ -173,21 +172,20 @@ def main(numbers: list[int]) -> int:
         print(f"without a fault, {test} fails")
         return 1
     chosen = numbers or list(range(1, len(FAULTS) + 1))
-    rows, survivors = [], 0
+    found = dict(re.findall(r"^\| \d+ \| (\w+ \| .+?) \| (.+) \|$", TABLE.read_text(), re.MULTILINE))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for i, test in zip(chosen, pool.map(lambda i: caught_by(FAULTS[i - 1]), chosen), strict=True):
-            rows.append(
-                f"| {i} | {FAULTS[i - 1].file} | {FAULTS[i - 1].what} | {f'`{test}`' if test else '**none**'} |"
-            )
-            survivors += not test
-            print(rows[-1], flush=True)
-    head = (
-        f"Faults planted in the kernels by `tests/mutate.py`, one at a time: {len(rows) - survivors} of {len(rows)} caught.\n"
-        "\n| | kernel file | fault | first test to fail |\n|---|---|---|---|\n"
+            fault = FAULTS[i - 1]
+            found[f"{fault.file} | {fault.what}"] = f"`{test}`" if test else "**none**"
+            print(f"{i} {fault.file}: {fault.what}: {test or 'SURVIVES'}", flush=True)
+    keys = [f"{fault.file} | {fault.what}" for fault in FAULTS]
+    rows = [f"| {i} | {key} | {found.get(key, '**not planted**')} |" for i, key in enumerate(keys, 1)]
+    caught = sum("`" in row for row in rows)
+    TABLE.write_text(
+        f"Faults planted in the kernels by `tests/mutate.py`, one at a time: {caught} of {len(rows)} caught.\n\n"
+        "| | kernel file | fault | first test to fail |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
     )
-    if not numbers:
-        TABLE.write_text(head + "\n".join(rows) + "\n")
-    return int(survivors > 0)
+    return int(caught < len(rows))
 
 
 if __name__ == "__main__":
