@@ -26,7 +26,7 @@ from .arrival import is_last, zero
 from .table import Mirror, Tables
 
 BLOCK = 2048
-STEPS_BLOCK = 128
+STEPS_BLOCK = tl.constexpr(128)
 
 
 @triton.jit
@@ -121,7 +121,6 @@ def _update_kernel(
     HAS_MOMENTUM: tl.constexpr,
     CENTERED: tl.constexpr,
     BLOCK: tl.constexpr,
-    STEPS_BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     row_ptr = table_ptr + tl.load(owner_ptr + program).to(tl.int64) * table.COLUMNS
@@ -196,7 +195,6 @@ class Update:
                 rows, owners, self._hyper.set(hyper), zero(device, torch.int64), share, zero(device),
                 len(params), clamped,
                 DTYPE=self._dtype, ALGORITHM=algorithm, HAS_MOMENTUM=momentum, CENTERED=centered,
-                BLOCK=BLOCK, STEPS_BLOCK=STEPS_BLOCK, num_warps=16 if self._dtype == tl.float64 else 8,
-                enable_fp_fusion=True,
+                BLOCK=BLOCK, num_warps=16 if self._dtype == tl.float64 else 8, enable_fp_fusion=True,
             )  # fmt: skip
         return share if clamped else None

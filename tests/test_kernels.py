@@ -102,3 +102,16 @@ def test_uploads_kept_back_during_a_capture_come_in_order_and_stay(monkeypatch):
     assert first.item() == 2
     table.fill_pending()
     assert mirror.set(((2.0,),)) is first
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_mean_without_memory_is_its_newest_value(dtype, device):
+    """WGAN-GP's Adam has beta1 = 0: what the moment was must not leave a rounding behind."""
+    from fastwgan import Adam
+
+    p = torch.nn.Parameter(torch.zeros(4, dtype=dtype, device=device))
+    opt = Adam([p], betas=(0.0, 0.9), backend="triton")
+    for g in (1e12, 1e-3):
+        p.grad = torch.full_like(p, g)
+        opt.step()
+    assert torch.equal(opt.state[p]["exp_avg"], p.grad)
