@@ -561,6 +561,8 @@ def check_parameter(name: str, p: object) -> None:
         raise TypeError(f"{name}: expected a dense tensor, got layout {p.layout}")
     if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
         raise ValueError(f"{name}: expected each element to have its own memory, got an expanded tensor")
+    if p.is_neg():
+        raise ValueError(f"{name}: expected a tensor that is stored as it is, got a lazily negated view")
 
 
 @cache

@@ -452,7 +452,7 @@ class Adam(_Optimizer):
         reference.adam_step_(p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], **options)
 
     def _step_group(self, params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
-        grads = [p.grad for p in params if p.grad is not None]
+        grads = [p.grad.resolve_neg() for p in params if p.grad is not None]  # a fused step takes no lazy negation
         means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
         fusible = params[0].device.type == "cpu" and params[0].dtype in (torch.float32, torch.float64)
         if not fusible or not all(x.is_contiguous() for x in (*params, *grads, *means, *squares)):

@@ -65,7 +65,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded": lambda x: x[:1].expand(x.shape),
     "expanded inside": lambda x: x[..., :1].expand(x.shape),
     "unaligned": _unaligned,
+    "negated": lambda x: torch._neg_view(-x),  # lazily: the memory holds -x
 }
+OWNED = tuple(name for name in LAYOUTS if not name.startswith(("expanded", "negated")))  # what a parameter can have
 
 
 # Values: each takes a shape, dtype and device.

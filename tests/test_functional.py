@@ -230,6 +230,7 @@ BAD = [
     (functional.clip_weights_, ([X, X.half()], 1e5), {}, ValueError, "bound"),
     (functional.clip_weights_, ([X, X.long()], 0.1), {}, TypeError, r"parameters\[1\]"),
     (functional.clip_weights_, ([X[:1].expand(4, 3)], 0.1), {}, ValueError, r"parameters\[0\]"),
+    (functional.clip_weights_, ([torch._neg_view(X)], 0.1), {}, ValueError, r"parameters\[0\]"),
 ]
 
 

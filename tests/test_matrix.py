@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import BATCHES, DTYPES, LAYOUTS, OPS, OPTIMIZERS, PARAMETERS, SHAPES, SIZES, VALUES
+from cases import BATCHES, DTYPES, LAYOUTS, OPS, OPTIMIZERS, OWNED, PARAMETERS, SHAPES, SIZES, VALUES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import check_op, check_optimizer
@@ -127,7 +127,7 @@ def test_optimizers_on_extreme_gradients(name, values, dtype, backend, device):
     check_optimizer(label, name, {}, params, gradients(params, 2, values), clip=0.5, backend=backend)
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if "expanded" not in layout])
+@pytest.mark.parametrize("layout", OWNED)
 @pytest.mark.parametrize("of_gradient", LAYOUTS)
 @pytest.mark.parametrize("name", ["RMSprop", "Adam"])
 def test_optimizers_on_layouts(name, layout, of_gradient, backend, device):
@@ -154,7 +154,7 @@ def test_optimizers_at_random(data, device):
     name, options = data.draw(st.sampled_from(OPTIMIZERS))
     dtype = data.draw(st.sampled_from([d for d in DTYPES if not unstable(options, d)]))
     shapes = data.draw(st.lists(st.lists(st.integers(0, 60), max_size=2), min_size=1, max_size=6), label="shapes")
-    layout = data.draw(st.sampled_from([layout for layout in LAYOUTS if "expanded" not in layout]))
+    layout = data.draw(st.sampled_from(OWNED))
     clip = data.draw(st.sampled_from([None, 0.03, 2.0]))
     torch.manual_seed(data.draw(st.integers(0, 99), label="seed"))
     make = VALUES["normal"]
