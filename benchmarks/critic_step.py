@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from cases import WORKLOADS, Workload
 from torch import nn
 
 from fastwgan import Trainer, WeightClip, reference
-from tests.cases import WORKLOADS, Workload
 
 BATCH, WIDTH = 64, 64
 

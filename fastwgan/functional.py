@@ -4,7 +4,7 @@ Every op takes ``backend="auto" | "triton" | "torch"`` (see :mod:`fastwgan.backe
 :mod:`fastwgan.reference`. First derivatives come out of the launch or cost one elementwise op; asked for a graph
 (``create_graph=True``), a backward pass is made of differentiable PyTorch ops, so derivatives of any order are right.
 They compose with ``torch.func`` (``grad``, ``vjp``, ``jacrev``, ``vmap``), except that the Triton backend has no
-forward mode and says so.
+forward mode: PyTorch raises NotImplementedError then.
 """
 
 import math
@@ -116,12 +116,6 @@ class _Op(torch.autograd.Function):
         if isinstance(elements[0], tuple):
             return tuple(map(torch.stack, zip(*elements, strict=True))), (0,) * len(elements[0])
         return torch.stack(elements), 0
-
-    @classmethod
-    def jvp(cls, ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(
-            "forward-mode differentiation: not supported by the Triton kernels; pass backend='torch' to the op"
-        )
 
 
 # Scores

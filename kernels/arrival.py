@@ -14,7 +14,7 @@ _zeros: dict[tuple[torch.device, int, torch.dtype], torch.Tensor] = {}
 
 @triton.jit
 def is_last(counter_ptr):
-    """True in exactly one program: the last to arrive. What others stored before arriving is then visible to it."""
+    """True in exactly one program: the last to arrive. Scalars that others stored before arriving are visible to it."""
     tl.debug_barrier()  # the arrival below is one thread's; order every thread's stores before it
     arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
     last = arrived == tl.num_programs(0) - 1

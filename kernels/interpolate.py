@@ -40,14 +40,15 @@ def _interpolate_kernel(
     if block == 0:
         tl.store(eps_ptr + sample, eps)
 
-    columns = block * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < size
-    start = sample * size
-    real = tl.load(real_ptr + start + columns, mask)
-    fake = tl.load(fake_ptr + start + columns, mask)
+    first = block * BLOCK
+    lanes = tl.arange(0, BLOCK)  # 32-bit, which spares registers
+    mask = lanes < size - first
+    start = sample * size + first
+    real = tl.load(real_ptr + start + lanes, mask)
+    fake = tl.load(fake_ptr + start + lanes, mask)
     acc = tl.float64 if real.dtype == tl.float64 else tl.float32
     real, fake = real.to(acc), fake.to(acc)
-    tl.store(out_ptr + start + columns, fake + eps.to(acc) * (real - fake), mask)
+    tl.store(out_ptr + start + lanes, fake + eps.to(acc) * (real - fake), mask)
 
 
 def interpolate(

@@ -41,8 +41,9 @@ def _scores_kernel(
     acc = stats_ptr.dtype.element_ty
     program = tl.program_id(0)
     first = program.to(tl.int64) * BLOCK
+    tl.static_assert(first.dtype == tl.int64)  # and so is what counts from it, past 2^31 elements
     stride = tl.num_programs(0) * BLOCK
-    lanes = tl.arange(0, BLOCK)
+    lanes = tl.arange(0, BLOCK).to(tl.int64)
 
     a_sum = tl.zeros([BLOCK], acc)
     for start in range(first, a_numel, stride):

@@ -14,7 +14,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 KINDS = functional.PENALTY_KINDS
 
 # Elements per sample, or scores: one, odd, and one to either side of where a kernel begins another block or program.
-SIZES = (1, 17, 1023, 1025, 2047, 2049, 16385)
+SIZES = (1, 17, 1023, 1025, 2047, 2049, 8193, 16384, 16385)
 BATCHES = (1, 2, 1025)
 SHAPES = {1: (6,), 2: (6, 5), 3: (4, 3, 5), 4: (4, 3, 2, 6), 5: (2, 3, 2, 4, 3)}  # by rank
 
@@ -123,6 +123,8 @@ OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
     ("RMSprop", {"centered": True, "momentum": 0.3, "weight_decay": 0.1, "maximize": True}),
     ("Adam", {}),
     ("Adam", {"lr": 1e-4, "betas": (0.0, 0.9)}),
+    ("RMSprop", {"lr": 0.5}),  # steps that a half-precision weight cannot miss
+    ("Adam", {"lr": 0.5, "betas": (0.5, 0.9)}),
     ("Adam", {"weight_decay": 0.1, "maximize": True, "eps": 1e-3}),
 ]
 PARAMETERS: dict[str, tuple[tuple[int, ...], ...]] = {

@@ -67,17 +67,21 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
 
     for form in FORMS:
         yield f"scores {form}", form == "critic", partial(scores.mean_scores, form, new(2**20), new(2**20))
-        for a, b in ((new(1), new(1)), (_unaligned(new(17)), new(17)), (new(HUGE), _unaligned(new(HUGE + 1)))):
-            yield f"scores {form} {a.numel()}, {b.numel()}", False, partial(scores.mean_scores, form, a, b)
+        counts = (1, 17, 4096, HUGE, HUGE + 1)
+        for n, m in product(counts, repeat=2) if form in ("critic", "hinge") else zip(counts, counts, strict=True):
+            yield f"scores {form} {n}, {m}", False, partial(scores.mean_scores, form, new(n), new(m))
+        for a, b in ((_unaligned(new(17)), new(17)), (new(4096), _unaligned(new(4096)))):
+            yield f"scores {form} unaligned", False, partial(scores.mean_scores, form, a, b)
 
     on_device = torch.empty((), dtype=torch.int64, device="meta")
     draw = interpolate.interpolate
-    for size in (3072, 784, 2**18, HUGE, HUGE + 1, *(2**k - k % 2 for k in range(12))):
+    for size in (3072, 784, 2**18, HUGE, HUGE + 1, *(2**k - (k > 1) * (k % 2) for k in range(12)), 2049, 32767, 32769):
         x = new(64, size)
         yield f"interpolate {size}", size == 3072, partial(draw, x, x, 2**62, 0)
         if size in (784, 31):
             yield f"interpolate {size} offset on device", False, partial(draw, x, x, 7, on_device)
             yield f"interpolate {size} unaligned", False, partial(draw, _unaligned(x), x, 7, 2**40)
+            yield f"interpolate {size} unaligned fake", False, partial(draw, x, _unaligned(x), 7, _unaligned(on_device))
 
     run = penalty.gradient_penalty
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -87,8 +91,9 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         for kind, cotangent in product(KINDS, {dtype, wide, None}):
             yield f"penalty {reads} {kind} {cotangent}", False, partial(run, new(64, size), kind, 0.0, 1.0, cotangent)
     for k in range(15):
-        yield f"penalty {2**k - k % 2}", False, partial(run, new(1 + k, 2**k - k % 2), KINDS[k % 3], 1.0, 1.0, wide)
-    for x in (new(1, 784), _unaligned(new(3, 784)), new(3, 16385), new(1, HUGE), new(HUGE, 1)):
+        size = 2**k - (k > 1) * (k % 2)
+        yield f"penalty {size}", False, partial(run, new(1 + k, size), KINDS[k % 3], 1.0, 1.0, wide)
+    for x in (new(1, 784), _unaligned(new(3, 784)), new(3, 16385), new(1, HUGE), new(1, HUGE + 1), new(HUGE, 1)):
         yield f"penalty {tuple(x.shape)}", False, partial(run, x, "one-sided", 1.0, 1.0, wide)
 
     inf = float("inf")
@@ -132,6 +137,7 @@ def _amd(compiled: Any) -> dict[str, Any]:
     instructions = re.findall(r"^\t([a-z]\w+)", code, re.MULTILINE)
     return {
         "opcodes": sorted(set(instructions)),
+        "denormals": ".amdhsa_float_denorm_mode_32 3" in asm,
         "wide": [len(re.findall(rf"\t(?:global|buffer)_{op}_dwordx4", code)) for op in ("load", "store")],
         "registers": count["vgpr_count"],
         "shared": count["group_segment_fixed_size"],

@@ -4,13 +4,16 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 if torch.cuda.is_available():
-    torch.backends.cudnn.allow_tf32 = False  # a convolution's float32 is float32, as elsewhere
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some versions would have another name for it
+        torch.backends.cudnn.allow_tf32 = False  # a convolution's float32 is float32, as elsewhere
 else:
     os.environ["TRITON_INTERPRET"] = "1"
     import strict

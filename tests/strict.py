@@ -1,7 +1,7 @@
 """Triton's interpreter made as unforgiving as a GPU, and more: whatever hardware leaves undefined goes wrong here.
 
 - A lane that a mask turns off reads a number no test uses, where the interpreter has zero.
-- An access outside the tensors that a launch was given raises; so do two stores to one address.
+- An access outside the tensors that a launch was given raises; so do two stores to one address, a race of programs.
 - float32 rounds to bfloat16, and bfloat16's denormal numbers are kept, as on hardware.
 - ``tl.maximum`` and ``tl.minimum`` lose NaN unless told to keep it, where the interpreter always keeps it.
 

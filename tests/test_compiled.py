@@ -8,6 +8,7 @@ from compile_kernels import DTYPES, SNAPSHOT, TARGETS, summary
 
 KERNELS = ("_scores_kernel", "_interpolate_kernel", "_penalty_kernel", "_update_kernel")
 ARRAYS = {  # read and written, by case; each 16 bytes at a time
+    "scores critic": (2, 0),
     "interpolate 3072": (2, 1),
     "penalty one read": (1, 1),
     "penalty two reads": (2, 1),
@@ -22,7 +23,7 @@ BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 @pytest.fixture(scope="module")
 def rows(compiled_kernels):
     """One row for each program, from a process without the interpreter; it has been at work since the run began."""
-    stdout, stderr = compiled_kernels.communicate()
+    stdout, stderr = compiled_kernels.communicate(timeout=1800)
     assert compiled_kernels.returncode == 0, stderr
     return [json.loads(line) for line in stdout.splitlines()]
 
@@ -43,11 +44,14 @@ def test_nothing_spills_and_nothing_lies_in_local_memory(rows):
 
 def test_hot_paths_move_16_bytes_at_a_time(rows):
     """Every element of every array that the hot path reads or writes, on NVIDIA; the kernels are not tuned for AMD."""
-    for row in nvidia(rows) + nvidia(rows, double=True):
-        if row["case"] in ARRAYS:
-            per_array = row["elements"] * BYTES[row["dtype"]] / 16
-            for found, arrays in zip(row["wide"], ARRAYS[row["case"]], strict=True):
-                assert found >= arrays * per_array, row
+    hot = [row for row in nvidia(rows) + nvidia(rows, double=True) if row["case"] in ARRAYS]
+    assert {(row["case"], row["dtype"], row["target"]) for row in hot} == {
+        (case, dtype, target) for case in ARRAYS for dtype in BYTES for target in TARGETS if target.startswith("sm_")
+    }
+    for row in hot:
+        per_array = row["elements"] * BYTES[row["dtype"]] / 16
+        for found, arrays in zip(row["wide"], ARRAYS[row["case"]], strict=True):
+            assert found >= arrays * per_array, row
 
 
 def test_no_float64_in_other_kernels(rows):
@@ -75,6 +79,13 @@ def test_partial_results_are_published_before_the_arrival(rows):
     """No store between the barrier and the acquire-release increment that says a program has arrived."""
     for row in nvidia(rows) + nvidia(rows, double=True):
         assert row["arrives"] == (row["kernel"] != "_interpolate_kernel"), row
+    for row in rows:
+        if row["target"] == "gfx942" and row["kernel"] != "_interpolate_kernel":
+            assert {"buffer_wbl2", "buffer_inv"} <= set(row["opcodes"]), row  # release and acquire
+
+
+def test_denormal_numbers_are_kept_on_amd(rows):
+    assert all(row["denormals"] for row in rows if row["target"] == "gfx942")
 
 
 def test_generated_code_is_the_committed(rows):

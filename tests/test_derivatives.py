@@ -71,12 +71,12 @@ def test_func_transforms(op, transform, device):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, where it looks for a formula
 @pytest.mark.parametrize("op", OPS)
-def test_forward_mode_says_that_it_cannot(op, device):
+def test_forward_mode_raises(op, device):
     """Rather than forget the tangent."""
     xs = [torch.randn(3, 4, device=device) for _ in range(OPS[op].tensors)]
-    with pytest.raises(NotImplementedError, match="forward-mode differentiation.*backend='torch'"):
+    with pytest.raises(NotImplementedError, match="forward mode AD"):
         torch.func.jvp(scalar(op, "fused"), tuple(xs), tuple(xs))
-    with fwd.dual_level(), pytest.raises(NotImplementedError, match="forward-mode differentiation"):
+    with fwd.dual_level(), pytest.raises(NotImplementedError, match="forward mode AD"):
         OPS[op].fused(*(fwd.make_dual(x, torch.ones_like(x)) for x in xs))
 
 

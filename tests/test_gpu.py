@@ -1,6 +1,7 @@
 """What only a GPU can show: launches as the profiler counts them, and steps that never wait for the device."""
 
 import math
+import warnings
 from contextlib import contextmanager
 
 import pytest
@@ -34,6 +35,18 @@ def test_each_op_is_one_launch(op):
     assert names == [f"_{kernel}_kernel"]
 
 
+def test_each_launch_of_a_critic_step_is_one():
+    """As the trainer makes them, and the penalty where its cotangent is wanted."""
+    x = torch.randn(300, 7, device=DEVICE)
+    leaf = x.clone().requires_grad_()
+    for kernel, call in (
+        ("penalty", lambda: functional.penalty(leaf, backend="triton")),
+        ("penalty", lambda: functional.penalty_cotangent(x, "two-sided", 1.0, 10.0, "triton")),
+        ("scores", lambda: functional.score_statistics(x, x, "triton")),
+    ):
+        assert kernels_of(call) == [f"_{kernel}_kernel"]
+
+
 @pytest.mark.parametrize("name", ["RMSprop", "Adam", "clip_weights_"])
 def test_each_update_is_one_launch(name):
     params = [nn.Parameter(torch.randn(1 + 50 * i, device=DEVICE)) for i in range(100)]
@@ -48,8 +61,10 @@ def test_each_update_is_one_launch(name):
 
 @contextmanager
 def no_synchronisation():
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Synchronization debug mode")  # that it is a prototype
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,11 +1,15 @@
 """Every op and optimizer over the case matrix: dtypes, sizes, ranks, layouts, values, and drawn at random."""
 
+from functools import partial
+
 import pytest
 import torch
-from cases import BATCHES, DTYPES, LAYOUTS, OPS, OPTIMIZERS, OWNED, PARAMETERS, SHAPES, SIZES, VALUES
+from cases import BATCHES, DTYPES, KINDS, LAYOUTS, OPS, OPTIMIZERS, OWNED, PARAMETERS, SHAPES, SIZES, VALUES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import check_op, check_optimizer
+from oracle import assert_close, check_op, check_optimizer, tensors
+
+from fastwgan import functional, reference
 
 HALF = (torch.bfloat16, torch.float16)
 PROPERTY = settings(
@@ -68,8 +72,38 @@ def test_values(op, values, dtype, device):
     check(op, draw(op, (5, 37), dtype, device, values))
 
 
-def test_scores_of_more_blocks_than_programs(device):
-    check("critic_loss", draw("critic_loss", (512 * 1024 + 1,), torch.float32, device))
+@pytest.mark.parametrize("op", [op for op in OPS if not OPS[op].per_sample])
+def test_scores_of_more_blocks_than_programs(op, device):
+    check(op, draw(op, (512 * 1024 + 1,), torch.float32, device))
+
+
+def check_launch(label, fused, eager, *inputs, length):
+    """A launch that the trainer makes, with no graph: all that comes out of it."""
+    exact = eager(*(x.cpu().double() for x in inputs))
+    for i, values in enumerate(zip(tensors(fused(*inputs)), tensors(eager(*inputs)), tensors(exact), strict=True)):
+        summand = inputs[0].double().abs().max().item() if len(inputs) == 2 else 0.0
+        assert_close(f"{label}, output {i}", *values, length, summand)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_score_statistics(size, dtype, device):
+    inputs = draw("critic_loss", (size,), dtype, device)
+    fused = partial(functional.score_statistics, backend="triton")
+    check_launch(f"score_statistics {size} {dtype}", fused, reference.score_statistics, *inputs, length=size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_penalty_cotangent(kind, size, dtype, device):
+    g = VALUES["normal"]((3, size), dtype, device) / size**0.5
+    check_launch(
+        f"penalty_cotangent {kind} {size} {dtype}",
+        lambda x: functional.penalty_cotangent(x, kind, 0.7, 10.0, "triton"),
+        lambda x: reference.penalty_cotangent(x, kind=kind, target=0.7, weight=10.0),
+        g, length=g.numel(),
+    )  # fmt: skip
 
 
 @PROPERTY
