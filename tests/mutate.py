@@ -161,7 +161,7 @@ def caught_by(fault: Fault) -> str:
             except subprocess.TimeoutExpired:
                 return "no end"
             if run.returncode:
-                found = re.search(r"^(?:FAILED|ERROR) tests/(\S+?)(?: - .*)?$", run.stdout, re.MULTILINE)
+                found = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - .*)?$", run.stdout, re.MULTILINE)
                 return found.group(1) if found else f"no import: {run.stdout.strip().splitlines()[-1]}"
     return ""
 
