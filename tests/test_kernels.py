@@ -32,6 +32,18 @@ def test_tables_upload_once_per_content(monkeypatch):
     assert len(calls) == 3
 
 
+def test_one_unaligned_tensor_makes_a_row_unaligned():
+    """128-bit accesses fault on a GPU at other addresses, which an interpreter cannot show."""
+
+    def aligned(*offsets):
+        p, g, s = (torch.ones(40)[offset:][:33] for offset in offsets)
+        return table.Tables().addresses([p], [g], [(s,)], None, [0], 8)[0][0, table.ALIGNED.value].item()
+
+    assert torch.ones(40).data_ptr() % 16 == 0
+    assert aligned(0, 0, 0) == aligned(4, 0, 4) == 1
+    assert aligned(1, 0, 0) == aligned(0, 2, 0) == aligned(0, 0, 3) == 0
+
+
 def test_tables_forget_the_least_recently_used():
     tables = table.Tables()
     p = [torch.ones(3)]
