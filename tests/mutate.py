@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 TABLE = Path(__file__).with_name("mutants.md")
-RUN = "test_functional.py test_matrix.py test_kernels.py test_memory.py test_optim.py test_determinism.py"
+RUN = "test_functional.py test_kernels.py test_optim.py test_memory.py test_matrix.py test_determinism.py"
 CODE = "test_compiled.py"  # compiles for GPUs, which takes minutes
 
 
