@@ -39,14 +39,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start the compilation of all kernels, where a test wants it, beside the other tests."""
+    """Start the compilation of all kernels, where a test wants it, on what the other tests leave of the machine."""
     if not session.config.option.collectonly and any(
         "compiled_kernels" in getattr(item, "fixturenames", ()) for item in session.items
     ):
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         script = Path(__file__).with_name("compile_kernels.py")
         session.config.stash[COMPILER] = subprocess.Popen(
-            [sys.executable, str(script)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            ["nice", "-n", "19", sys.executable, str(script)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             start_new_session=True,
         )  # fmt: skip
 
