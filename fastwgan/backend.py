@@ -18,6 +18,17 @@ except ImportError as error:
         raise
     _import_problem = str(error)
 
+# MKL looks for a vector function's code on its first call. If several threads make that call together, one of them may
+# run code that is 1000 ulp off (pytorch/pytorch#188792), and then one seed has two outcomes. So each function that a
+# network may use on the CPU is called once here, by one thread.
+for _function in (
+    torch.acos, torch.asin, torch.atan, torch.cos, torch.cosh, torch.erf, torch.erfc, torch.erfinv, torch.exp,
+    torch.expm1, torch.log, torch.log10, torch.log1p, torch.log2, torch.sin, torch.sinh, torch.sqrt, torch.tan,
+    torch.tanh, torch.trunc,
+):  # fmt: skip
+    for _dtype in (torch.float32, torch.float64):
+        _function(torch.zeros(1, dtype=_dtype, device="cpu"))
+
 
 def triton_problem(device: torch.device) -> str | None:
     """Why Triton cannot run on ``device``, or None if it can."""

@@ -119,6 +119,7 @@ def test_ctrl_c_saves_and_exits(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-m", "fastwgan", "train", "--out", str(out)],
         env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - ignored in the background
     ) as run:  # fmt: skip
         deadline = time.monotonic() + 120
         while not (out / "metrics.csv").exists() or len((out / "metrics.csv").read_text().splitlines()) < 2:
