@@ -105,7 +105,7 @@ def test_resume_is_bit_identical(constraint, tmp_path):
 
 @pytest.mark.parametrize("constraint", ["clip", "penalty"])
 def test_backends_train_to_the_same_weights(constraint, tmp_path):
-    common = ("train", "--constraint", constraint, "--steps", 20, "--n-critic", 1, "--batch-size", 16)
+    common = ("train", "--constraint", constraint, "--steps", 10, "--n-critic", 1, "--batch-size", 16)
     fastwgan(*common, "--backend", "torch", "--out", tmp_path / "torch")
     fastwgan(*common, "--backend", "triton", "--out", tmp_path / "triton", env={"TRITON_INTERPRET": "1"})
     plain, fused = (checkpoint.load(tmp_path / name / "last.pt")["trainer"] for name in ("torch", "triton"))

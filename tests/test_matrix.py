@@ -46,7 +46,7 @@ def test_batches(op, batch, device):
     check(op, draw(op, (batch, 2), torch.float32, device))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank", SHAPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", OPS)
