@@ -4,6 +4,8 @@ import pytest
 import torch
 from fastwgan.kernels import table
 
+from fastwgan import Adam
+
 CPU = torch.device("cpu")
 
 
@@ -80,8 +82,6 @@ def test_uploads_wait_for_the_end_of_a_capture():
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999, 0.9999999])
 def test_bias_correction_is_exact_to_rounding(beta, device):
     """Adam with lr so that the update is exactly 1 / (1 - beta^t), where 1 - 0.999 in float32 has lost four digits."""
-    from fastwgan import Adam
-
     for step in (0.0, 1.0, 10.0, 1000.0, 100_000.0):
         p = torch.nn.Parameter(torch.zeros(4, device=device))
         opt = Adam([p], lr=1.0, betas=(beta, 0.0), eps=1e-30, backend="triton")
@@ -119,8 +119,6 @@ def test_uploads_kept_back_during_a_capture_come_in_order_and_stay(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_mean_without_memory_is_its_newest_value(dtype, device):
     """WGAN-GP's Adam has beta1 = 0: what the moment was must not leave a rounding behind."""
-    from fastwgan import Adam
-
     p = torch.nn.Parameter(torch.zeros(4, dtype=dtype, device=device))
     opt = Adam([p], betas=(0.0, 0.9), backend="triton")
     for g in (1e12, 1e-3):
