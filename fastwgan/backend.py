@@ -32,6 +32,8 @@ for _function in (
 
 def triton_problem(device: torch.device) -> str | None:
     """Why Triton cannot run on ``device``, or None if it can."""
+    if torch.compiler.is_compiling():
+        return "inside torch.compile the ops are plain PyTorch, for the compiler to fuse"
     if _import_problem is not None:
         return f"Triton cannot be imported ({_import_problem})"
     if kernels.INTERPRETED:

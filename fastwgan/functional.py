@@ -4,7 +4,8 @@ Every op takes ``backend="auto" | "triton" | "torch"`` (see :mod:`fastwgan.backe
 :mod:`fastwgan.reference`. First derivatives come out of the launch or cost one elementwise op; asked for a graph
 (``create_graph=True``), a backward pass is made of differentiable PyTorch ops, so derivatives of any order are right.
 They compose with ``torch.func`` (``grad``, ``vjp``, ``jacrev``, ``vmap``), except that the Triton backend has no
-forward mode: PyTorch raises NotImplementedError then.
+forward mode: PyTorch raises NotImplementedError then. Inside ``torch.compile``, with ``fullgraph=True`` too, they are
+their plain PyTorch form, which the compiler fuses with what stands round them.
 """
 
 import math
@@ -13,7 +14,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastwgan import reference
 from fastwgan.backend import DTYPES, Backend, kernels, resolve
@@ -451,8 +452,16 @@ def input_gradient(
     """d sum(critic(x, *args)) / dx, [N, ...], with a graph.
 
     Raises:
-        ValueError: the critic does not give scores for each of the N samples, or they do not depend on ``x``.
+        ValueError: the critic does not give scores for each of the N samples, or they do not depend on ``x`` (which is
+            not seen inside torch.compile: the gradient is zero then).
     """
+    if torch.compiler.is_compiling():
+        buffers = dict(critic.named_buffers()) if isinstance(critic, nn.Module) else {}
+
+        def forward(x: Tensor, buffers: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(critic, buffers, (x, *args)) if buffers else critic(x, *args)  # type: ignore
+
+        return traced_input_gradient(forward, x, buffers)
     with LinearPieces():
         scores = critic(x, *args)
     check_scores("critic", scores, len(x))
@@ -462,6 +471,25 @@ def input_gradient(
     if g is None:
         raise ValueError("critic: expected scores that depend on its input, got scores that do not")
     return g
+
+
+def traced_input_gradient(
+    forward: Callable[[Tensor, dict[str, Tensor]], Tensor], x: Tensor, buffers: dict[str, Tensor]
+) -> Tensor:
+    """d sum(forward(x, buffers)) / dx, [N, ...], inside torch.compile.
+
+    Dynamo traces torch.func.grad, and the compiler then differentiates the result as it does any function. What
+    ``forward`` writes to must be an argument of the function that is differentiated: so the buffers are.
+    """
+
+    def total(x: Tensor, buffers: dict[str, Tensor]) -> Tensor:
+        with LinearPieces():
+            scores = forward(x, buffers)
+        check_scores("critic", scores, len(x))
+        return scores.sum()
+
+    gradient: Tensor = torch.func.grad(total)(x, buffers)
+    return gradient
 
 
 def check_scores(name: str, scores: object, batch: int) -> None:
@@ -494,7 +522,8 @@ def gradient_penalty(
         fake: samples; shape, dtype and device as ``real``.
         weight: lambda, >= 0.
         kind, target: see :func:`penalty`.
-        seed: the seed of eps, or None to draw one from PyTorch's CPU generator.
+        seed: the seed of eps, or None to draw anew from PyTorch's CPU generator; inside torch.compile, which cannot
+            read numbers back, from the device's.
         args: further positional arguments of the critic, such as labels.
         backend: see :mod:`fastwgan.backend`.
 
@@ -516,10 +545,15 @@ def gradient_penalty(
     check_penalty(kind, target)
     _check_tensor("real", real)
     _check_tensor("fake", fake)
-    if seed is None:
+    offset: int | Tensor = 0
+    if seed is None and torch.compiler.is_compiling():
+        seed, offset = 0, torch.randint(2**62, (), device=fake.device)  # anywhere in one stream
+    elif seed is None:
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))
     with torch.enable_grad():
-        x = interpolate(real.detach(), fake.detach(), seed=seed, backend=backend).requires_grad_()
+        x = interpolate(real.detach(), fake.detach(), seed=seed, offset=offset, backend=backend)
+        if not torch.compiler.is_compiling():
+            x.requires_grad_()
         g = input_gradient(critic, x, args)
         return weight * penalty(g, kind=kind, target=target, backend=backend)
 

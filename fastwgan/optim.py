@@ -104,6 +104,8 @@ class _Optimizer(Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    # A compiled training loop calls it as it is: a graph cannot hold addresses.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient, and clamp it.
 

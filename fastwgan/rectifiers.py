@@ -50,7 +50,17 @@ def _relu(input: Any, inplace: bool = False) -> Tensor | None:
     return _rectify(input, 0.0, inplace)
 
 
+def _traced_leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    return torch.where(input > 0, input, input * negative_slope)
+
+
+def _traced_relu(input: Tensor, inplace: bool = False) -> Tensor:
+    return torch.where(input <= 0, 0, input)  # not "> 0": a NaN stays one
+
+
 _OURS: dict[Any, Any] = {F.leaky_relu: _leaky_relu, F.relu: _relu, torch.relu: _relu, Tensor.relu: _relu}
+# A compiler gets a form whose derivatives it finds out by itself to have no second order.
+_TRACED = {F.leaky_relu: _traced_leaky_relu, F.relu: _traced_relu, torch.relu: _traced_relu, Tensor.relu: _traced_relu}
 
 
 class LinearPieces(TorchFunctionMode):
@@ -58,6 +68,8 @@ class LinearPieces(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return _TRACED.get(func, func)(*args, **kwargs)
         if func in _OURS:
             result = _OURS[func](*args, **kwargs)
             if result is not None:

@@ -59,7 +59,7 @@ def score_statistics(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
 # Philox
 
 
-def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
+def philox(counter: Tensor, key: tuple[int | Tensor, int | Tensor]) -> Tensor:
     """Philox-4x32-10 of ``counter`` [4, n] int64 words below 2^32. Salmon et al., SC 2011."""
     mask = 0xFFFFFFFF
     c0, c1, c2, c3 = counter
@@ -78,10 +78,13 @@ def uniform(seed: int, offset: int | Tensor, n: int, device: torch.device | str 
     The top 24 bits of Philox's first word with key ``seed`` and counter (index low, index high, 0, 0x57474150);
     the last word sets the stream apart from PyTorch's own.
     """
+    key: int | Tensor = seed
+    if torch.compiler.is_compiling():
+        key = torch.full((), seed, dtype=torch.int64, device=device)  # so that another seed is no other program
     index = torch.arange(n, device=device) + offset
     zero = torch.zeros_like(index)
     counter = torch.stack((index & 0xFFFFFFFF, (index >> 32) & 0xFFFFFFFF, zero, zero + 0x57474150))
-    word = philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))[0]
+    word = philox(counter, (key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF))[0]
     return (word >> 8).float() * 2.0**-24
 
 

@@ -1,9 +1,9 @@
 """The trainer: a lean critic step and generator step round two networks of the user's.
 
-The critic step builds no graph through the generator and no loss tensors. Its gradient is seeded directly at the
-scores (-1/N at real ones, +1/N at fake ones) and at the input gradient (the penalty's cotangent), which leaves the
-networks' own kernels and a handful of launches. Nothing in a step waits for the device, except that a trainer's first
-two critic steps look whether the critic mixes samples.
+The critic step builds no graph through the generator and no loss tensors (see :mod:`fastwgan.passes`), which leaves the
+networks' own kernels and a handful of launches. Where the generator mixes no samples, one forward pass of it serves all
+critic steps of an iteration. Nothing in a step waits for the device, except that a trainer's first two critic steps
+look whether the networks mix samples.
 """
 
 import copy
@@ -11,6 +11,8 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastwgan import checkpoint, functional
+from fastwgan import checkpoint, functional, passes
 from fastwgan.backend import Backend, resolve
 from fastwgan.constraints import GradientPenalty, WeightClip
 from fastwgan.optim import Adam, RMSprop
@@ -26,7 +28,7 @@ from fastwgan.optim import Adam, RMSprop
 __all__ = ["Metrics", "Trainer", "warmup_schedule"]
 
 PROBED_STEPS = 2  # critic steps that look whether samples mix, see _forward_at_once
-CONSTANTS = 64  # cotangents kept; a run has two or three, one with ever new batch sizes many
+AHEAD = 8  # the most critic steps that one forward pass of the generator serves, which bounds its memory
 
 Latent = int | Callable[[int, torch.device], Any]
 
@@ -111,19 +113,6 @@ class Metrics:
 
 
 @contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """Without gradients for the module's parameters, so that none are computed and less is kept for the backward."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)
-
-
-@contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """In evaluation mode; afterwards each submodule is back in its own."""
     modes = [(m, m.training) for m in module.modules()]
@@ -189,7 +178,10 @@ class Trainer:
             :func:`warmup_schedule`.
         seed: of the latents and of eps; int in [0, 2^63).
         backend: see :mod:`fastwgan.backend`.
-        cuda_graph, compile, amp, ema: not there yet; anything but the default raises NotImplementedError.
+        compile: have torch.compile make each step's forward and backward passes one graph. The first step of each kind
+            takes a while; layers that torch.compile cannot take whole make it raise. Random layers such as dropout
+            draw other numbers than without.
+        cuda_graph, amp, ema: not there yet; anything but the default raises NotImplementedError.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, or they do not fit together.
@@ -223,9 +215,11 @@ class Trainer:
         compile: bool = False,
         ema: float | None = None,
     ) -> None:
-        for name, value, default in (("amp", amp, None), ("compile", compile, False), ("ema", ema, None)):
+        for name, value, default in (("amp", amp, None), ("ema", ema, None)):
             if value != default:
                 raise NotImplementedError(f"{name}: expected {default!r}; other values are not there yet")
+        if not isinstance(compile, bool):
+            raise TypeError(f"compile: expected a bool, got {type(compile).__name__}")
         if cuda_graph not in ("auto", False):
             raise NotImplementedError("cuda_graph: expected 'auto' or False; graph capture is not there yet")
         for name, module in (("generator", generator), ("critic", critic)):
@@ -263,8 +257,12 @@ class Trainer:
         self._eps_offset = 0  # numbers of the eps stream used up
         self._latent_random = torch.Generator(self.device).manual_seed(stream_seed(seed, 0))
         self._sample_random = torch.Generator(self.device).manual_seed(stream_seed(seed, 1))
-        self._constants: dict[tuple[Any, ...], Tensor] = {}
         self._one_forward = True  # until a critic step finds otherwise
+        self._one_generation = True  # likewise, of the generator
+        self._fakes: Tensor | None = None  # made ahead for the coming critic steps
+        self._fakes_versions: list[int] = []  # of the generator's tensors when they were made
+        kind = passes.Compiled if compile else passes.Eager
+        self._passes = kind(generator, critic, constraint, backend)
 
         self.critic_optimizer = self._optimizer("critic_optimizer", critic_optimizer, critic)
         self.generator_optimizer = self._optimizer("generator_optimizer", generator_optimizer, generator)
@@ -340,33 +338,13 @@ class Trainer:
             TypeError, ValueError: ``real`` or a network's output cannot be used. No weight is changed then.
         """
         functional.check_samples("real", real, self.device)
-        batch = len(real)
-        with torch.no_grad():
-            fake = self._generate(batch, cond, self._latent_random)
-        functional.check_samples("generator: its output", fake, self.device)
-        functional.check_like("generator: its output", fake, "real", real, shape=True)
-        parameters = self._without_gradients("critic", self.critic)
+        return self._critic_step(real, None, cond)
 
-        with torch.enable_grad():
-            roots, seeds, scores = self._scores(real, fake, cond)
-            penalty, weight = None, 0.0
-            constraint = self.constraint
-            if isinstance(constraint, GradientPenalty) and self.critic_iterations % constraint.every == 0:
-                weight = constraint.weight * constraint.every
-                gradients = functional.input_gradient(self.critic, self._penalised(real, fake), cond, self._ones_like)
-                penalty, cotangent = functional.penalty_cotangent(
-                    gradients, constraint.kind, constraint.target, weight, self.backend
-                )
-                if gradients.requires_grad:
-                    roots.append(gradients)
-                    seeds.append(cotangent)
-            torch.autograd.backward(roots, seeds, inputs=parameters)
-        self.critic_optimizer.step()
-        saturation = self._clamp() if isinstance(constraint, WeightClip) else None
-        self.critic_iterations += 1
-        self._critic_steps_due += 1
-        if penalty is not None and isinstance(constraint, GradientPenalty) and constraint.at == "interpolates":
-            self._eps_offset += batch
+    def _critic_step(self, real: Tensor, fake: Tensor | None, cond: tuple[Any, ...]) -> Metrics:
+        weight = self._penalty_weight(self.critic_iterations)
+        z = self._given_latents(len(real)) if fake is None else None
+        scores, penalty, saturation = self._run(self._critic_work, weight, real, fake, z, *cond)
+        self._count_critic_step(len(real), weight)
         return Metrics(scores=scores, penalty=penalty, weight=weight, saturation=saturation)
 
     def generator_step(self, batch_size: int, *cond: Any) -> Metrics:
@@ -383,19 +361,8 @@ class Trainer:
             TypeError, ValueError: an argument or a network's output cannot be used. No weight is changed then.
         """
         self._check_count("batch_size", batch_size)
-        parameters = self._without_gradients("generator", self.generator)
-        with torch.enable_grad(), _frozen(self.critic):
-            fake = self._generate(batch_size, cond, self._latent_random)
-            functional.check_samples("generator: its output", fake, self.device)
-            scores = self.critic(fake, *cond)
-            functional.check_scores("critic", scores, batch_size)
-            if not scores.requires_grad:
-                raise ValueError("generator: its output: expected to depend on its parameters, got one without a graph")
-            loss = functional.generator_loss(scores.detach(), backend=self.backend)
-            torch.autograd.backward([scores], [self._constant(scores, -1 / scores.numel())], inputs=parameters)
-        self.generator_optimizer.step()
-        self.generator_iterations += 1
-        self._critic_steps_due = 0
+        (loss,) = self._run(self._generator_work, batch_size, self._given_latents(batch_size), *cond)
+        self._count_generator_step()
         return Metrics(generator_loss=loss)
 
     def step(self, real: Tensor, *cond: Any) -> Metrics:
@@ -403,11 +370,11 @@ class Trainer:
 
         Args, Returns, Raises: as :meth:`critic_step`; ``generator_loss`` is set when a generator step was due.
         """
-        due = self.n_critic
-        if callable(due):
-            due = self._check_count("n_critic: its result", due(self.generator_iterations))
-        metrics = self.critic_step(real, *cond)
-        if self._critic_steps_due >= due:
+        functional.check_samples("real", real, self.device)
+        left = self._critic_steps_left()
+        fake = None if cond else self._fake_made_ahead(len(real), left)
+        metrics = self._critic_step(real, fake, cond)
+        if left <= 1:
             metrics.generator_loss = self.generator_step(len(real), *cond).generator_loss
         return metrics
 
@@ -437,7 +404,9 @@ class Trainer:
             if self.device.type == "cuda":
                 torch.cuda.default_generators[self.device.index].manual_seed(seed)
             torch.default_generator.manual_seed(seed)
-            return self._generate(n, cond, self._sample_random)
+            z = self.latent(n, self.device) if callable(self.latent) else self._draw(n, self._sample_random)
+            fake: Tensor = self.generator(z, *cond)
+            return fake
 
     # Inside a step
 
@@ -445,78 +414,139 @@ class Trainer:
         """Afterwards PyTorch's global random state is what it was."""
         return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
 
-    def _without_gradients(self, name: str, module: nn.Module) -> list[Tensor]:
-        """Drop all the module's gradients, those of frozen parameters too; return the parameters to be trained."""
-        parameters = list(module.parameters())
-        trainable = [p for p in parameters if p.requires_grad]
-        if not trainable:
-            raise ValueError(f"{name}: expected trainable parameters, got none")
-        for p in parameters:
-            p.grad = None
-        return trainable  # type: ignore[return-value]
+    def _run(self, work: Callable[..., tuple[Tensor | None, ...]], *args: Any) -> tuple[Tensor | None, ...]:
+        return work(*args)
 
-    def _generate(self, n: int, cond: tuple[Any, ...], random: torch.Generator) -> Tensor:
-        if callable(self.latent):
-            z = self.latent(n, self.device)
-        else:
-            dtype = next(self.generator.parameters()).dtype
-            z = torch.randn(n, self.latent, generator=random, device=self.device, dtype=dtype)
-        fake: Tensor = self.generator(z, *cond)
+    def _critic_work(
+        self, weight: float, real: Tensor, fake: Tensor | None, z: Any, *cond: Any
+    ) -> tuple[Tensor | None, ...]:
+        """The device's part of a critic step: (score statistics, penalty statistics, saturation)."""
+        if fake is None:
+            if not callable(self.latent):
+                z = self._draw(len(real), self._latent_random)
+            fake = self._passes.generate(z, cond)
+        functional.check_samples("generator: its output", fake, self.device)
+        functional.check_like("generator: its output", fake, "real", real, shape=True)
+        together = self._forward_at_once(real, fake, cond)
+        x = self._penalised(real, fake) if weight else None
+        scores, penalty = self._passes.critic(real, fake, x, cond, together=together, weight=weight)
+        self.critic_optimizer.step()
+        return scores, penalty, self._clamp() if isinstance(self.constraint, WeightClip) else None
+
+    def _generator_work(self, batch: int, z: Any, *cond: Any) -> tuple[Tensor | None, ...]:
+        """The device's part of a generator step: (loss,)."""
+        if not callable(self.latent):
+            z = self._draw(batch, self._latent_random)
+        loss = self._passes.generator(z, cond, batch)
+        self.generator_optimizer.step()
+        return (loss,)
+
+    def _penalty_weight(self, iteration: int) -> float:
+        """What the penalty is multiplied by in a critic step; 0 where there is none."""
+        constraint = self.constraint
+        if not isinstance(constraint, GradientPenalty) or iteration % constraint.every:
+            return 0.0
+        return constraint.weight * constraint.every
+
+    def _critic_steps_left(self) -> int:
+        """Critic steps until the next generator step, this one included."""
+        due = self.n_critic
+        if callable(due):
+            due = self._check_count("n_critic: its result", due(self.generator_iterations))
+        return due - self._critic_steps_due
+
+    def _count_critic_step(self, batch: int, weight: float) -> None:
+        self.critic_iterations += 1
+        self._critic_steps_due += 1
+        if weight and isinstance(self.constraint, GradientPenalty) and self.constraint.at == "interpolates":
+            self._eps_offset += batch
+
+    def _count_generator_step(self) -> None:
+        self.generator_iterations += 1
+        self._critic_steps_due = 0
+        self._fakes = None
+
+    # Latents and fake samples
+
+    def _given_latents(self, n: int) -> Any:
+        """The caller's latents; None where they are drawn in the step."""
+        return self.latent(n, self.device) if callable(self.latent) else None
+
+    def _draw(self, n: int, random: torch.Generator) -> Tensor:
+        assert isinstance(self.latent, int)
+        dtype = next(self.generator.parameters()).dtype
+        return torch.randn(n, self.latent, generator=random, device=self.device, dtype=dtype)
+
+    def _fake_made_ahead(self, batch: int, steps: int) -> Tensor | None:
+        """A batch out of one forward pass for the critic steps up to the next generator step; None if that is unsound.
+
+        The generator does not change meanwhile; should its weights be found written to, the pass is made again.
+        """
+        versions = self._generator_versions()
+        if self._fakes is None or len(self._fakes) < batch or self._fakes_versions != versions:
+            self._fakes = None
+            if steps < 2 or not self._generator_keeps_samples_apart(batch):
+                return None
+            z = self._draw(min(steps, AHEAD) * batch, self._latent_random)
+            self._fakes, self._fakes_versions = self._passes.generate(z, ()), versions
+            functional.check_samples("generator: its output", self._fakes, self.device)
+        fake, self._fakes = self._fakes[:batch], self._fakes[batch:]
         return fake
 
-    def _scores(self, real: Tensor, fake: Tensor, cond: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """(roots of the backward pass, their cotangents, score statistics), from one forward pass if that is sound."""
-        batch = len(real)
-        if self._forward_at_once(real, fake, cond):
-            both = self._critic_on_both(real, fake, cond)
-            count = both.numel() // 2
-            statistics = functional.score_statistics(both[:batch], both[batch:], self.backend)
-            return [both], [self._constant(both, -1 / count, 1 / count)], statistics
-        real_scores, fake_scores = self.critic(real, *cond), self.critic(fake, *cond)
-        functional.check_scores("critic", real_scores, batch)
-        statistics = functional.score_statistics(real_scores, fake_scores, self.backend)
-        count = real_scores.numel()
-        seeds = [self._constant(real_scores, -1 / count), self._constant(fake_scores, 1 / count)]
-        return [real_scores, fake_scores], seeds, statistics
+    def _generator_versions(self) -> list[int]:
+        """Numbers that change when something is written to the generator's tensors."""
+        return [t._version for t in (*self.generator.parameters(), *self.generator.buffers())]
+
+    def _generator_keeps_samples_apart(self, batch: int) -> bool:
+        """Whether a sample depends on no other one's latent, so that batches may share a forward pass."""
+        if callable(self.latent) or any(isinstance(m, _BatchNorm) and m.training for m in self.generator.modules()):
+            return False
+        if self._one_generation and self.generator_iterations < PROBED_STEPS:
+            random = torch.Generator(self.device).manual_seed(0)
+            z, *others = (self._draw(batch, random) for _ in range(3))
+            wrote = []
+
+            def forward(other: Tensor) -> Tensor:
+                before = self._generator_versions()
+                samples: Tensor = self.generator(torch.cat((z, other)))
+                wrote.append(self._generator_versions() != before)  # as spectral normalisation does in each pass
+                return samples[:batch]
+
+            samples = [self._probe(self.generator, partial(forward, other)) for other in others]
+            self._one_generation = torch.equal(*samples) and not any(wrote)
+        return self._one_generation
 
     def _forward_at_once(self, real: Tensor, fake: Tensor, cond: tuple[Any, ...]) -> bool:
         """Whether real and fake samples may share a forward pass: no score depends on another sample."""
         if any(isinstance(m, _BatchNorm) and m.training for m in self.critic.modules()):
             return False
-        if not all(c is None or isinstance(c, (bool, int, float, str)) or self._is_batched(c, len(real)) for c in cond):
+        plain = (bool, int, float, str, NoneType)
+        if not all(isinstance(c, plain) or passes.is_batched(c, len(real)) for c in cond):
             return False
         # Other layers can mix samples too: a BatchNorm of someone's own, a batch's standard deviation. So at first the
         # real samples' scores are taken beside two sets of fake ones, and must be the same to the bit. The second step
         # looks again, as a last layer that starts at zero hides everything.
         if self._one_forward and self.critic_iterations < PROBED_STEPS:
-            scores = [self._probe(real, other, cond) for other in (fake, 1 - 2 * fake)]
-            self._one_forward = torch.equal(*scores)
+            scores = [
+                self._probe(self.critic, partial(passes.scores_of_both, self.critic, real, other, cond))
+                for other in (fake, 1 - 2 * fake)
+            ]
+            self._one_forward = torch.equal(*(x[: len(real)] for x in scores))
         return self._one_forward
 
     @torch.no_grad()
-    def _probe(self, real: Tensor, fake: Tensor, cond: tuple[Any, ...]) -> Tensor:
-        """The real samples' scores from a forward pass that leaves random state and buffers as they were."""
-        buffers = [(b, b.clone()) for b in self.critic.buffers()]
+    def _probe(self, module: nn.Module, forward: Callable[[], Tensor]) -> Tensor:
+        """The result of a forward pass that leaves random state and the module's buffers as they were."""
+        buffers = [(b, b.clone()) for b in module.buffers()]
         try:
             with self._random_kept():
-                return self._critic_on_both(real, fake, cond)[: len(real)]
+                return forward()
         finally:
             for buffer, before in buffers:
                 buffer.copy_(before)
 
-    def _critic_on_both(self, real: Tensor, fake: Tensor, cond: tuple[Any, ...]) -> Tensor:
-        twice = (torch.cat((c, c)) if self._is_batched(c, len(real)) else c for c in cond)
-        scores: Tensor = self.critic(torch.cat((real, fake)), *twice)
-        functional.check_scores("critic", scores, 2 * len(real))
-        return scores
-
-    @staticmethod
-    def _is_batched(cond: Any, batch: int) -> bool:
-        """Whether a condition has a row for each sample."""
-        return isinstance(cond, Tensor) and cond.dim() > 0 and len(cond) == batch
-
     def _penalised(self, real: Tensor, fake: Tensor) -> Tensor:
-        """The points at which the input gradient is taken, a leaf that requires grad."""
+        """The points at which the input gradient is taken."""
         assert isinstance(self.constraint, GradientPenalty)
         if self.constraint.at == "interpolates":
             x = functional.interpolate(
@@ -524,7 +554,7 @@ class Trainer:
             )
         else:
             x = real if self.constraint.at == "real" else fake
-        return x.detach().requires_grad_()
+        return x.detach()
 
     def _clamp(self) -> Tensor | None:
         """Clamp what the optimizer's launch did not; return the share of all clamped weights on their bound."""
@@ -542,22 +572,6 @@ class Trainer:
         combined = functional.combine_shares(shares)
         return None if combined is None else combined[0]
 
-    def _constant(self, like: Tensor, value: float, second_half: float | None = None) -> Tensor:
-        """A constant shaped like ``like``, made once; ``second_half`` is the value of the later half of the batch."""
-        key = (like.shape, like.dtype, like.device, value, second_half)
-        constant = self._constants.get(key)
-        if constant is None:
-            constant = torch.full_like(like, value, requires_grad=False)
-            if second_half is not None:
-                constant[len(constant) // 2 :] = second_half
-            if len(self._constants) >= CONSTANTS:
-                self._constants.clear()
-            self._constants[key] = constant
-        return constant
-
-    def _ones_like(self, x: Tensor) -> Tensor:
-        return self._constant(x, 1.0)
-
     # State
 
     def state_dict(self) -> dict[str, Any]:
@@ -573,6 +587,8 @@ class Trainer:
             "seed": self.seed,
             "eps_offset": self._eps_offset,
             "one_forward": self._one_forward,
+            "one_generation": self._one_generation,
+            "fakes": self._fakes,
             "optimizers": self._optimizer_names(),
             "random": {
                 "device": self.device.type,
@@ -628,6 +644,9 @@ class Trainer:
         self.seed = int(state["seed"])
         self._eps_offset = int(state["eps_offset"])
         self._one_forward = bool(state["one_forward"])
+        self._one_generation = bool(state["one_generation"])
+        self._fakes = None if state["fakes"] is None else state["fakes"].to(self.device, copy=True)
+        self._fakes_versions = self._generator_versions()
         random = state["random"]
         if random["device"] != self.device.type:
             warnings.warn(

@@ -257,6 +257,86 @@ def test_real_and_fake_share_a_forward_only_where_samples_do_not_mix():
         assert [m.training for m in critic.modules()] == modes
 
 
+class Mixes(nn.Module):
+    """A generator layer by which a sample depends on the whole batch."""
+
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+def counting(generator):
+    calls = []
+    generator.register_forward_hook(lambda m, i, o: calls.append(len(o)))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([nn.ReLU()], [24, 8]),
+        ([nn.Dropout(0.5)], [24, 8]),
+        ([nn.BatchNorm1d(10).eval()], [24, 8]),
+        ([nn.BatchNorm1d(10)], [8, 8, 8, 8]),
+        ([Mixes()], [8, 8, 8, 8]),
+        ([nn.utils.parametrizations.spectral_norm(nn.Linear(10, 10))], [8, 8, 8, 8]),  # a power iteration per pass
+    ],
+    ids=["relu", "dropout", "batchnorm in evaluation", "batchnorm", "mixes", "spectral norm"],
+)
+def test_one_generator_pass_for_all_critic_steps_only_where_it_is_the_same(layers, expected):
+    generator = nn.Sequential(nn.Linear(6, 10), *copy.deepcopy(layers))
+    trainer = Trainer(generator, models.mlp([10, 8, 1]), latent=6, n_critic=3)
+    for _ in range(3 * PROBED_STEPS):
+        trainer.step(torch.randn(8, 10))
+    calls = counting(generator)
+    for _ in range(3):
+        trainer.step(torch.randn(8, 10))
+    assert calls == expected
+
+
+def test_fakes_made_ahead_are_of_the_generator_as_it_is():
+    """Each critic step's fakes are the rows of one draw; a weight written to, or a larger batch, makes them anew."""
+    critic = models.mlp([10, 1])
+    generator = nn.Sequential(nn.Linear(6, 10))
+    trainer = Trainer(generator, critic, latent=6, n_critic=4)
+    for _ in range(4 * PROBED_STEPS):
+        trainer.step(torch.randn(4, 10))
+    calls, seen = counting(generator), []
+    critic.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach().clone()))
+    state = trainer._latent_random.get_state()
+    trainer.step(torch.randn(4, 10))
+    z = torch.randn(16, 6, generator=torch.Generator().set_state(state))
+    expected = nn.functional.linear(z, generator[0].weight, generator[0].bias).detach()
+    trainer.step(torch.randn(3, 10))
+    assert torch.equal(seen[0][4:], expected[:4])
+    assert torch.equal(seen[1][3:], expected[4:7])
+    assert calls == [16]
+    trainer.step(torch.randn(12, 10))
+    assert calls == [16, 24]
+    with torch.no_grad():
+        generator[0].bias.add_(100.0)
+    trainer.step(torch.randn(4, 10))
+    assert seen[-2][4:].mean() > 50  # before the generator step
+    assert calls == [16, 24, 4, 4]
+
+
+def test_resuming_amid_an_iteration_goes_on_with_its_fakes(tmp_path):
+    def made():
+        torch.manual_seed(0)
+        return Trainer(models.mlp([6, 10]), models.mlp([10, 8, 1]), latent=6, n_critic=4)
+
+    batches = torch.randn(8, 5, 10)
+    whole, first, second = made(), made(), made()
+    for real in batches:
+        whole.step(real)
+    for real in batches[:2]:
+        first.step(real)
+    first.save(tmp_path / "state.pt")
+    second.load(tmp_path / "state.pt")
+    for real in batches[2:]:
+        second.step(real)
+    assert_same_state(second.state_dict(), whole.state_dict())
+
+
 def test_looking_for_mixing_leaves_no_trace():
     """Buffers, and the random state that a critic with noise of its own draws from."""
     critic = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(10, 4)), nn.Dropout(), nn.Linear(4, 1))
@@ -677,7 +757,7 @@ BAD_ARGUMENTS = [
     ({"constraint": WeightClip(exclude="nothing.*")}, ValueError, "exclude"),
     ({"amp": torch.float16}, NotImplementedError, "amp"),
     ({"cuda_graph": True}, NotImplementedError, "cuda_graph"),
-    ({"compile": True}, NotImplementedError, "compile"),
+    ({"compile": 1}, TypeError, "compile"),
     ({"ema": 0.999}, NotImplementedError, "ema"),
 ]
 
