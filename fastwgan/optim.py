@@ -40,6 +40,7 @@ class _Optimizer(Optimizer):
             raise ValueError(f"backend: expected 'auto', 'triton' or 'torch', got {backend!r}")
         self.backend: Backend = backend
         self._updates: dict[tuple[torch.device, torch.dtype, bool, bool], Any] = {}
+        self._rows: dict[tuple[torch.device, torch.dtype, bool, bool], list[dict[str, Any]]] = {}  # groups, by launch
         self.shares: list[tuple[Tensor, int]] = []  # of the last step: (share of weights on their bound, of how many)
         super().__init__(params, {**defaults, "differentiable": False})  # an option that torch's base class looks for
 
@@ -80,7 +81,8 @@ class _Optimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_updates", {})  # kept by load_state_dict: a graph may read its tables
+        for name in ("_updates", "_rows"):  # kept by load_state_dict: a graph may read the tables
+            self.__dict__.setdefault(name, {})
         self.shares = []
         for group in self.param_groups:
             for name, default in self.defaults.items():
@@ -191,15 +193,15 @@ class _Optimizer(Optimizer):
     ) -> None:
         device, dtype, momentum, centered = key
         params, grads, states, steps, copies = [], [], [], [], []
-        rows: list[tuple[float, ...]] = []  # one for each group, also where two are equal: a graph keeps the number
+        groups: list[dict[str, Any]] = []  # a row of numbers for each, also where two are equal: a graph keeps the row
         hyper_rows, clamped = [], 0
         row_of_group: dict[int, int] = {}
         for p, group in members:
             if id(group) not in row_of_group:
-                clip = group["clip"]
-                row_of_group[id(group)] = len(rows)
-                # The bound as this dtype holds it, so that weights on it are counted.
-                rows.append(self._hyper(group, math.inf if clip is None else check_bound("clip", clip, dtype)))
+                row_of_group[id(group)] = len(groups)
+                groups.append(group)
+            if kernels.arrival.capturing(device) and not self.state[p]:
+                raise RuntimeError(kernels.table.NOT_WARM)  # a replay would make the state anew
             state = self._ensure_state(p, group)
             work = p if is_dense(p) else p.detach().contiguous()
             if work is not p:
@@ -220,14 +222,35 @@ class _Optimizer(Optimizer):
             clamped += 0 if group["clip"] is None else p.numel()
         if key not in self._updates:
             self._updates[key] = kernels.update.Update(device, dtype)
+        self._rows[key] = groups
         share = self._updates[key].launch(
-            self._algorithm, params, grads, states, steps, tuple(rows), hyper_rows, momentum=momentum, centered=centered
-        )
+            self._algorithm, params, grads, states, steps, self._hyper_rows(key), hyper_rows,
+            momentum=momentum, centered=centered,
+        )  # fmt: skip
         torch.autograd.graph.increment_version([p for p, _ in members])
         for p, work in copies:
             p.copy_(work)
         if share is not None:
             self.shares.append((share, clamped))
+
+    def _hyper_rows(self, key: tuple[torch.device, torch.dtype, bool, bool]) -> tuple[tuple[float, ...], ...]:
+        clips = [group["clip"] for group in self._rows[key]]
+        # The bound as this dtype holds it, so that weights on it are counted.
+        bounds = [math.inf if clip is None else check_bound("clip", clip, key[1]) for clip in clips]
+        return tuple(self._hyper(group, bound) for group, bound in zip(self._rows[key], bounds, strict=True))
+
+    def refresh(self) -> None:
+        """Have launches that a CUDA graph replays use the groups' present numbers, as a replay runs no Python.
+
+        Not only ``lr`` but every number counts, as long as the same algorithm and the same parameters are meant.
+
+        Raises:
+            TypeError, ValueError: an option cannot be used. Nothing is changed then.
+        """
+        for group in self.param_groups:
+            self._check_group(group)
+        for key in self._rows:
+            self._updates[key].set_hyper(self._hyper_rows(key))
 
     def state_dict(self) -> dict[str, Any]:
         """The state as ``torch.optim``'s optimizer of the same name has it: a copy that later steps do not change."""

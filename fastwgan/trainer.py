@@ -9,9 +9,10 @@ look whether the networks mix samples.
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import islice
 from types import NoneType
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastwgan import checkpoint, functional, passes
 from fastwgan.backend import Backend, resolve
 from fastwgan.constraints import GradientPenalty, WeightClip
+from fastwgan.graphs import Graphs, device_problem
 from fastwgan.optim import Adam, RMSprop
 
 __all__ = ["Metrics", "Trainer", "warmup_schedule"]
@@ -149,9 +151,24 @@ def _take_over(optimizer: torch.optim.Optimizer, backend: Backend) -> torch.opti
         state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(p.device)
     taken._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
     taken._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
-    # torch's schedulers warn unless they see the optimizer they were made for take a step.
-    taken.register_step_post_hook(lambda *_: setattr(optimizer, "_opt_called", True))
+    taken.register_step_post_hook(_Called(optimizer))
     return taken
+
+
+def _hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer has step hooks beside :func:`_take_over`'s."""
+    hooks = (*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values())
+    return any(not isinstance(hook, _Called) for hook in hooks)
+
+
+class _Called:
+    """A step hook that tells torch's schedulers, which warn otherwise, that the optimizer they know takes steps."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def __call__(self, *_: Any) -> None:
+        self._optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
 def stream_seed(seed: int, stream: int) -> int:
@@ -181,10 +198,14 @@ class Trainer:
         compile: have torch.compile make each step's forward and backward passes one graph. The first step of each kind
             takes a while; layers that torch.compile cannot take whole make it raise. Random layers such as dropout
             draw other numbers than without.
-        cuda_graph, amp, ema: not there yet; anything but the default raises NotImplementedError.
+        cuda_graph: whether steps are captured in CUDA graphs, after a few that are not, and replayed from then on.
+            "auto" does so where it can be done, and warns once where it cannot on a GPU; True raises there. A capture
+            keeps all Python numbers that a network's forward reads: if they change over time, say False.
+        amp, ema: not there yet; anything but the default raises NotImplementedError.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, or they do not fit together.
+        RuntimeError: ``backend="triton"`` or ``cuda_graph=True`` cannot be met; the message says why.
 
     Attributes:
         critic_iterations, generator_iterations: steps taken so far.
@@ -220,8 +241,8 @@ class Trainer:
                 raise NotImplementedError(f"{name}: expected {default!r}; other values are not there yet")
         if not isinstance(compile, bool):
             raise TypeError(f"compile: expected a bool, got {type(compile).__name__}")
-        if cuda_graph not in ("auto", False):
-            raise NotImplementedError("cuda_graph: expected 'auto' or False; graph capture is not there yet")
+        if not (isinstance(cuda_graph, bool) or cuda_graph == "auto"):
+            raise ValueError(f"cuda_graph: expected 'auto', True or False, got {cuda_graph!r}")
         for name, module in (("generator", generator), ("critic", critic)):
             if not isinstance(module, nn.Module):
                 raise TypeError(f"{name}: expected an nn.Module, got {type(module).__name__}")
@@ -266,6 +287,7 @@ class Trainer:
 
         self.critic_optimizer = self._optimizer("critic_optimizer", critic_optimizer, critic)
         self.generator_optimizer = self._optimizer("generator_optimizer", generator_optimizer, generator)
+        self._graphs = self._make_graphs(cuda_graph)
         if isinstance(constraint, WeightClip):
             self._clipped = constraint.clipped(critic)
             self._assign_clip(constraint.bound)
@@ -321,6 +343,31 @@ class Trainer:
         for group in groups:
             group["clip"] = bound if all(id(p) in clipped for p in group["params"]) else None
 
+    def _make_graphs(self, wanted: bool | str) -> Graphs | None:
+        if wanted is False:
+            return None
+        problem = device_problem(self.device)
+        if problem is None and resolve(self.backend, self.device) == "torch":
+            problem = "the torch backend passes learning rates as numbers, which a graph would keep"
+        for name, optimizer in self._named_optimizers().items():
+            if problem is None and not isinstance(optimizer, (RMSprop, Adam)):
+                problem = f"{name} is {type(optimizer).__name__}; only RMSprop and Adam can be captured"
+            if problem is None and _hooks(optimizer):
+                problem = f"{name} has step hooks, which a graph would not call"
+        if problem is None:
+            self._device_offset = torch.zeros((), dtype=torch.int64, device=self.device)
+            return Graphs(
+                self.device, [self._latent_random], self._what_graphs_depend_on, self._refresh, required=wanted is True
+            )
+        if wanted is True:
+            raise RuntimeError(f"cuda_graph: True was asked for, but {problem}")
+        if self.device.type == "cuda":
+            warnings.warn(f"cuda_graph: steps run without CUDA graphs, as {problem}", stacklevel=4)
+        return None
+
+    def _named_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"critic_optimizer": self.critic_optimizer, "generator_optimizer": self.generator_optimizer}
+
     # Steps
 
     def critic_step(self, real: Tensor, *cond: Any) -> Metrics:
@@ -372,10 +419,48 @@ class Trainer:
         """
         functional.check_samples("real", real, self.device)
         left = self._critic_steps_left()
-        fake = None if cond else self._fake_made_ahead(len(real), left)
+        fake = None if cond or self._graphs is not None else self._fake_made_ahead(len(real), left)
         metrics = self._critic_step(real, fake, cond)
         if left <= 1:
             metrics.generator_loss = self.generator_step(len(real), *cond).generator_loss
+        return metrics
+
+    def iteration(self, batches: Iterable[Any]) -> list[Metrics]:
+        """The critic steps up to the next generator step, and that one: what ``step`` does on each batch in turn.
+
+        On a GPU the whole iteration is one CUDA graph, where that can be.
+
+        Args:
+            batches: for each critic step its real samples [N, ...], or a tuple of them and their conditions.
+
+        Returns:
+            The Metrics of each critic step; ``generator_loss`` is set in the last.
+
+        Raises:
+            TypeError, ValueError: as :meth:`step`, or there are not as many batches as critic steps left.
+        """
+        parts = [tuple(b) if isinstance(b, (tuple, list)) else (b,) for b in batches]
+        if len(parts) != self._critic_steps_left():
+            raise ValueError(
+                f"batches: expected {self._critic_steps_left()}, one for each critic step up to the next generator "
+                f"step, got {len(parts)}"
+            )
+        for real, *_ in parts:
+            functional.check_samples("real", real, self.device)
+        probing = min(self.critic_iterations, self.generator_iterations) < PROBED_STEPS
+        if self._graphs is None or probing or callable(self.latent) or len(parts) > AHEAD:
+            return [self.step(*part) for part in parts]
+
+        sizes = tuple(len(part) for part in parts)
+        weights = tuple(self._penalty_weight(self.critic_iterations + i) for i in range(len(parts)))
+        outputs = self._run(self._iteration_work, weights, sizes, *(x for part in parts for x in part))
+        metrics = []
+        for i, (weight, (real, *_)) in enumerate(zip(weights, parts, strict=True)):
+            scores, penalty, saturation = outputs[3 * i : 3 * i + 3]
+            metrics.append(Metrics(scores=scores, penalty=penalty, weight=weight, saturation=saturation))
+            self._count_critic_step(len(real), weight)
+        metrics[-1].generator_loss = outputs[-1]
+        self._count_generator_step()
         return metrics
 
     def fit(self, batches: Iterable[Any], steps: int, **options: Any) -> int:
@@ -415,7 +500,37 @@ class Trainer:
         return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
 
     def _run(self, work: Callable[..., tuple[Tensor | None, ...]], *args: Any) -> tuple[Tensor | None, ...]:
-        return work(*args)
+        """The device's part of a step, replayed from a graph where there is one.
+
+        A trainer's first steps look at the networks, which no graph could; after a step hook has been added, which no
+        graph would call, steps run without.
+        """
+        if self._graphs is None:
+            return work(*args)
+        self._device_offset.fill_(self._eps_offset)
+        early = self.critic_iterations < PROBED_STEPS
+        if early or any(map(_hooks, self._named_optimizers().values())):
+            return work(*args)
+        return self._graphs.run(work, *args)
+
+    def _what_graphs_depend_on(self) -> tuple[list[Any], ...]:
+        """Addresses, modes and options that a captured step has inside, and an eager one would look up."""
+        modules = [m for network in (self.generator, self.critic) for m in network.modules()]
+        parameters = [p for network in (self.generator, self.critic) for p in network.parameters()]
+        buffers = [b for network in (self.generator, self.critic) for b in network.buffers()]
+        groups = [group for o in self._named_optimizers().values() for group in o.param_groups]
+        states = [state for o in self._named_optimizers().values() for state in o.state.values()]
+        return (
+            [x.data_ptr() for x in (*parameters, *buffers, *(x for state in states for x in state.values()))],
+            [p.requires_grad for p in parameters],
+            [m.training for m in modules],
+            [(len(g["params"]), g.get("momentum", 0) > 0, g.get("centered"), g["clip"] is None) for g in groups],
+        )
+
+    def _refresh(self) -> None:
+        for optimizer in self._named_optimizers().values():
+            assert isinstance(optimizer, (RMSprop, Adam))
+            optimizer.refresh()
 
     def _critic_work(
         self, weight: float, real: Tensor, fake: Tensor | None, z: Any, *cond: Any
@@ -440,6 +555,24 @@ class Trainer:
         loss = self._passes.generator(z, cond, batch)
         self.generator_optimizer.step()
         return (loss,)
+
+    def _iteration_work(
+        self, weights: tuple[float, ...], sizes: tuple[int, ...], *flat: Any
+    ) -> tuple[Tensor | None, ...]:
+        """The device's part of a whole iteration: what its critic steps and then its generator step return."""
+        rest = iter(flat)
+        parts = [tuple(islice(rest, size)) for size in sizes]
+        fakes: Sequence[Tensor | None] = [None] * len(parts)
+        counts = [len(real) for real, *_ in parts]
+        if set(sizes) == {1} and self._generator_keeps_samples_apart(counts[0]):
+            fakes = torch.split(self._passes.generate(self._draw(sum(counts), self._latent_random), ()), counts)
+        outputs: list[Tensor | None] = []
+        for weight, (real, *cond), fake in zip(weights, parts, fakes, strict=True):
+            outputs += self._critic_work(weight, real, fake, None, *cond)
+            if weight:
+                self._device_offset += len(real)
+        _, *cond = parts[-1]
+        return *outputs, *self._generator_work(counts[-1], None, *cond)
 
     def _penalty_weight(self, iteration: int) -> float:
         """What the penalty is multiplied by in a critic step; 0 where there is none."""
@@ -549,9 +682,8 @@ class Trainer:
         """The points at which the input gradient is taken."""
         assert isinstance(self.constraint, GradientPenalty)
         if self.constraint.at == "interpolates":
-            x = functional.interpolate(
-                real.detach(), fake, seed=self.seed, offset=self._eps_offset, backend=self.backend
-            )
+            offset = self._eps_offset if self._graphs is None else self._device_offset
+            x = functional.interpolate(real.detach(), fake, seed=self.seed, offset=offset, backend=self.backend)
         else:
             x = real if self.constraint.at == "real" else fake
         return x.detach()
@@ -630,6 +762,8 @@ class Trainer:
         return [type(optimizer).__name__ for optimizer in (self.generator_optimizer, self.critic_optimizer)]
 
     def _restore(self, state: dict[str, Any]) -> None:
+        if self._graphs is not None:
+            self._graphs.forget()
         self.generator.load_state_dict(state["generator"])
         self.critic.load_state_dict(state["critic"])
         self.generator_optimizer.load_state_dict(state["generator_optimizer"])

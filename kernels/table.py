@@ -5,7 +5,9 @@ Tables are cached by their contents, so they can never be stale: a tensor that m
 table. A gradient usually comes back to an address it had before, so a training loop soon uploads nothing.
 
 Uploads go through pinned memory and never wait for the device. While a CUDA graph is being captured an upload would
-become part of the graph; it is kept back instead, and ``fill_pending`` does it once the capture has ended.
+become part of the graph; it is kept back instead, and ``fill_pending`` does it once the capture has ended. Nor may a
+table be allocated then: it could get memory that the captured work has used before, and writes to at each replay. So
+tables for captures are set aside beforehand.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -27,6 +29,7 @@ LR, BETA1, BETA1_C, BETA1_LOG, BETA2, BETA2_C, BETA2_LOG, EPS, DECAY, MOMENTUM, 
 )
 HYPER_COLUMNS = tl.constexpr(12)
 CACHED = 16  # tables kept per cache; a loop that sees more address patterns than this uploads again
+SPARES = 16  # tables of a shape set aside for captures: the most launches of one launcher in a capture
 
 
 @triton.jit
@@ -62,6 +65,9 @@ def fill_pending() -> None:
             upload(host, out)
 
 
+NOT_WARM = "a launch on tensors like these has to run once before it is captured in a CUDA graph"
+
+
 class Mirror:
     """A small host table mirrored on the device at a fixed address, so that a graph replays its newest values."""
 
@@ -75,6 +81,8 @@ class Mirror:
         if rows != self._rows:
             host = torch.tensor(rows, dtype=self._dtype, device="cpu")
             if not self._tensors or self._tensors[-1].shape != host.shape:
+                if capturing(self._device):
+                    raise RuntimeError(NOT_WARM)
                 self._tensors.append(torch.empty_like(host, device=self._device))
             self._rows = rows if upload(host, self._tensors[-1]) else None
         return self._tensors[-1]
@@ -90,14 +98,21 @@ class Tables:
 
     def __init__(self) -> None:
         self._cache: dict[Hashable, torch.Tensor] = {}
+        self._spares: dict[torch.Size, list[torch.Tensor]] = {}
         self._captured: list[torch.Tensor] = []  # a graph reads them for as long as it lives
 
     def _get(self, key: Hashable, device: torch.device, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         if capturing(device):
-            host = make()
-            self._captured.append(torch.empty_like(host, device=device))
-            upload(host, self._captured[-1])
-            return self._captured[-1]
+            table = self._cache.get(key)
+            if table is None:
+                host = make()
+                spares = self._spares.get(host.shape)
+                if not spares:
+                    raise RuntimeError(NOT_WARM)
+                table = spares.pop()
+                upload(host, table)
+            self._captured.append(table)
+            return table
         table = self._cache.pop(key, None)
         if table is None:
             host = make()
@@ -105,6 +120,9 @@ class Tables:
             upload(host, table)
             if len(self._cache) >= CACHED:
                 del self._cache[next(iter(self._cache))]  # the least recently used
+        spares = self._spares.setdefault(table.shape, [])
+        if len(spares) < SPARES:
+            spares.extend(torch.empty((SPARES, *table.shape), dtype=table.dtype, device=device).unbind())
         self._cache[key] = table
         return table
 

@@ -198,3 +198,7 @@ class Update:
                 BLOCK=BLOCK, num_warps=16 if self._dtype == tl.float64 else 8, enable_fp_fusion=True,
             )  # fmt: skip
         return share if clamped else None
+
+    def set_hyper(self, hyper: tuple[tuple[float, ...], ...]) -> None:
+        """Have launches that a graph replays use other numbers than when they were captured."""
+        self._hyper.set(hyper)

@@ -72,7 +72,6 @@ class Recording:
         self._outside: Counter[int] = Counter()  # other memory, and how often the tape holds it
         self._before: dict[int, tuple[Any, Any]] = {}  # other memory, and what it held
         self._host: dict[int, Tensor] = {}
-        self._uploads: set[int] = set()
         self._asked: Any = None  # the device that the current call names
 
     def capture(self, work: Callable[[], T]) -> T:
@@ -101,9 +100,6 @@ class Recording:
                     _poison(x)
             for generator, state in zip(self._generators, states, strict=True):
                 generator.set_state(state)
-            # Filled before the first replay, which must not undo it. A device might: where an earlier tensor of the
-            # capture, freed since, had the same memory.
-            self._uploads = {_key(out) for out, _ in table._pending}
             self._before, self._host = {}, {}
 
     def replay(self) -> None:
@@ -177,8 +173,7 @@ class Recording:
 
         def allocated() -> None:  # stricter than a device, where memory keeps what the last replay left in it
             for _, x in made:
-                if _key(x) not in self._uploads:
-                    _poison(x)
+                _poison(x)
 
         if name in ALLOCATIONS:
             self._record(allocated, ())

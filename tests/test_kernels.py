@@ -97,20 +97,27 @@ def test_bias_correction_is_exact_to_rounding(beta, device):
 
 
 def test_uploads_kept_back_during_a_capture_come_in_order_and_stay(monkeypatch):
-    """As a graph capture would have it: its tables are its own, and what was kept back is not taken for done."""
+    """As a graph capture would have it: no table is allocated in it, and what was kept back is not taken for done."""
     mirror, tables, p = table.Mirror(torch.float32, CPU), table.Tables(), [torch.ones(3)]
-    args = (p, p, [()], None, [0], 8)
-    eager = tables.addresses(*args)[0]
+    args, others = (p, p, [()], None, [0], 8), (p, [torch.ones(3)], [()], None, [0], 8)
+    cold = table.Mirror(torch.float32, CPU), table.Tables()
+    eager, owners = tables.addresses(*args)
+    first = mirror.set(((0.0,),))
     monkeypatch.setattr(table, "capturing", lambda device: True)
-    captured = tables.addresses(*args)[0]
+    monkeypatch.setattr(torch, "empty_like", None)
+    assert tables.addresses(*args)[0] is eager  # what is full already is not filled again
+    captured, same_owners = tables.addresses(*others)
+    assert same_owners is owners
     captured.zero_()
-    assert captured is not eager
-    first = mirror.set(((1.0,),))
+    for call in (lambda: cold[0].set(((1.0,),)), lambda: cold[1].addresses(*args)):
+        with pytest.raises(RuntimeError, match="has to run once"):
+            call()
+    assert mirror.set(((1.0,),)) is first
     mirror.set(((2.0,),))
     first.zero_()
     monkeypatch.setattr(table, "capturing", lambda device: False)
     table.fill_pending()
-    assert torch.equal(captured, eager)
+    assert captured.tolist() == [[p[0].data_ptr(), others[1][0].data_ptr(), *eager[0, 2:].tolist()]]
     assert first.item() == 2
     table.fill_pending()
     assert mirror.set(((2.0,),)) is first

@@ -1,0 +1,188 @@
+"""Steps as CUDA graphs: run a few times as they are, captured once, and then replayed on new data.
+
+A replay launches a whole step at once, with the kernels, addresses and numbers of its capture. So whatever changes from
+step to step is in device memory that a graph reads anew: the batch is copied to a static one, latents come from
+generators registered with the graph, eps and the optimizers' numbers from tables that are brought up to date before a
+replay. What a step returns is copied, as the next replay writes over it.
+"""
+
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastwgan.backend import kernels
+
+__all__ = ["Graphs", "device_problem"]
+
+Outputs = tuple[Tensor | None, ...]
+Work = Callable[..., Outputs]
+
+WARM_UP = (
+    3  # runs of a step before it is captured: they compile kernels, make state, and show what waits for the device
+)
+GRAPHS = 8  # graphs at a time; steps on batches of yet other shapes run without
+
+
+def device_problem(device: torch.device) -> str | None:
+    """Why there can be no CUDA graph on ``device``, or None."""
+    return None if device.type == "cuda" else f"the networks are on {device}"
+
+
+class Capture:
+    """The stream and the memory that a trainer's graphs share: they are replayed one at a time, in stream order."""
+
+    def __init__(self, device: torch.device, generators: Sequence[torch.Generator]) -> None:
+        self._device, self._generators = device, generators
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, work: Callable[[], Outputs]) -> tuple[Outputs, str | None]:
+        """Run ``work`` on the stream of the captures to come; return its outputs, and what in it cannot be captured."""
+        current, mode = torch.cuda.current_stream(self._device), torch.cuda.get_sync_debug_mode()
+        self._stream.wait_stream(current)
+        with warnings.catch_warnings(record=True) as caught, torch.cuda.stream(self._stream):
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                outputs = work()
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        current.wait_stream(self._stream)
+        problem = None
+        for w in caught:
+            if "called a synchronizing CUDA operation" in str(w.message):
+                problem = "it waits for the device, as reading a value, printing it or branching on it does"
+            elif "Synchronization debug mode" not in str(w.message):  # that it is a prototype
+                warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+        return outputs, problem
+
+    def capture(self, work: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
+        """Capture ``work``, which runs nothing; return its outputs, garbage until a replay, and what replays it."""
+        graph = torch.cuda.CUDAGraph()
+        for generator in self._generators:
+            graph.register_generator_state(generator)
+        # Other threads, such as a data loader's, may go on allocating.
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
+            outputs = work()
+        return outputs, graph.replay
+
+
+def _signature(x: Any) -> Hashable:
+    """What has to be the same for a graph to serve: of a tensor all but its values."""
+    if isinstance(x, Tensor):
+        return x.shape, x.stride(), x.dtype, x.device
+    hash(x)
+    return type(x), x
+
+
+class _Graph:
+    """A step on inputs of one signature: the static inputs, and the graph once it is captured."""
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        self.args = tuple(torch.empty_like(x) if isinstance(x, Tensor) else x for x in args)
+        self.runs = 0
+        self.replay: Callable[[], None] | None = None
+        self.packed: Tensor | None = None
+        self._shapes: list[torch.Size | None] = []
+
+    def fill(self, args: tuple[Any, ...]) -> None:
+        for static, x in zip(self.args, args, strict=True):
+            if isinstance(x, Tensor):
+                static.copy_(x.detach(), non_blocking=True)
+
+    def pack(self, outputs: Outputs) -> Outputs:
+        """All outputs as one tensor, so that one launch copies them."""
+        self._shapes = [None if x is None else x.shape for x in outputs]
+        self.packed = torch.cat([x.detach().reshape(-1) for x in outputs if x is not None])
+        return (self.packed,)
+
+    def outputs(self) -> Outputs:
+        """A copy of what the last replay left."""
+        assert self.packed is not None
+        sizes = [0 if shape is None else shape.numel() for shape in self._shapes]
+        parts = torch.split(self.packed.clone(), sizes)
+        return tuple(None if s is None else x.view(s) for s, x in zip(self._shapes, parts, strict=True))
+
+
+class Graphs:
+    """The graphs of a trainer's steps.
+
+    Args:
+        device: where the networks are.
+        generators: of random numbers that a step may draw from, beside PyTorch's default one.
+        guard: tells what a graph depends on but its inputs; when that changes, all graphs are made anew.
+        refresh: brings the tables that graphs read up to date.
+        required: whether a step that cannot be captured raises; else it warns, once, and goes on without.
+    """
+
+    def __init__(
+        self, device: torch.device, generators: Sequence[torch.Generator], guard: Callable[[], Any],
+        refresh: Callable[[], None], *, required: bool,
+    ) -> None:  # fmt: skip
+        self._capture = Capture(device, generators)
+        self._guard, self._refresh, self._required = guard, refresh, required
+        self._state: Any = None
+        self._graphs: dict[Hashable, _Graph] = {}
+        self._refused = False
+
+    def forget(self) -> None:
+        """Make all graphs anew."""
+        self._graphs.clear()
+
+    def run(self, work: Work, *args: Any) -> Outputs:
+        """``work(*args)``, replayed where its like has been captured.
+
+        ``work`` is a function of tensors and hashable constants that returns tensors; nothing else about it changes
+        but what ``guard`` and ``refresh`` know of.
+
+        Raises:
+            RuntimeError: ``work`` cannot be captured, and was ``required`` to be.
+        """
+        if self._refused:
+            return work(*args)
+        state = self._guard()
+        if state != self._state:
+            self.forget()
+            self._state = state
+        try:
+            key = (work.__name__, *map(_signature, args))
+        except TypeError:
+            self._refuse("an argument of a step is neither a tensor nor a constant that can be compared")
+            return work(*args)
+        graph = self._graphs.get(key)
+        if graph is None:
+            if len(self._graphs) >= GRAPHS:
+                return work(*args)
+            graph = self._graphs[key] = _Graph(args)
+        graph.fill(args)
+        if graph.replay is None and graph.runs < WARM_UP:
+            graph.runs += 1
+            outputs, problem = self._capture.warm_up(lambda: work(*graph.args))
+            if problem is not None and graph.runs == WARM_UP:  # the first runs may look and wait, later ones not
+                self._refuse(problem)
+            return outputs
+        if graph.replay is None:
+            try:
+                _, graph.replay = self._capture.capture(lambda: graph.pack(work(*graph.args)))
+            except Exception as error:
+                self._refuse(f"its capture failed: {error}", error)
+                return work(*args)
+            finally:
+                kernels.table.fill_pending()
+        self._refresh()
+        graph.replay()
+        return graph.outputs()
+
+    def _refuse(self, reason: str, cause: Exception | None = None) -> None:
+        self._refused = True
+        self.forget()
+        message = f"cuda_graph: a step cannot be captured, because {reason}"
+        if self._required:
+            raise RuntimeError(message) from cause
+        warnings.warn(f"{message}; training goes on without CUDA graphs", stacklevel=6)
