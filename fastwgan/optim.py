@@ -13,7 +13,6 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.adam import adam
 
 from fastwgan import reference
 from fastwgan.backend import Backend, kernels, resolve
@@ -22,6 +21,9 @@ from fastwgan.functional import check_bound, check_number, check_parameter, comb
 __all__ = ["Adam", "RMSprop"]
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+LONG_AFTER = torch.tensor(1e30, device="cpu")  # a step count t at which 1 - beta^t is 1 for every beta < 1
 
 
 def _log(x: float) -> float:
@@ -81,7 +83,7 @@ class _Optimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for name in ("_updates", "_rows"):  # kept by load_state_dict: a graph may read the tables
+        for name in ("_updates", "_rows", "_means"):  # kept by load_state_dict: a graph may read the tables
             self.__dict__.setdefault(name, {})
         self.shares = []
         for group in self.param_groups:
@@ -319,6 +321,28 @@ class _Optimizer(Optimizer):
                 state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(p.device).clone()
 
 
+def _fusible(*tensors: Tensor) -> bool:
+    """Whether PyTorch's fused Adam step can take them: on a CPU, and contiguous, as it takes every array to be."""
+    return all(
+        x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.is_contiguous() and not x.is_neg()
+        for x in tensors
+    )
+
+
+def _fused_step(
+    params: list[Tensor], grads: list[Tensor], means: list[Tensor], squares: list[Tensor], steps: list[Tensor],
+    group: dict[str, Any], beta1: float, beta2: float,
+) -> None:  # fmt: skip
+    """PyTorch's fused Adam step on a CPU, which reads and writes each array once, as our kernel does on a GPU."""
+    torch._fused_adam_(
+        params, grads, means, squares, [], steps, lr=float(group["lr"]), beta1=beta1, beta2=beta2,
+        weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=group["maximize"],
+    )  # fmt: skip
+    torch.autograd.graph.increment_version(params)  # the fused step leaves it to its caller
+    if group["clip"] is not None:
+        reference.clip_weights_(params, group["clip"])
+
+
 class RMSprop(_Optimizer):
     r"""RMSprop and the weight clamp, in place, in one launch per device and dtype.
 
@@ -376,6 +400,7 @@ class RMSprop(_Optimizer):
             "maximize": maximize,
             "clip": clip,
         }
+        self._means: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults, backend)
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -400,6 +425,22 @@ class RMSprop(_Optimizer):
         _, grad_avg, buffer = (None if name is None else state[name] for name in self._used_states(group))
         reference.rmsprop_step_(p, grad, state["square_avg"], grad_avg=grad_avg, momentum_buffer=buffer, **options)
         state["step"] += 1
+
+    def _step_group(self, params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
+        grads = [p.grad for p in params if p.grad is not None]
+        squares = [state["square_avg"] for state in states]
+        if group["momentum"] or group["centered"] or group["alpha"] >= 1 or not _fusible(*params, *grads, *squares):
+            super()._step_group(params, states, group)
+            return
+        # Adam without memory of the gradient (beta1 = 0), long after its first steps, where its bias corrections are 1:
+        # that is RMSprop. The step writes the gradient to its mean, which takes something finite to be in there.
+        for p, grad in zip(params, grads, strict=True):
+            if p not in self._means or not same_layout(self._means[p], grad) or self._means[p].dtype != p.dtype:
+                self._means[p] = torch.empty_like(grad)
+        means = [self._means[p] for p in params]
+        torch._foreach_copy_(means, grads)
+        _fused_step(params, grads, means, squares, [LONG_AFTER] * len(params), group, 0.0, group["alpha"])
+        torch._foreach_add_([state["step"] for state in states], 1)
 
 
 class Adam(_Optimizer):
@@ -477,31 +518,11 @@ class Adam(_Optimizer):
         reference.adam_step_(p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], **options)
 
     def _step_group(self, params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
-        grads = [p.grad.resolve_neg() for p in params if p.grad is not None]  # a fused step takes no lazy negation
+        grads = [p.grad.resolve_neg() for p in params if p.grad is not None]
         means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
-        fusible = params[0].device.type == "cpu" and params[0].dtype in (torch.float32, torch.float64)
-        if not fusible or not all(x.is_contiguous() for x in (*params, *grads, *means, *squares)):
+        if not _fusible(*params, *grads, *means, *squares):
             super()._step_group(params, states, group)
             return
-        # On a CPU, PyTorch's own fused step reads and writes each array once, as our kernel does on a GPU. It takes
-        # every array for contiguous.
-        beta1, beta2 = group["betas"]
-        adam(
-            params,
-            grads,
-            means,
-            squares,
-            [],
-            [state["step"] for state in states],
-            fused=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=group["maximize"],
-        )
-        torch.autograd.graph.increment_version(params)  # the fused step leaves it to its caller
-        if group["clip"] is not None:
-            reference.clip_weights_(params, group["clip"])
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        _fused_step(params, grads, means, squares, steps, group, *group["betas"])

@@ -1,7 +1,7 @@
 """Steps as graphs: on a CPU by a recording that does what a CUDA graph does, on a GPU for real."""
 
-import copy
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -75,15 +75,23 @@ def assert_close_weights(actual, expected, tolerance):
             torch.testing.assert_close(x, y)
 
 
-@pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("constraint", [*CONSTRAINTS.values(), GradientPenalty(every=2), GradientPenalty(at="real")])
+@pytest.mark.parametrize(
+    ("constraint", "pair"),
+    [
+        (WeightClip(0.05), "mlp"),
+        (WeightClip(0.05), "batchnorm"),
+        (GradientPenalty(), "mlp"),
+        (GradientPenalty(), "conv"),
+        (GradientPenalty(every=2), "mlp"),
+        (GradientPenalty(at="real"), "mlp"),
+    ],
+)
 def test_graphed_steps_are_the_eager_ones(constraint, pair, graphed):
     """New data, latents and eps in each replay, the lazy penalty's two graphs, buffers, counters and metrics."""
     runs = []
     for cuda_graph in (False, True):
-        trainer, shape = made(graphed, cuda_graph, pair, constraint=constraint)
-        trainer._one_generation = False  # a graph has the generator inside, and draws for each step
-        metrics = [trainer.step(real) for real in batches(graphed, shape, 20)]
+        trainer, shape = made(graphed, cuda_graph, pair, constraint=constraint, n_critic=1)
+        metrics = [trainer.step(real) for real in batches(graphed, shape, 12)]
         runs.append((trainer, [m.as_dict() for m in metrics], metrics))
     (eager, expected, _), (trainer, actual, metrics) = runs
     assert Recorded.made == (3 if constraint == GradientPenalty(every=2) else 2)
@@ -107,3 +115,209 @@ def test_fifty_graphed_iterations(constraint, graphed):
             trainer.step(real)
         runs.append(trainer)
     assert_close_weights(*runs, 1e-5)
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["samples apart", "batchnorm"])
+@pytest.mark.parametrize("constraint", [WeightClip(0.05), GradientPenalty(every=2)])
+def test_an_iteration_is_one_graph(constraint, apart, graphed):
+    runs = []
+    for cuda_graph in (False, True):
+        trainer, shape = made(graphed, cuda_graph, constraint=constraint, n_critic=2)
+        if apart:
+            torch.manual_seed(0)
+            trainer = Trainer(
+                models.mlp([6, 16, 10]).to(graphed), trainer.critic, latent=6, n_critic=2, constraint=constraint,
+                backend="triton", cuda_graph=cuda_graph,
+            )  # fmt: skip
+        made_before, all_metrics = Recorded.made, []
+        data = batches(graphed, shape, 16)
+        for i in range(0, 16, 2):
+            all_metrics += trainer.iteration(data[i : i + 2])
+        assert Recorded.made - made_before == cuda_graph
+        assert (trainer.critic_iterations, trainer.generator_iterations) == (16, 8)
+        runs.append((trainer, [m.as_dict() for m in all_metrics]))
+    (eager, expected), (trainer, actual) = runs
+    assert_close_weights(trainer, eager, 1e-6)
+    for a, e in zip(actual, expected, strict=True):
+        assert a == pytest.approx(e, rel=1e-4, abs=1e-5)
+    with pytest.raises(ValueError, match=r"^batches: expected 2, .* got 3"):
+        trainer.iteration(data[:3])
+
+
+def test_numbers_of_the_optimizers_take_effect_in_replays(graphed):
+    """A scheduler's learning rate, and every other number of a group, without another capture."""
+    runs = []
+    for cuda_graph in (False, True):
+        torch.manual_seed(0)
+        generator, critic, shape, latent = PAIRS["mlp"](torch.float32)
+        optimizer = torch.optim.RMSprop(critic.to(graphed).parameters(), lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        trainer = Trainer(
+            generator.to(graphed), critic, latent=latent, critic_optimizer=optimizer, n_critic=1, backend="triton",
+            constraint=WeightClip(0.5), cuda_graph=cuda_graph,
+        )  # fmt: skip
+        for i, real in enumerate(batches(graphed, shape, 12)):
+            trainer.step(real)
+            scheduler.step()
+            if i == 8:
+                optimizer.param_groups[0].update(alpha=0.5, eps=1e-3, weight_decay=0.1)
+                trainer.generator_optimizer.param_groups[0]["lr"] = 1e-2
+        runs.append(trainer)
+    assert Recorded.made == 2
+    assert_close_weights(*runs, 1e-6)
+    runs[1].critic_optimizer.param_groups[0]["lr"] = -1.0
+    before = weights(runs[1].critic)
+    with pytest.raises(ValueError, match="^lr:"):
+        runs[1].step(real)
+    assert torch.equal(weights(runs[1].critic), before)
+
+
+def test_a_batch_of_another_shape_has_a_graph_of_its_own(graphed, monkeypatch):
+    monkeypatch.setattr(graphs, "GRAPHS", 3)
+    runs = []
+    for cuda_graph in (False, True):
+        trainer, shape = made(graphed, cuda_graph, n_critic=1)
+        whole, ragged, other = (batches(graphed, shape, 6, size) for size in (8, 5, 3))
+        for real in (*whole[:3], ragged[0], *whole[3:], *ragged[1:], *whole, *other[:2]):
+            trainer.step(real)
+        runs.append(trainer)
+    assert Recorded.made == 3  # the fourth would be the generator's on the other shape
+    assert_close_weights(*runs, 1e-6)
+
+
+class Conditional(nn.Module):
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.embed, self.net = nn.Embedding(10, 4), models.mlp([inputs + 4, 16, outputs])
+
+    def forward(self, x, labels, scale):
+        return scale * self.net(torch.cat((x, self.embed(labels)), 1))
+
+
+def test_conditions_and_callers_latents_are_inputs(graphed):
+    runs = []
+    for cuda_graph in (False, True):
+        torch.manual_seed(0)
+        random = torch.Generator(graphed).manual_seed(1)
+        trainer = Trainer(
+            Conditional(6, 10).to(graphed), Conditional(10, 1).to(graphed), n_critic=1, backend="triton",
+            latent=lambda n, device, random=random: torch.randn(n, 6, generator=random, device=device),
+            constraint=GradientPenalty(), cuda_graph=cuda_graph,
+        )  # fmt: skip
+        for i, real in enumerate(batches(graphed, (10,), 10)):
+            trainer.step(real, (torch.arange(8, device=graphed) + i) % 10, 2.0 if i != 8 else 3.0)
+        runs.append(trainer)
+    assert Recorded.made == 2  # and an eager step where the scale was another
+    assert_close_weights(*runs, 1e-6)
+
+
+def test_what_a_graph_depends_on_is_looked_at(graphed):
+    """Modes, frozen layers, memory, and a loaded state: each makes the graphs anew, and the steps stay right."""
+    runs = []
+    for cuda_graph in (False, True):
+        trainer, shape = made(graphed, cuda_graph, n_critic=1)
+        captures = []
+        data = iter(batches(graphed, shape, 48))
+
+        def steps(trainer=trainer, data=data, captures=captures):
+            for _ in range(5):
+                trainer.step(next(data))
+            captures.append(Recorded.made)
+
+        steps(), steps()
+        state = trainer.state_dict()
+        steps()
+        trainer.generator.eval()
+        steps()
+        trainer.generator.train()
+        next(trainer.critic.parameters()).requires_grad_(False)
+        steps()
+        for p in trainer.critic.parameters():
+            p.data = p.data.clone()
+        steps()
+        next(trainer.critic.parameters()).requires_grad_(True)
+        trainer.load_state_dict(state)
+        steps()
+        trainer.critic_optimizer.load_state_dict(trainer.critic_optimizer.state_dict())
+        steps()
+        runs.append(trainer)
+        if cuda_graph:
+            assert [b - a for a, b in pairwise(captures[1:])] == [0, 2, 2, 2, 2, 2]
+    assert_close_weights(*runs, 1e-6)
+
+
+def test_a_step_that_cannot_be_captured_says_why_once_and_goes_on(graphed):
+    class Reads(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * (1.0 if float(x.detach().sum()) > 0 else 2.0)
+
+    def trainer(cuda_graph):
+        torch.manual_seed(0)
+        networks = models.mlp([6, 16, 10]).to(graphed), nn.Sequential(nn.Linear(10, 4), Reads(4, 1)).to(graphed)
+        return Trainer(*networks, latent=6, backend="triton", cuda_graph=cuda_graph, n_critic=1)
+
+    eager, auto, required = trainer(False), trainer("auto"), trainer(True)
+    eager._one_generation = False
+    data = batches(graphed, (10,), 9)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for real in data:
+            eager.step(real)
+            auto.step(real)
+    assert [w.filename for w in caught if "cannot be captured" in str(w.message)] == [__file__]
+    assert_close_weights(auto, eager, 1e-6)
+    for real in data[:4]:
+        required.step(real)
+    with pytest.raises(RuntimeError, match=r"cannot be captured.*(waits for the device|read the device)"):
+        any(required.step(real) is None for real in data)
+
+
+def test_who_cannot_have_graphs_hears_of_it():
+    networks = nn.Linear(4, 2), nn.Linear(2, 1)
+    with pytest.raises(RuntimeError, match="^cuda_graph: True was asked for, but the networks are on cpu"):
+        Trainer(*networks, latent=4, cuda_graph=True)
+    Trainer(*networks, latent=4)  # without a word
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (lambda D: {"critic_optimizer": torch.optim.SGD(D.parameters(), lr=0.1)}, "critic_optimizer is SGD"),
+        (lambda D: {"backend": "torch"}, "the torch backend passes learning rates as numbers"),
+        (lambda D: {"critic_optimizer": hooked(RMSprop(D.parameters()))}, "critic_optimizer has step hooks"),
+    ],
+)
+def test_reasons_known_beforehand(options, reason, graphed):
+    generator, critic = nn.Linear(4, 2).to(graphed), nn.Linear(2, 1).to(graphed)
+    with pytest.raises(RuntimeError, match=f"^cuda_graph: True was asked for, but {reason}"):
+        Trainer(generator, critic, latent=4, cuda_graph=True, **options(critic))
+
+
+def hooked(optimizer):
+    optimizer.register_step_post_hook(lambda *_: None)
+    return optimizer
+
+
+def test_a_hook_added_later_is_called(graphed):
+    trainer, shape = made(graphed, True, n_critic=1)
+    for real in batches(graphed, shape, 8):
+        trainer.step(real)
+    calls = []
+    trainer.critic_optimizer.register_step_pre_hook(lambda *_: calls.append(1))
+    for real in batches(graphed, shape, 2):
+        trainer.step(real)
+    assert len(calls) == 2
+
+
+def test_resuming_with_graphs(graphed, tmp_path):
+    whole, shape = made(graphed, True, n_critic=1)
+    data = batches(graphed, shape, 12)
+    for real in data[:8]:
+        whole.step(real)
+    whole.save(tmp_path / "state.pt")
+    resumed, _ = made(graphed, True, n_critic=1)
+    resumed.load(tmp_path / "state.pt")
+    for real in data[8:]:
+        whole.step(real)
+        resumed.step(real)
+    assert_same_state(resumed.state_dict(), whole.state_dict())
