@@ -2,8 +2,9 @@
 
 from fastwgan import functional, reference
 from fastwgan.constraints import GradientPenalty, WeightClip
+from fastwgan.metrics import Metrics
 from fastwgan.optim import Adam, RMSprop
-from fastwgan.trainer import Metrics, Trainer, warmup_schedule
+from fastwgan.trainer import Trainer, warmup_schedule
 
 __version__ = "0.1.0"
 

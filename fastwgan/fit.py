@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from fastwgan import checkpoint
-from fastwgan.trainer import Metrics, Trainer
+from fastwgan.metrics import Metrics
+from fastwgan.trainer import Trainer
 
 __all__ = ["fit"]
 

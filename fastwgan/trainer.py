@@ -10,8 +10,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from contextlib import contextmanager
 from itertools import islice
 from types import NoneType
 from typing import Any
@@ -19,17 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastwgan import checkpoint, functional, passes
+from fastwgan import checkpoint, functional, mixing, passes
 from fastwgan.backend import Backend, resolve
 from fastwgan.constraints import GradientPenalty, WeightClip
 from fastwgan.graphs import Graphs, device_problem
+from fastwgan.metrics import Metrics
 from fastwgan.optim import Adam, RMSprop
 
-__all__ = ["Metrics", "Trainer", "warmup_schedule"]
+__all__ = ["Trainer", "warmup_schedule"]
 
-PROBED_STEPS = 2  # critic steps that look whether samples mix, see _forward_at_once
+PROBED_STEPS = 2  # critic steps, and generator steps, that look whether the networks mix samples
 AHEAD = 8  # the most critic steps that one forward pass of the generator serves, which bounds its memory
 
 Latent = int | Callable[[int, torch.device], Any]
@@ -44,74 +43,6 @@ def warmup_schedule(generator_iteration: int) -> int:
     [100, 100, 5, 5, 100]
     """
     return 100 if generator_iteration < 25 or generator_iteration % 500 == 0 else 5
-
-
-class Metrics:
-    """What one step measured, as 0-d device tensors; None where the step has no such thing.
-
-    Reading a value (``float``, ``print``, :meth:`as_dict`) is the only thing here that waits for the device.
-
-    Attributes:
-        critic_loss: -wasserstein + weight * penalty.
-        wasserstein: mean(D(real)) - mean(D(fake)); positive when the critic is any good.
-        penalty: the mean penalty, without its weight; None under WeightClip and on a lazy penalty's off steps.
-        real_score, fake_score: mean(D(real)), mean(D(fake)).
-        gradient_norm: mean norm of the critic's input gradient; None where penalty is.
-        saturation: share of the clamped weights that lie on their bound; None under GradientPenalty.
-        generator_loss: -mean(D(G(z))); None when no generator step was due.
-    """
-
-    NAMES = (
-        "critic_loss", "wasserstein", "penalty", "real_score", "fake_score", "gradient_norm", "saturation",
-        "generator_loss",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        *,
-        scores: Tensor | None = None,
-        penalty: Tensor | None = None,
-        weight: float = 0.0,
-        saturation: Tensor | None = None,
-        generator_loss: Tensor | None = None,
-    ) -> None:
-        self._scores, self._penalty, self._weight = scores, penalty, weight
-        self.saturation = saturation
-        self.generator_loss = generator_loss
-
-    @property
-    def real_score(self) -> Tensor | None:
-        return None if self._scores is None else self._scores[0]
-
-    @property
-    def fake_score(self) -> Tensor | None:
-        return None if self._scores is None else self._scores[1]
-
-    @property
-    def wasserstein(self) -> Tensor | None:
-        return None if self._scores is None else self._scores[2]
-
-    @property
-    def critic_loss(self) -> Tensor | None:
-        if self._scores is None or self._penalty is None:
-            return None if self._scores is None else self._scores[3]
-        return self._scores[3] + self._weight * self._penalty[0]
-
-    @property
-    def penalty(self) -> Tensor | None:
-        return None if self._penalty is None else self._penalty[0]
-
-    @property
-    def gradient_norm(self) -> Tensor | None:
-        return None if self._penalty is None else self._penalty[1]
-
-    def as_dict(self) -> dict[str, float]:
-        """The values that there are, as floats. Waits for the device."""
-        values = {name: getattr(self, name) for name in self.NAMES}
-        return {name: float(value) for name, value in values.items() if value is not None}
-
-    def __repr__(self) -> str:
-        return f"Metrics({', '.join(f'{k}={v:.4g}' for k, v in self.as_dict().items())})"
 
 
 @contextmanager
@@ -297,7 +228,7 @@ class Trainer:
                     "(arXiv 1701.07875, section 4); RMSprop without momentum is the usual choice",
                     stacklevel=2,
                 )
-        elif any(isinstance(m, _BatchNorm) for m in critic.modules()):
+        elif mixing.has_batchnorm(critic):
             warnings.warn(
                 "GradientPenalty with a critic that has BatchNorm: the penalty takes each sample's gradient by "
                 "itself, which BatchNorm mixes (arXiv 1704.00028, section 4); LayerNorm is the usual choice",
@@ -484,7 +415,7 @@ class Trainer:
             TypeError, ValueError: ``n`` is not an int >= 1.
         """
         self._check_count("n", n)
-        with _evaluating(self.generator), self._random_kept():
+        with _evaluating(self.generator), mixing.random_kept(self.device):
             seed = int(torch.randint(2**62, (), generator=self._sample_random, device=self.device))
             if self.device.type == "cuda":
                 torch.cuda.default_generators[self.device.index].manual_seed(seed)
@@ -494,10 +425,6 @@ class Trainer:
             return fake
 
     # Inside a step
-
-    def _random_kept(self) -> AbstractContextManager[None]:
-        """Afterwards PyTorch's global random state is what it was."""
-        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
 
     def _run(self, work: Callable[..., tuple[Tensor | None, ...]], *args: Any) -> tuple[Tensor | None, ...]:
         """The device's part of a step, replayed from a graph where there is one.
@@ -615,7 +542,7 @@ class Trainer:
 
         The generator does not change meanwhile; should its weights be found written to, the pass is made again.
         """
-        versions = self._generator_versions()
+        versions = mixing.versions(self.generator)
         if self._fakes is None or len(self._fakes) < batch or self._fakes_versions != versions:
             self._fakes = None
             if steps < 2 or not self._generator_keeps_samples_apart(batch):
@@ -626,57 +553,40 @@ class Trainer:
         fake, self._fakes = self._fakes[:batch], self._fakes[batch:]
         return fake
 
-    def _generator_versions(self) -> list[int]:
-        """Numbers that change when something is written to the generator's tensors."""
-        return [t._version for t in (*self.generator.parameters(), *self.generator.buffers())]
-
     def _generator_keeps_samples_apart(self, batch: int) -> bool:
         """Whether a sample depends on no other one's latent, so that batches may share a forward pass."""
-        if callable(self.latent) or any(isinstance(m, _BatchNorm) and m.training for m in self.generator.modules()):
+        if callable(self.latent) or mixing.has_batchnorm(self.generator, training=True):
             return False
         if self._one_generation and self.generator_iterations < PROBED_STEPS:
             random = torch.Generator(self.device).manual_seed(0)
             z, *others = (self._draw(batch, random) for _ in range(3))
-            wrote = []
+            writes = False
 
             def forward(other: Tensor) -> Tensor:
-                before = self._generator_versions()
+                nonlocal writes
+                before = mixing.versions(self.generator)
                 samples: Tensor = self.generator(torch.cat((z, other)))
-                wrote.append(self._generator_versions() != before)  # as spectral normalisation does in each pass
+                writes |= mixing.versions(self.generator) != before  # as spectral normalisation does in each pass
                 return samples[:batch]
 
-            samples = [self._probe(self.generator, partial(forward, other)) for other in others]
-            self._one_generation = torch.equal(*samples) and not any(wrote)
+            self._one_generation = mixing.same_beside(self.generator, forward, others, self.device) and not writes
         return self._one_generation
 
     def _forward_at_once(self, real: Tensor, fake: Tensor, cond: tuple[Any, ...]) -> bool:
         """Whether real and fake samples may share a forward pass: no score depends on another sample."""
-        if any(isinstance(m, _BatchNorm) and m.training for m in self.critic.modules()):
+        if mixing.has_batchnorm(self.critic, training=True):
             return False
         plain = (bool, int, float, str, NoneType)
         if not all(isinstance(c, plain) or passes.is_batched(c, len(real)) for c in cond):
             return False
-        # Other layers can mix samples too: a BatchNorm of someone's own, a batch's standard deviation. So at first the
-        # real samples' scores are taken beside two sets of fake ones, and must be the same to the bit. The second step
-        # looks again, as a last layer that starts at zero hides everything.
+        # The second step looks again, as a last layer that starts at zero hides everything.
         if self._one_forward and self.critic_iterations < PROBED_STEPS:
-            scores = [
-                self._probe(self.critic, partial(passes.scores_of_both, self.critic, real, other, cond))
-                for other in (fake, 1 - 2 * fake)
-            ]
-            self._one_forward = torch.equal(*(x[: len(real)] for x in scores))
-        return self._one_forward
 
-    @torch.no_grad()
-    def _probe(self, module: nn.Module, forward: Callable[[], Tensor]) -> Tensor:
-        """The result of a forward pass that leaves random state and the module's buffers as they were."""
-        buffers = [(b, b.clone()) for b in module.buffers()]
-        try:
-            with self._random_kept():
-                return forward()
-        finally:
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            def forward(other: Tensor) -> Tensor:
+                return passes.scores_of_both(self.critic, real, other, cond)[: len(real)]
+
+            self._one_forward = mixing.same_beside(self.critic, forward, (fake, 1 - 2 * fake), self.device)
+        return self._one_forward
 
     def _penalised(self, real: Tensor, fake: Tensor) -> Tensor:
         """The points at which the input gradient is taken."""
@@ -780,7 +690,7 @@ class Trainer:
         self._one_forward = bool(state["one_forward"])
         self._one_generation = bool(state["one_generation"])
         self._fakes = None if state["fakes"] is None else state["fakes"].to(self.device, copy=True)
-        self._fakes_versions = self._generator_versions()
+        self._fakes_versions = mixing.versions(self.generator)
         random = state["random"]
         if random["device"] != self.device.type:
             warnings.warn(

@@ -756,7 +756,8 @@ BAD_ARGUMENTS = [
     ({"critic_optimizer": RMSprop(D.parameters(), clip=0.5)}, ValueError, "critic_optimizer"),
     ({"constraint": WeightClip(exclude="nothing.*")}, ValueError, "exclude"),
     ({"amp": torch.float16}, NotImplementedError, "amp"),
-    ({"cuda_graph": True}, NotImplementedError, "cuda_graph"),
+    ({"cuda_graph": "yes"}, ValueError, "cuda_graph"),
+    ({"cuda_graph": True}, RuntimeError, "cuda_graph"),
     ({"compile": 1}, TypeError, "compile"),
     ({"ema": 0.999}, NotImplementedError, "ema"),
 ]

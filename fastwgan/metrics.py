@@ -1,0 +1,73 @@
+"""What a step measured."""
+
+from torch import Tensor
+
+__all__ = ["Metrics"]
+
+
+class Metrics:
+    """What one step measured, as 0-d device tensors; None where the step has no such thing.
+
+    Reading a value (``float``, ``print``, :meth:`as_dict`) is the only thing here that waits for the device.
+
+    Attributes:
+        critic_loss: -wasserstein + weight * penalty.
+        wasserstein: mean(D(real)) - mean(D(fake)); positive when the critic is any good.
+        penalty: the mean penalty, without its weight; None under WeightClip and on a lazy penalty's off steps.
+        real_score, fake_score: mean(D(real)), mean(D(fake)).
+        gradient_norm: mean norm of the critic's input gradient; None where penalty is.
+        saturation: share of the clamped weights that lie on their bound; None under GradientPenalty.
+        generator_loss: -mean(D(G(z))); None when no generator step was due.
+    """
+
+    NAMES = (
+        "critic_loss", "wasserstein", "penalty", "real_score", "fake_score", "gradient_norm", "saturation",
+        "generator_loss",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        *,
+        scores: Tensor | None = None,
+        penalty: Tensor | None = None,
+        weight: float = 0.0,
+        saturation: Tensor | None = None,
+        generator_loss: Tensor | None = None,
+    ) -> None:
+        self._scores, self._penalty, self._weight = scores, penalty, weight
+        self.saturation = saturation
+        self.generator_loss = generator_loss
+
+    @property
+    def real_score(self) -> Tensor | None:
+        return None if self._scores is None else self._scores[0]
+
+    @property
+    def fake_score(self) -> Tensor | None:
+        return None if self._scores is None else self._scores[1]
+
+    @property
+    def wasserstein(self) -> Tensor | None:
+        return None if self._scores is None else self._scores[2]
+
+    @property
+    def critic_loss(self) -> Tensor | None:
+        if self._scores is None or self._penalty is None:
+            return None if self._scores is None else self._scores[3]
+        return self._scores[3] + self._weight * self._penalty[0]
+
+    @property
+    def penalty(self) -> Tensor | None:
+        return None if self._penalty is None else self._penalty[0]
+
+    @property
+    def gradient_norm(self) -> Tensor | None:
+        return None if self._penalty is None else self._penalty[1]
+
+    def as_dict(self) -> dict[str, float]:
+        """The values that there are, as floats. Waits for the device."""
+        values = {name: getattr(self, name) for name in self.NAMES}
+        return {name: float(value) for name, value in values.items() if value is not None}
+
+    def __repr__(self) -> str:
+        return f"Metrics({', '.join(f'{k}={v:.4g}' for k, v in self.as_dict().items())})"
