@@ -11,9 +11,10 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastwgan.backend import kernels
+from fastwgan.optim import Adam, RMSprop
 
 __all__ = ["Graphs", "device_problem"]
 
@@ -116,20 +117,45 @@ class Graphs:
     Args:
         device: where the networks are.
         generators: of random numbers that a step may draw from, beside PyTorch's default one.
-        guard: tells what a graph depends on but its inputs; when that changes, all graphs are made anew.
-        refresh: brings the tables that graphs read up to date.
+        networks: that a step runs.
+        optimizers: that it calls.
         required: whether a step that cannot be captured raises; else it warns, once, and goes on without.
     """
 
     def __init__(
-        self, device: torch.device, generators: Sequence[torch.Generator], guard: Callable[[], Any],
-        refresh: Callable[[], None], *, required: bool,
+        self, device: torch.device, generators: Sequence[torch.Generator], networks: Sequence[nn.Module],
+        optimizers: Sequence[RMSprop | Adam], *, required: bool,
     ) -> None:  # fmt: skip
         self._capture = Capture(device, generators)
-        self._guard, self._refresh, self._required = guard, refresh, required
+        self._networks, self._optimizers, self._required = networks, optimizers, required
+        self._modules: list[nn.Module] = []
         self._state: Any = None
         self._graphs: dict[Hashable, _Graph] = {}
         self._refused = False
+
+    def _depended_on(self) -> tuple[list[Any], ...]:
+        """What a graph has inside that an eager step would look up: addresses, modes, and which algorithm it is."""
+        parts = [x for m in self._modules for d in (m._modules, m._parameters, m._buffers) for x in d.values()]
+        tensors = [x for x in parts if isinstance(x, Tensor)]
+        for optimizer in self._optimizers:
+            for state in optimizer.state.values():
+                tensors += state.values()
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        return (
+            [id(x) for x in parts],
+            [x.data_ptr() for x in tensors],
+            [x.requires_grad for x in tensors],
+            [m.training for m in self._modules],
+            [(len(g["params"]), g.get("momentum", 0) > 0, g.get("centered"), g["clip"] is None) for g in groups],
+        )
+
+    def _follow_changes(self) -> None:
+        """Make all graphs anew when something that they depend on has changed."""
+        state = self._depended_on()
+        if state != self._state:
+            self.forget()
+            self._modules = [m for network in self._networks for m in network.modules()]
+            self._state = self._depended_on()
 
     def forget(self) -> None:
         """Make all graphs anew."""
@@ -138,18 +164,15 @@ class Graphs:
     def run(self, work: Work, *args: Any) -> Outputs:
         """``work(*args)``, replayed where its like has been captured.
 
-        ``work`` is a function of tensors and hashable constants that returns tensors; nothing else about it changes
-        but what ``guard`` and ``refresh`` know of.
+        ``work`` is a function of tensors and hashable constants, of the networks and of the optimizers; it returns
+        tensors that a graph overwrites and :meth:`run` copies.
 
         Raises:
             RuntimeError: ``work`` cannot be captured, and was ``required`` to be.
         """
         if self._refused:
             return work(*args)
-        state = self._guard()
-        if state != self._state:
-            self.forget()
-            self._state = state
+        self._follow_changes()
         try:
             key = (work.__name__, *map(_signature, args))
         except TypeError:
@@ -175,7 +198,8 @@ class Graphs:
                 return work(*args)
             finally:
                 kernels.table.fill_pending()
-        self._refresh()
+        for optimizer in self._optimizers:
+            optimizer.refresh()
         graph.replay()
         return graph.outputs()
 

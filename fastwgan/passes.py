@@ -88,19 +88,20 @@ class Eager:
             weight: of the penalty.
         """
         parameters = drop_gradients("critic", self._critic)
-        penalty = None
         with torch.enable_grad():
             roots, seeds, scores = self._scores(real, fake, cond, together)
-            if x is not None:
-                assert isinstance(self._constraint, GradientPenalty)
-                gradients = functional.input_gradient(self._critic, x.requires_grad_(), cond, self._ones_like)
-                penalty, cotangent = functional.penalty_cotangent(
-                    gradients, self._constraint.kind, self._constraint.target, weight, self._backend
-                )
-                if gradients.requires_grad:
-                    roots.append(gradients)
-                    seeds.append(cotangent)
+            # A backward pass of its own, which frees what the forward pass has kept before the penalty needs as much.
             torch.autograd.backward(roots, seeds, inputs=parameters)
+            del roots
+            if x is None:
+                return scores, None
+            assert isinstance(self._constraint, GradientPenalty)
+            gradients = functional.input_gradient(self._critic, x.requires_grad_(), cond, self._ones_like)
+            penalty, cotangent = functional.penalty_cotangent(
+                gradients, self._constraint.kind, self._constraint.target, weight, self._backend
+            )
+            if gradients.requires_grad:
+                torch.autograd.backward([gradients], [cotangent], inputs=parameters)
         return scores, penalty
 
     def generator(self, z: Any, cond: tuple[Any, ...], batch: int) -> Tensor:

@@ -280,16 +280,18 @@ class Trainer:
         problem = device_problem(self.device)
         if problem is None and resolve(self.backend, self.device) == "torch":
             problem = "the torch backend passes learning rates as numbers, which a graph would keep"
+        ours = []
         for name, optimizer in self._named_optimizers().items():
-            if problem is None and not isinstance(optimizer, (RMSprop, Adam)):
+            if isinstance(optimizer, (RMSprop, Adam)):
+                ours.append(optimizer)
+            elif problem is None:
                 problem = f"{name} is {type(optimizer).__name__}; only RMSprop and Adam can be captured"
             if problem is None and _hooks(optimizer):
                 problem = f"{name} has step hooks, which a graph would not call"
         if problem is None:
             self._device_offset = torch.zeros((), dtype=torch.int64, device=self.device)
-            return Graphs(
-                self.device, [self._latent_random], self._what_graphs_depend_on, self._refresh, required=wanted is True
-            )
+            networks = (self.generator, self.critic)
+            return Graphs(self.device, [self._latent_random], networks, ours, required=wanted is True)
         if wanted is True:
             raise RuntimeError(f"cuda_graph: True was asked for, but {problem}")
         if self.device.type == "cuda":
@@ -439,25 +441,6 @@ class Trainer:
         if early or any(map(_hooks, self._named_optimizers().values())):
             return work(*args)
         return self._graphs.run(work, *args)
-
-    def _what_graphs_depend_on(self) -> tuple[list[Any], ...]:
-        """Addresses, modes and options that a captured step has inside, and an eager one would look up."""
-        modules = [m for network in (self.generator, self.critic) for m in network.modules()]
-        parameters = [p for network in (self.generator, self.critic) for p in network.parameters()]
-        buffers = [b for network in (self.generator, self.critic) for b in network.buffers()]
-        groups = [group for o in self._named_optimizers().values() for group in o.param_groups]
-        states = [state for o in self._named_optimizers().values() for state in o.state.values()]
-        return (
-            [x.data_ptr() for x in (*parameters, *buffers, *(x for state in states for x in state.values()))],
-            [p.requires_grad for p in parameters],
-            [m.training for m in modules],
-            [(len(g["params"]), g.get("momentum", 0) > 0, g.get("centered"), g["clip"] is None) for g in groups],
-        )
-
-    def _refresh(self) -> None:
-        for optimizer in self._named_optimizers().values():
-            assert isinstance(optimizer, (RMSprop, Adam))
-            optimizer.refresh()
 
     def _critic_work(
         self, weight: float, real: Tensor, fake: Tensor | None, z: Any, *cond: Any
