@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.adam import adam
@@ -221,6 +220,8 @@ def compiled_step(setting: Setting) -> Step:
 
     The gradients stay values of that graph: put into ``.grad`` there, they would be lost without an error.
     """
+    from torch._dynamo import config  # takes a second to import, which only this needs
+
     parameters: list[Any] = setting.parameters
     squares, means = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     steps = [torch.zeros((), device=p.device if setting.on_gpu else "cpu") for p in parameters]
@@ -247,7 +248,7 @@ def compiled_step(setting: Setting) -> Step:
     whole = torch.compile(step, fullgraph=True)
 
     def take() -> None:
-        with torch._dynamo.config.patch(trace_autograd_ops=True):
+        with config.patch(trace_autograd_ops=True):
             whole()
 
     return Step(take)

@@ -5,29 +5,20 @@ fails is left out and its error is part of the result.
 """
 
 import gc
-import json
-import os
-import platform
-import subprocess
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
 
-import fastwgan
 from fastwgan import reference, timing
 from fastwgan.baselines import IMPLEMENTATIONS, Given, Setting, Step
 from fastwgan.workloads import WORKLOADS, Workload
 
-__all__ = ["PRECISIONS", "Schedule", "critic_step", "distance_allowed", "environment", "weights_after", "write"]
+__all__ = ["PRECISIONS", "Schedule", "critic_step", "distance_allowed", "message", "setting", "weights_after"]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHECKED_STEPS = 8  # enough that a trainer has done its probing, captured its graph and replayed it
@@ -181,7 +172,7 @@ def critic_step(
     chosen = ["textbook", *(i for i in IMPLEMENTATIONS if i in implementations and i != "textbook")]
     dropped: dict[str, str] = {}
     first_seconds: dict[str, float] = {}
-    torch._dynamo.reset()  # it allows a function only so many forms
+    torch.compiler.reset()  # it allows a function only so many forms
     exact, allowed = distance_allowed(workload, device)
     for implementation in chosen:
         if schedule.over and implementation != "textbook":
@@ -200,7 +191,7 @@ def critic_step(
             )
         first_seconds[implementation] = seconds
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     steps: dict[str, Step] = {}
     figures: dict[str, dict[str, Any]] = {}
     for implementation in chosen:
@@ -241,85 +232,3 @@ def _compare(figures: dict[str, dict[str, Any]]) -> None:
             textbook = figures.get("textbook", {}).get(figure)
             ratio = round(textbook["q50"] / result[figure]["q50"], 3) if textbook else None
             result[figure.replace("_ms", "_ratio")] = ratio
-
-
-# The record of a run
-
-
-def _output(*command: str) -> str | None:
-    """What a command prints, or None where it cannot be run or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def _commit() -> str | None:
-    """Of the checkout that this file belongs to; None where it is installed otherwise."""
-    here = Path(__file__)
-    if _output("git", "-C", str(here.parent), "ls-files", "--error-unmatch", here.name) is None:
-        return None
-    commit = _output("git", "-C", str(here.parent), "rev-parse", "--short", "HEAD")
-    changed = _output("git", "-C", str(here.parent), "status", "--porcelain", "--untracked-files=no")
-    return f"{commit} with changes" if changed else commit
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """All that a figure depends on and that one would need to measure it again."""
-    gpu = device.type == "cuda"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tf32 = {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32}
-    try:
-        triton = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = None
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", str(device.index or 0))
-    return {
-        "device": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
-        "type": device.type,
-        "driver": driver if gpu else None,
-        "cuda": torch.version.cuda if gpu else None,
-        "torch": torch.__version__,
-        "triton": triton,
-        "python": platform.python_version(),
-        "fastwgan": fastwgan.__version__,
-        "commit": _commit(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "tf32": tf32 if gpu else None,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def write(path: Path, result: dict[str, Any]) -> None:
-    """The record so far, whole or not at all, so that a run that is killed leaves what it has measured."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(new, path)
-
-
-@contextmanager
-def cold_compilers() -> Iterator[None]:
-    """An empty cache for Inductor and Triton, so that a compilation's time does not depend on earlier runs."""
-    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-    before = {name: os.environ.get(name) for name in names}
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        os.environ.update({name: str(Path(folder) / name.lower()) for name in names})
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
