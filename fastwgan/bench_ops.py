@@ -18,13 +18,12 @@ import fastwgan
 from fastwgan import functional, reference, timing
 from fastwgan.bench import Schedule, message
 
-__all__ = ["Case", "Made", "builders", "cases", "copy_bandwidth", "measure"]
+__all__ = ["OPS", "Case", "Made", "builders", "cases", "copy_bandwidth", "fits", "measure"]
 
 CLIP, LR, BETAS, WEIGHT, BATCH = 0.01, 5e-5, (0.0, 0.9), 10.0, 64
 LARGEST_ON_CPU = 2**20
 TOLERANCE = 1e-5  # of the largest value: all are float32, summed in orders of their own
 REPEATS = 10  # calls to a sample on a GPU
-BYTES = {"RMSprop": 20, "Adam": 28, "interpolate": 12, "penalty": 8, "scores": 8}  # moved for each element
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Case:
     @property
     def bytes(self) -> int:
         """How many have to be moved."""
-        return self.elements * BYTES[self.op]
+        return self.elements * OPS[self.op].bytes
 
     def __str__(self) -> str:
         return f"{self.op} {self.elements}" + (f" in {self.tensors}" if self.op in ("RMSprop", "Adam") else "")
@@ -168,16 +167,29 @@ def _scores_builders(case: Case, device: torch.device) -> dict[str, Builder]:
     return {"eager": lambda: Made(eager, eager), "fastwgan": lambda: Made(ours, lambda: list(ours()))}
 
 
+class Op(NamedTuple):
+    """What makes each implementation, their names, and the bytes to be moved for an element.
+
+    The first implementation is the one that the others have to equal.
+    """
+
+    builders: Callable[[Case, torch.device], dict[str, Builder]]
+    names: tuple[str, ...]
+    bytes: int
+
+
+OPS = {
+    "RMSprop": Op(_update_builders, ("foreach", "compiled", "fastwgan"), 20),
+    "Adam": Op(_update_builders, ("fused", "compiled", "fastwgan"), 28),
+    "interpolate": Op(_interpolate_builders, ("lerp", "fastwgan"), 12),
+    "penalty": Op(_penalty_builders, ("eager", "compiled", "fastwgan"), 8),
+    "scores": Op(_scores_builders, ("eager", "fastwgan"), 8),
+}
+
+
 def builders(case: Case, device: torch.device) -> dict[str, Builder]:
-    """What makes each implementation; the first is the one that the others have to equal."""
-    make = {
-        "RMSprop": _update_builders,
-        "Adam": _update_builders,
-        "interpolate": _interpolate_builders,
-        "penalty": _penalty_builders,
-        "scores": _scores_builders,
-    }[case.op]
-    return make(case, device)
+    """What makes each implementation of a case; they share inputs, which it makes."""
+    return OPS[case.op].builders(case, device)
 
 
 def difference(result: list[Tensor], expected: list[Tensor]) -> float:
@@ -193,7 +205,7 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / timing.median(samples[2:]) / 1e6
 
 
-def _fits(case: Case, device: torch.device) -> bool:
+def fits(case: Case, device: torch.device) -> bool:
     """Whether a GPU has the memory for all implementations at once, with an eager one's temporaries."""
     return device.type != "cuda" or 6 * case.bytes < torch.cuda.mem_get_info(device)[0]
 
@@ -220,7 +232,7 @@ def measure(case: Case, device: torch.device, bandwidth: float, schedule: Schedu
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    if not _fits(case, device):
+    if not fits(case, device):
         dropped["all"] = "does not fit the GPU's memory"
         return result
     torch.compiler.reset()  # it allows a function only so many forms

@@ -298,6 +298,17 @@ def _int(minimum: int, maximum: int) -> Callable[[str], int]:
     return parse
 
 
+def _minutes(text: str) -> float:
+    """An argument type: a number above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 10**6:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastwgan", description="Wasserstein GANs on fused Triton kernels.")
     parser.add_argument("--version", action="version", version=f"fastwgan {fastwgan.__version__}")
@@ -331,7 +342,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--ops", action="store_true", help="time the ops, each by itself, and not critic steps")
     bench.add_argument("--device", help="such as cpu or cuda:0; default: the first GPU, else the CPU")
     bench.add_argument("--rounds", type=_int(1, MOST), default=200, help="samples of each figure; default: 200")
-    bench.add_argument("--minutes", type=_int(1, 10**6), default=8, help="that it should take; default: 8")
+    bench.add_argument("--minutes", type=_minutes, default=8.0, help="that it should take; default: 8")
     bench.add_argument("--json", type=Path, help="file for all figures")
 
     info = commands.add_parser("info", help="versions, devices, and which backend each op uses there and why")
