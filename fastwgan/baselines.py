@@ -282,7 +282,7 @@ def graphed(setting: Setting) -> Step:
                 step()
             torch.cuda.current_stream().wait_stream(stream)
         else:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=stream):
                 step()
             graph.replay()  # the capture itself runs nothing
 

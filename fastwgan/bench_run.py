@@ -8,8 +8,9 @@ import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,13 +98,19 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 
 @contextmanager
-def cold_compilers() -> Iterator[None]:
-    """An empty cache for Inductor and Triton, so that a compilation's time does not depend on earlier runs."""
+def cold_compilers(device: torch.device) -> Iterator[None]:
+    """An empty cache for Inductor and Triton, so that a compilation's time does not depend on earlier runs.
+
+    Nor on its place in this one: what the compiler sets up once for all is done here. Where that fails, each
+    implementation that needs the compiler fails, and says so.
+    """
     names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     before = {name: os.environ.get(name) for name in names}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         os.environ.update({name: str(Path(folder) / name.lower()) for name in names})
         try:
+            with suppress(Exception):
+                torch.compile(torch.neg)(torch.ones(2, device=device))
             yield
         finally:
             for name, value in before.items():
@@ -124,7 +131,7 @@ def _ms(quantiles: dict[str, float]) -> str:
     return f"{quantiles['q50']:.4g}"
 
 
-def _step_table(result: dict[str, Any], gpu: bool) -> "Table":
+def _step_table(result: dict[str, Any], *, gpu: bool) -> "Table":
     from rich.table import Table
 
     title = f"{result['workload']}, {result['precision']}, batch {result['batch']}"
@@ -145,7 +152,7 @@ def _step_table(result: dict[str, Any], gpu: bool) -> "Table":
     return table
 
 
-def _op_table(result: dict[str, Any], title: str) -> "Table":
+def _op_table(result: dict[str, Any], *, title: str) -> "Table":
     from rich.table import Table
 
     table = Table("implementation", title=title, title_justify="left")
@@ -162,15 +169,42 @@ def _op_table(result: dict[str, Any], title: str) -> "Table":
 
 
 @contextmanager
-def _quiet_compilers() -> Iterator[None]:
-    """Without Dynamo's remarks on what it ignores in an optimizer."""
+def _prepared(device: torch.device) -> Iterator[None]:
+    """The device made current, compilers with cold caches and without Dynamo's remarks on what it ignores."""
     logger = logging.getLogger("torch._dynamo")
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), cold_compilers(device):
+            yield
     finally:
         logger.setLevel(before)
+
+
+def _go_through(
+    jobs: Sequence[tuple[str, Callable[[], dict[str, Any]], Callable[[dict[str, Any]], "Table"]]],
+    schedule: bench.Schedule,
+    record: dict[str, Any],
+    results: list[dict[str, Any]],
+    path: Path | None,
+) -> None:
+    """Do each job (label, what measures it, what makes a table of that) while there is time; show and record it."""
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    for label, measure, table in jobs:
+        try:
+            if schedule.over:
+                raise TimeoutError("the minutes given were over")
+            results.append(measure())
+            console.print(table(results[-1]))
+            for name, why in results[-1]["dropped"].items():
+                console.print(f"dropped: {name}: {why}")
+        except Exception as error:  # whatever it is, the others can still be measured
+            record["left_out"].append(f"{label}: {bench.message(error)}")
+            console.print(f"left out: {record['left_out'][-1]}")
+        if path is not None:
+            write(path, record)
 
 
 def run_steps(
@@ -192,56 +226,30 @@ def run_steps(
         minutes: that all of it should take; what is left when they are over is named in the record and not begun.
         path: of the record, written after each workload; None for none.
     """
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False)
+    gpu = device.type == "cuda"
+    names = [(workload, precision) for precision in precisions for workload in workloads]
+    schedule = bench.Schedule(minutes, len(names), rounds)
     record = _record(device, rounds, minutes) | {"critic_step": []}
-    jobs = [(name, precision) for precision in precisions for name in workloads]
-    schedule = bench.Schedule(minutes, len(jobs), rounds)
-    with cold_compilers(), _quiet_compilers():
-        for name, precision in jobs:
-            label = f"{name} {precision}"
-            try:
-                if schedule.over:
-                    raise TimeoutError("the minutes given were over")
-                result = bench.critic_step(name, precision, implementations, device, schedule)
-                record["critic_step"].append(result)
-                console.print(_step_table(result, device.type == "cuda"))
-                for dropped, why in result["dropped"].items():
-                    console.print(f"dropped: {dropped}: {why}")
-            except Exception as error:  # whatever it is, the others can still be measured
-                record["left_out"].append(f"{label}: {bench.message(error)}")
-                console.print(f"left out: {record['left_out'][-1]}")
-            if path is not None:
-                write(path, record)
-    if device.type == "cuda":
-        console.print("* not by replaying a graph of it, but by calling it again and again; the record says why")
+    table = partial(_step_table, gpu=gpu)
+    jobs = [
+        (" ".join(job), partial(bench.critic_step, *job, implementations, device, schedule), table) for job in names
+    ]
+    with _prepared(device):
+        _go_through(jobs, schedule, record, record["critic_step"], path)
+    if gpu:
+        print("* not by replaying a graph of it, but by calling it again and again; the record says why")
     return record
 
 
 def run_ops(device: torch.device, *, rounds: int, minutes: float, path: Path | None) -> dict[str, Any]:
     """Check and time each op at each size; otherwise as :func:`run_steps`."""
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False)
-    bandwidth = bench_ops.copy_bandwidth(device)
-    record = _record(device, rounds, minutes) | {"copy_gb_s": round(bandwidth, 1), "ops": []}
-    console.print(f"a large copy moves {bandwidth:.4g} GB/s")
     cases = bench_ops.cases(device)
     schedule = bench.Schedule(minutes, len(cases), rounds)
-    with cold_compilers(), _quiet_compilers():
-        for case in cases:
-            try:
-                if schedule.over:
-                    raise TimeoutError("the minutes given were over")
-                result = bench_ops.measure(case, device, bandwidth, schedule)
-                record["ops"].append(result)
-                console.print(_op_table(result, str(case)))
-                for dropped, why in result["dropped"].items():
-                    console.print(f"dropped: {dropped}: {why}")
-            except Exception as error:  # whatever it is, the others can still be measured
-                record["left_out"].append(f"{case}: {bench.message(error)}")
-                console.print(f"left out: {record['left_out'][-1]}")
-            if path is not None:
-                write(path, record)
+    with _prepared(device):
+        bandwidth = bench_ops.copy_bandwidth(device)
+        print(f"a large copy moves {bandwidth:.4g} GB/s")
+        record = _record(device, rounds, minutes) | {"copy_gb_s": round(bandwidth, 1), "ops": []}
+        measure = partial(bench_ops.measure, device=device, bandwidth=bandwidth, schedule=schedule)
+        jobs = [(str(case), partial(measure, case), partial(_op_table, title=str(case))) for case in cases]
+        _go_through(jobs, schedule, record, record["ops"], path)
     return record

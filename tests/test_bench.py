@@ -183,7 +183,7 @@ def test_compiled_peers_take_the_same_step(name, monkeypatch):
     whole = workloads.WORKLOADS[name]
     narrow = workloads.Workload(**(vars(whole) | {"width": 8, "batch": min(whole.batch, 10)}))
     monkeypatch.setitem(workloads.WORKLOADS, name, narrow)
-    result = step(name, implementations=("compiled", "compiled-step"))
+    result = step(name, minutes=60.0, implementations=("compiled", "compiled-step"))
     assert result["dropped"] == {}
     assert list(result["implementations"]) == ["textbook", "compiled", "compiled-step"]
 
