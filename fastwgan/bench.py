@@ -7,7 +7,7 @@ fails is left out and its error is part of the result.
 import gc
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from fastwgan import reference, timing
 from fastwgan.baselines import IMPLEMENTATIONS, Given, Setting, Step
 from fastwgan.workloads import WORKLOADS, Workload
 
-__all__ = ["PRECISIONS", "Schedule", "critic_step", "distance_allowed", "message", "setting", "weights_after"]
+__all__ = ["PRECISIONS", "Schedule", "check", "critic_step", "distance_allowed", "message", "setting", "weights_after"]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHECKED_STEPS = 8  # enough that a trainer has done its probing, captured its graph and replayed it
@@ -118,6 +118,43 @@ def distance_allowed(workload: Workload, device: torch.device) -> tuple[Tensor, 
     return exact, float(TIMES_TEXTBOOK * (rounded - exact).norm() + FLOOR * moved)
 
 
+def check(
+    name: str, implementations: Sequence[str], device: torch.device, schedule: Schedule
+) -> dict[str, float | str]:
+    """Whether each implementation comes to the textbook's weights, in float32 without TF32.
+
+    Args:
+        name: of :data:`~fastwgan.workloads.WORKLOADS`.
+        implementations: of :data:`~fastwgan.baselines.IMPLEMENTATIONS`; the textbook's is always there.
+        device: a CPU or a CUDA device.
+        schedule: the textbook alone is looked at when its time is over.
+
+    Returns:
+        By implementation, the seconds that it took to make and to take the first steps, or why it is left out.
+    """
+    workload = WORKLOADS[name]
+    found: dict[str, float | str] = {}
+    torch.compiler.reset()  # it allows a function only so many forms
+    exact, allowed = distance_allowed(workload, device)
+    for implementation in ["textbook", *(i for i in IMPLEMENTATIONS if i in implementations and i != "textbook")]:
+        if schedule.over and implementation != "textbook":
+            found[implementation] = "left out for time"
+            continue
+        try:
+            weights, seconds = weights_after(implementation, workload, device, torch.float32)
+        except Exception as error:  # whatever it is, the others can still be measured
+            found[implementation] = message(error)
+            continue
+        distance = float((weights - exact).norm())
+        found[implementation] = seconds
+        if not distance <= allowed:
+            found[implementation] = (
+                f"its weights after {CHECKED_STEPS} steps are {distance:.3g} from the float64 textbook's, "
+                f"where {allowed:.3g} is allowed"
+            )
+    return found
+
+
 # Times
 
 
@@ -153,14 +190,14 @@ def _time(steps: dict[str, Step], device: torch.device, rounds: int, deadline: f
 
 
 def critic_step(
-    name: str, precision: str, implementations: Sequence[str], device: torch.device, schedule: Schedule
+    name: str, precision: str, checked: Mapping[str, float | str], device: torch.device, schedule: Schedule
 ) -> dict[str, Any]:
-    """Check and time one workload.
+    """Time one workload.
 
     Args:
         name: of :data:`~fastwgan.workloads.WORKLOADS`.
-        precision: "float32" or "bfloat16", of networks and data wholly. The check is in float32 either way.
-        implementations: of :data:`~fastwgan.baselines.IMPLEMENTATIONS`; the textbook's is always there.
+        precision: "float32" or "bfloat16", of networks and data wholly.
+        checked: what :func:`check` found of the workload.
         device: a CPU or a CUDA device.
         schedule: how long it may take.
 
@@ -169,33 +206,12 @@ def critic_step(
     """
     workload, dtype = WORKLOADS[name], PRECISIONS[precision]
     deadline = schedule.next_deadline()
-    chosen = ["textbook", *(i for i in IMPLEMENTATIONS if i in implementations and i != "textbook")]
-    dropped: dict[str, str] = {}
-    first_seconds: dict[str, float] = {}
-    torch.compiler.reset()  # it allows a function only so many forms
-    exact, allowed = distance_allowed(workload, device)
-    for implementation in chosen:
-        if schedule.over and implementation != "textbook":
-            dropped[implementation] = "left out for time"
-            continue
-        try:
-            weights, seconds = weights_after(implementation, workload, device, torch.float32)
-        except Exception as error:  # whatever it is, the others can still be measured
-            dropped[implementation] = message(error)
-            continue
-        distance = float((weights - exact).norm())
-        if not distance <= allowed:
-            dropped[implementation] = (
-                f"its weights after {CHECKED_STEPS} steps are {distance:.3g} from the float64 textbook's, "
-                f"where {allowed:.3g} is allowed"
-            )
-        first_seconds[implementation] = seconds
-
-    torch.compiler.reset()
+    dropped = {implementation: found for implementation, found in checked.items() if isinstance(found, str)}
     steps: dict[str, Step] = {}
     figures: dict[str, dict[str, Any]] = {}
-    for implementation in chosen:
-        if implementation in dropped:
+    torch.compiler.reset()  # it allows a function only so many forms
+    for implementation, found in checked.items():
+        if isinstance(found, str):
             continue
         gc.collect()
         peak = timing.Peak(device)
@@ -209,10 +225,11 @@ def critic_step(
             figures[implementation] = {
                 "kernels": timing.kernels(step.take, device),
                 "peak_mib": peak.mebibytes(),
-                "setup_s": first_seconds[implementation] if dtype == torch.float32 else seconds,
+                # The compilers remember what they made for the check, which was in float32.
+                "setup_s": found if dtype == torch.float32 else seconds,
             }
             steps[implementation] = step
-        except Exception as error:
+        except Exception as error:  # whatever it is, the others can still be measured
             dropped[implementation] = message(error)
     for implementation, times in _time(steps, device, schedule.rounds, deadline).items():
         figures[implementation] = times | figures[implementation]

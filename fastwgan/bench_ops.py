@@ -263,5 +263,5 @@ def measure(case: Case, device: torch.device, bandwidth: float, schedule: Schedu
     for name, samples in timing.interleaved(samplers, schedule.rounds, deadline).items():
         figures[name]["ms"] = timing.quantiles(samples)
         rate = case.bytes / figures[name]["ms"]["q50"] / 1e6
-        figures[name]["gb_s"], figures[name]["share"] = round(rate, 2), round(rate / bandwidth, 4)
+        figures[name]["gb_s"], figures[name]["share"] = float(f"{rate:.4g}"), float(f"{rate / bandwidth:.4g}")
     return result

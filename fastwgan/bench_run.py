@@ -98,19 +98,13 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 
 @contextmanager
-def cold_compilers(device: torch.device) -> Iterator[None]:
-    """An empty cache for Inductor and Triton, so that a compilation's time does not depend on earlier runs.
-
-    Nor on its place in this one: what the compiler sets up once for all is done here. Where that fails, each
-    implementation that needs the compiler fails, and says so.
-    """
+def cold_compilers() -> Iterator[None]:
+    """An empty cache for Inductor and Triton, so that a compilation's time does not depend on earlier runs."""
     names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     before = {name: os.environ.get(name) for name in names}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         os.environ.update({name: str(Path(folder) / name.lower()) for name in names})
         try:
-            with suppress(Exception):
-                torch.compile(torch.neg)(torch.ones(2, device=device))
             yield
         finally:
             for name, value in before.items():
@@ -169,13 +163,19 @@ def _op_table(result: dict[str, Any], *, title: str) -> "Table":
 
 
 @contextmanager
-def _prepared(device: torch.device) -> Iterator[None]:
-    """The device made current, compilers with cold caches and without Dynamo's remarks on what it ignores."""
+def _prepared(device: torch.device, *, compiles: bool) -> Iterator[None]:
+    """The device made current, compilers with cold caches and without Dynamo's remarks on what it ignores.
+
+    What the compiler sets up once for all, if it is wanted at all, is not to be in the first one's time.
+    """
     logger = logging.getLogger("torch._dynamo")
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), cold_compilers(device):
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), cold_compilers():
+            if compiles:
+                with suppress(Exception):  # then each implementation that compiles fails as well, and says so
+                    torch.compile(torch.neg)(torch.ones(2, device=device))
             yield
     finally:
         logger.setLevel(before)
@@ -227,14 +227,19 @@ def run_steps(
         path: of the record, written after each workload; None for none.
     """
     gpu = device.type == "cuda"
-    names = [(workload, precision) for precision in precisions for workload in workloads]
+    names = [(workload, precision) for workload in workloads for precision in precisions]
     schedule = bench.Schedule(minutes, len(names), rounds)
     record = _record(device, rounds, minutes) | {"critic_step": []}
+    checked: dict[str, dict[str, float | str]] = {}
+
+    def measure(name: str, precision: str) -> dict[str, Any]:
+        if name not in checked:
+            checked[name] = bench.check(name, implementations, device, schedule)
+        return bench.critic_step(name, precision, checked[name], device, schedule)
+
     table = partial(_step_table, gpu=gpu)
-    jobs = [
-        (" ".join(job), partial(bench.critic_step, *job, implementations, device, schedule), table) for job in names
-    ]
-    with _prepared(device):
+    jobs = [(" ".join(job), partial(measure, *job), table) for job in names]
+    with _prepared(device, compiles=any("compiled" in name for name in implementations)):
         _go_through(jobs, schedule, record, record["critic_step"], path)
     if gpu:
         print("* not by replaying a graph of it, but by calling it again and again; the record says why")
@@ -245,7 +250,7 @@ def run_ops(device: torch.device, *, rounds: int, minutes: float, path: Path | N
     """Check and time each op at each size; otherwise as :func:`run_steps`."""
     cases = bench_ops.cases(device)
     schedule = bench.Schedule(minutes, len(cases), rounds)
-    with _prepared(device):
+    with _prepared(device, compiles=True):
         bandwidth = bench_ops.copy_bandwidth(device)
         print(f"a large copy moves {bandwidth:.4g} GB/s")
         record = _record(device, rounds, minutes) | {"copy_gb_s": round(bandwidth, 1), "ops": []}
