@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastwgan.baselines import IMPLEMENTATIONS
+
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 
@@ -50,11 +52,9 @@ def described(environment: Record) -> str:
 
 
 def _names(record: Record) -> list[str]:
-    """The implementations but the textbook, in the order of the record; those too that were dropped everywhere."""
-    names: dict[str, None] = {}
-    for result in record["critic_step"]:
-        names |= dict.fromkeys([*result["implementations"], *result["dropped"]])
-    return [name for name in names if name != "textbook"]
+    """The implementations beside the textbook that have figures, in the order they are run in."""
+    names = dict.fromkeys(name for result in record["critic_step"] for name in result["implementations"])
+    return sorted(names.keys() - {"textbook"}, key=[*IMPLEMENTATIONS, *names].index)
 
 
 def table(record: Record) -> str:
@@ -109,7 +109,6 @@ def draw_ratios(record: Record, path: Path) -> None:
     from matplotlib.figure import Figure
 
     gpu, names, results = record["environment"]["type"] == "cuda", _names(record), record["critic_step"]
-    names = [name for name in names if any(name in result["implementations"] for result in results)]
     figure = Figure(figsize=(10, 1.2 + 0.22 * (len(names) + 1) * len(results)), layout="constrained")
     axes = figure.subplots()
     height = 0.8 / max(1, len(names))
@@ -144,11 +143,12 @@ def draw_bandwidth(record: Record, path: Path) -> None:
     for axes, op in zip(figure.subplots(1, max(1, len(ops)), squeeze=False)[0], ops, strict=False):
         own = {(name, tensors): points for (of, name, tensors), points in lines.items() if of == op}
         several = sorted({tensors for _, tensors in own})
-        for name in dict.fromkeys(name for name, _ in own):
+        for i, name in enumerate(dict.fromkeys(name for name, _ in own)):
             for tensors, style in zip((several[0], several[-1])[: len(several)], ("-", ":"), strict=False):
                 points = sorted(own.get((name, tensors), []))
-                label = f"{name}, {tensors} tensors" if len(several) > 1 else name
-                axes.plot(*zip(*points, strict=True), style, marker=".", label=label) if points else None
+                label = f"{name}, in {tensors}" if len(several) > 1 else name
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, marker=".", color=f"C{i}", label=label)
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set(xscale="log", yscale="log", title=op, xlabel="elements", ylabel="share of the copy bandwidth")
         axes.legend(fontsize=6)

@@ -44,13 +44,14 @@ class Case:
 
 
 def cases(device: torch.device) -> list[Case]:
-    """All of them; on a CPU up to a million elements."""
+    """All of them, on a CPU up to a million elements; last those of many tensors, which take long to compile."""
     found = [
         *(Case(op, n, m) for op in ("RMSprop", "Adam") for n in (2**10, 2**20, 2**26, 2**28) for m in (1, 20, 300)),
         *(Case(op, BATCH * n) for op in ("interpolate", "penalty") for n in (784, 12_288, 196_608, 2_097_152)),
         *(Case("scores", n) for n in (64, 2**12, 2**18, 2**20, 2**24)),
     ]  # fmt: skip
-    return [case for case in found if device.type == "cuda" or case.elements <= LARGEST_ON_CPU]
+    found = [case for case in found if device.type == "cuda" or case.elements <= LARGEST_ON_CPU]
+    return sorted(found, key=lambda case: case.tensors)
 
 
 class Made(NamedTuple):

@@ -336,9 +336,13 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="time a critic step against PyTorch's, or each op by itself")
     bench.set_defaults(run=_bench)
-    bench.add_argument("--workload", nargs="+", choices=WORKLOADS, help="default: on a CPU the small ones, else all")
-    bench.add_argument("--implementation", nargs="+", choices=IMPLEMENTATIONS, help="beside the textbook; default: all")
-    bench.add_argument("--precision", nargs="+", choices=PRECISIONS, help="default: float32, on a GPU bfloat16 too")
+    for option, choices, default in (
+        ("--workload", WORKLOADS, "default: all, on a CPU the mlp and tabular ones"),
+        ("--implementation", IMPLEMENTATIONS, "beside the textbook; default: all"),
+        ("--precision", PRECISIONS, "default: float32, on a GPU both"),
+    ):
+        names = ", ".join(choices)
+        bench.add_argument(option, nargs="+", choices=choices, metavar="NAME", help=f"{names}; {default}")
     bench.add_argument("--ops", action="store_true", help="time the ops, each by itself, and not critic steps")
     bench.add_argument("--device", help="such as cpu or cuda:0; default: the first GPU, else the CPU")
     bench.add_argument("--rounds", type=_int(1, MOST), default=200, help="samples of each figure; default: 200")
