@@ -1,6 +1,1 @@
-"""Benchmarks. They time what the tests check: the cases are the same."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+"""Benchmarks beyond ``fastwgan bench``: pytest-benchmark suites, the run for a GPU, and README's table and pictures."""

@@ -1,4 +1,4 @@
-"""The command line: fastwgan train | sample | info."""
+"""The command line: fastwgan train | sample | bench | info."""
 
 import argparse
 import os
@@ -17,10 +17,13 @@ from torch import nn
 import fastwgan
 from fastwgan import checkpoint, data, functional, models
 from fastwgan.backend import triton_problem
+from fastwgan.baselines import IMPLEMENTATIONS
+from fastwgan.bench import PRECISIONS
 from fastwgan.constraints import GradientPenalty, WeightClip
 from fastwgan.fit import fit
 from fastwgan.optim import Adam, RMSprop
 from fastwgan.trainer import Trainer, stream_seed
+from fastwgan.workloads import WORKLOADS
 
 DATA = ("digits", *data.TOYS)
 CONSTRAINTS = ("clip", "penalty")
@@ -235,6 +238,27 @@ def _sample(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(args: argparse.Namespace) -> int:
+    with _problems():
+        import rich  # noqa: F401 - for the tables
+
+        from fastwgan import bench_run
+
+        device = _device(args.device)
+        if args.json is not None and not args.json.absolute().parent.is_dir():
+            raise ValueError(f"--json: {args.json.parent} is no directory")
+        if args.ops and (args.workload or args.implementation or args.precision):
+            raise ValueError("--ops: has workloads, implementations and a precision of its own")
+    limits = {"rounds": args.rounds, "minutes": args.minutes, "path": args.json}
+    if args.ops:
+        bench_run.run_ops(device, **limits)
+    else:
+        workloads = args.workload or bench_run.default_workloads(device)
+        precisions = args.precision or (["float32", "bfloat16"] if device.type == "cuda" else ["float32"])
+        bench_run.run_steps(workloads, args.implementation or list(IMPLEMENTATIONS), precisions, device, **limits)
+    return 0
+
+
 def _version(module: str) -> str:
     try:
         return str(__import__(module).__version__)
@@ -274,6 +298,17 @@ def _int(minimum: int, maximum: int) -> Callable[[str], int]:
     return parse
 
 
+def _minutes(text: str) -> float:
+    """An argument type: a number above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 10**6:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastwgan", description="Wasserstein GANs on fused Triton kernels.")
     parser.add_argument("--version", action="version", version=f"fastwgan {fastwgan.__version__}")
@@ -298,6 +333,21 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--count", type=_int(1, MOST), default=100)
     sample.add_argument("--seed", type=_int(0, 2**63 - 1), default=0)
     sample.add_argument("--out", type=Path, required=True, help="F.npy for the numbers, F.png for a picture")
+
+    bench = commands.add_parser("bench", help="time a critic step against PyTorch's, or each op by itself")
+    bench.set_defaults(run=_bench)
+    for option, choices, default in (
+        ("--workload", WORKLOADS, "default: all, on a CPU the mlp and tabular ones"),
+        ("--implementation", IMPLEMENTATIONS, "beside the textbook; default: all"),
+        ("--precision", PRECISIONS, "default: float32, on a GPU both"),
+    ):
+        names = ", ".join(choices)
+        bench.add_argument(option, nargs="+", choices=choices, metavar="NAME", help=f"{names}; {default}")
+    bench.add_argument("--ops", action="store_true", help="time the ops, each by itself, and not critic steps")
+    bench.add_argument("--device", help="such as cpu or cuda:0; default: the first GPU, else the CPU")
+    bench.add_argument("--rounds", type=_int(1, MOST), default=200, help="samples of each figure; default: 200")
+    bench.add_argument("--minutes", type=_minutes, default=8.0, help="that it should take; default: 8")
+    bench.add_argument("--json", type=Path, help="file for all figures")
 
     info = commands.add_parser("info", help="versions, devices, and which backend each op uses there and why")
     info.set_defaults(run=_info)

@@ -3,9 +3,20 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, interpolate, relu
 
-__all__ = ["dcgan_critic", "dcgan_generator", "mlp"]
+__all__ = [
+    "ctgan_critic",
+    "ctgan_generator",
+    "dcgan_critic",
+    "dcgan_generator",
+    "mlp",
+    "patch_critic",
+    "resnet_critic",
+    "resnet_generator",
+]
 
 
 def mlp(
@@ -76,3 +87,142 @@ def dcgan_generator(latent: int = 100, *, channels: int = 3, width: int = 64, si
         nn.Tanh(),
     ]
     return nn.Sequential(*layers).apply(_init_dcgan)
+
+
+# Tables
+
+
+def ctgan_critic(columns: int, *, width: int = 256, pack: int = 10) -> nn.Sequential:
+    """CTGAN's discriminator: scores [N, 1] of ``pack`` rows each, given side by side as [N, pack * columns].
+
+    Source: arXiv 1907.00503, section 4.4; dropout and slope from its authors' code.
+    """
+    layers: list[nn.Module] = []
+    for fan_in in (pack * columns, width):
+        layers += [nn.Linear(fan_in, width), nn.LeakyReLU(0.2), nn.Dropout(0.5)]
+    return nn.Sequential(*layers, nn.Linear(width, 1))
+
+
+class _Concatenated(nn.Module):
+    """A residual layer that hands its input on beside its output, where others add the two."""
+
+    def __init__(self, fan_in: int, fan_out: int) -> None:
+        super().__init__()
+        # The shift of the BatchNorm behind it makes a bias void.
+        self.layers = nn.Sequential(nn.Linear(fan_in, fan_out, bias=False), nn.BatchNorm1d(fan_out), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((self.layers(x), x), dim=1)
+
+
+class _Rows(nn.Module):
+    """[N, parts * n] as [N * parts, n], or the other way round."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, self.features)
+
+
+def ctgan_generator(latent: int, columns: int, *, width: int = 256, pack: int = 10) -> nn.Sequential:
+    """CTGAN's generator, of packs [N, pack * columns] from z [N, pack * latent]; each row comes from its own latents.
+
+    Without the activations that CTGAN puts on each column (tanh, Gumbel softmax), which are the table's.
+
+    Source: arXiv 1907.00503, section 4.4.
+    """
+    return nn.Sequential(
+        _Rows(latent),
+        _Concatenated(latent, width),
+        _Concatenated(latent + width, width),
+        nn.Linear(latent + 2 * width, columns),
+        _Rows(pack * columns),
+    )
+
+
+# Images of 32x32
+
+
+class _Residual(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, each after a ReLU; at the input's scale, half of it or twice it.
+
+    ``first`` is the form of a critic's first block, which gets an image: no ReLU before the convolutions.
+    """
+
+    def __init__(self, channels: int, width: int, scale: float, *, norm: bool, first: bool = False) -> None:
+        super().__init__()
+        self.scale, self.first = scale, first
+        self.norm1 = nn.BatchNorm2d(channels) if norm and not first else nn.Identity()
+        self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=not norm)  # void before a BatchNorm
+        self.norm2 = nn.BatchNorm2d(width) if norm else nn.Identity()
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.shortcut = nn.Conv2d(channels, width, 1) if scale != 1 or channels != width else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x if self.first else relu(self.norm1(x))
+        if self.scale == 2:
+            x, y = interpolate(x, scale_factor=2.0), interpolate(y, scale_factor=2.0)
+        y = self.conv2(relu(self.norm2(self.conv1(y))))
+        if self.scale == 0.5:  # a mean and a 1x1 convolution can change places; this order is a quarter of the work
+            x, y = avg_pool2d(x, 2), avg_pool2d(y, 2)
+        total: Tensor = y + self.shortcut(x)
+        return total
+
+
+def resnet_critic(*, channels: int = 3, width: int = 128, norm: bool = False) -> nn.Sequential:
+    """WGAN-GP's residual critic for 32x32 images: scores [N, 1]. ``norm`` adds BatchNorm, which a penalty rules out.
+
+    Source: arXiv 1704.00028, appendix, the CIFAR-10 ResNet; the first block as in its authors' code.
+    """
+    return nn.Sequential(
+        _Residual(channels, width, 0.5, norm=norm, first=True),
+        _Residual(width, width, 0.5, norm=norm),
+        _Residual(width, width, 1, norm=norm),
+        _Residual(width, width, 1, norm=norm),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, 1),
+    )
+
+
+def resnet_generator(latent: int = 128, *, channels: int = 3, width: int = 128) -> nn.Sequential:
+    """WGAN-GP's residual generator of 32x32 images in [-1, 1], from z [N, latent].
+
+    Source: arXiv 1704.00028, appendix, the CIFAR-10 ResNet.
+    """
+    return nn.Sequential(
+        nn.Linear(latent, 16 * width),
+        nn.Unflatten(1, (width, 4, 4)),
+        *(_Residual(width, width, 2, norm=True) for _ in range(3)),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, channels, 3, padding=1),
+        nn.Tanh(),
+    )
+
+
+# Images of 256x256
+
+
+def patch_critic(*, channels: int = 3, width: int = 64, norm: str = "instance") -> nn.Sequential:
+    """pix2pix's 70x70 discriminator: a score for each patch, [N, 1, 30, 30] for 256x256 images.
+
+    Args:
+        channels: of the images.
+        width: of the first layer.
+        norm: "batch", or "instance", which takes each image by itself as a gradient penalty has to. pix2pix, at one
+            image to a batch, does not tell them apart.
+
+    Source: arXiv 1611.07004, section 6.1.2.
+    """
+    if norm not in ("batch", "instance"):
+        raise ValueError(f"norm: expected 'batch' or 'instance', got {norm!r}")
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+    for stride in (2, 2, 1):
+        layers.append(nn.Conv2d(width, 2 * width, 4, stride, 1, bias=False))  # void before a norm
+        width *= 2
+        layers += [nn.BatchNorm2d(width) if norm == "batch" else nn.InstanceNorm2d(width), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, 1)).apply(_init_dcgan)

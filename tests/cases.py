@@ -6,9 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastwgan import GradientPenalty, WeightClip, functional, models, reference
+from fastwgan import functional, reference
+from fastwgan.workloads import WORKLOADS  # noqa: F401 - whole steps, which the benchmarks time too
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 KINDS = functional.PENALTY_KINDS
@@ -132,42 +133,4 @@ PARAMETERS: dict[str, tuple[tuple[int, ...], ...]] = {
     "edges": ((1,), (17,), (511,), (513,), (2047,), (2048,), (2049,), (4097,), (0,), ()),
     "ranks": ((3,), (33, 65), (5, 4, 3), (4, 3, 5, 5), (2, 3, 2, 4, 3)),
     "300 tensors": tuple((1 + i % 7,) for i in range(300)),
-}
-
-
-# Critic steps: networks and a constraint. Tests count their launches, benchmarks time them.
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A GAN whose critic step is measured. ``width`` of a network is its paper's, unless a test wants less."""
-
-    generator: Callable[[int], nn.Module]
-    critic: Callable[[int], nn.Module]
-    latent: int
-    shape: tuple[int, ...]
-    constraint: WeightClip | GradientPenalty
-
-
-def _mlp(constraint: WeightClip | GradientPenalty) -> Workload:
-    return Workload(
-        generator=lambda width: models.mlp([100, 128, 256, 512, 1024, 784], slope=0.2, norm=True, tanh=True),
-        critic=lambda width: models.mlp([784, 512, 256, 1], slope=0.2),
-        latent=100, shape=(784,), constraint=constraint,
-    )  # fmt: skip
-
-
-def _dcgan(constraint: WeightClip | GradientPenalty, *, norm: bool) -> Workload:
-    return Workload(
-        generator=lambda width: models.dcgan_generator(100, width=width),
-        critic=lambda width: models.dcgan_critic(width=width, norm=norm),
-        latent=100, shape=(3, 64, 64), constraint=constraint,
-    )  # fmt: skip
-
-
-WORKLOADS = {
-    "mlp-clip": _mlp(WeightClip()),
-    "mlp-penalty": _mlp(GradientPenalty()),
-    "dcgan-clip": _dcgan(WeightClip(), norm=True),
-    "dcgan-penalty": _dcgan(GradientPenalty(), norm=False),
 }

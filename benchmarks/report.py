@@ -1,0 +1,182 @@
+"""README's table and two pictures from records of fastwgan bench: python -m benchmarks.report F.json ... [--out DIR]
+
+Records of critic steps give the table between README's markers and a picture of their ratios; records of ops give a
+picture of their share of the copy bandwidth. Whatever was slower than the textbook, or left out, is shown as it is.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastwgan.baselines import IMPLEMENTATIONS
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+
+Record = dict[str, Any]
+
+
+def read(path: Path) -> Record:
+    """A record of fastwgan bench.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON ({error})") from error
+    if not isinstance(record, dict) or "environment" not in record or not {"critic_step", "ops"} & record.keys():
+        raise ValueError(f"{path}: not written by fastwgan bench")
+    return record
+
+
+def described(environment: Record) -> str:
+    """What the figures were measured on, in a line."""
+    e = environment
+    parts = [e["device"]]
+    if e["type"] == "cuda":
+        allowed = [name for name, on in e["tf32"].items() if on]
+        parts += [
+            f"driver {e['driver']}",
+            f"CUDA {e['cuda']}",
+            f"TF32 {'in ' + ', '.join(allowed) if allowed else 'off'}",
+        ]
+    else:
+        parts.append(f"{e['threads']} threads")
+    parts += [f"torch {e['torch']}", f"triton {e['triton']}", f"Python {e['python']}"]
+    parts.append(f"commit {e['commit']}" if e["commit"] else f"fastwgan {e['fastwgan']}")
+    return ", ".join([*parts, e["date"]])
+
+
+def _names(record: Record) -> list[str]:
+    """The implementations beside the textbook that have figures, in the order they are run in."""
+    names = dict.fromkeys(name for result in record["critic_step"] for name in result["implementations"])
+    return sorted(names.keys() - {"textbook"}, key=[*IMPLEMENTATIONS, *names].index)
+
+
+def table(record: Record) -> str:
+    """Markdown: the textbook's milliseconds, and how many times an implementation's it takes."""
+    gpu, names = record["environment"]["type"] == "cuda", _names(record)
+    head = ["critic step", "textbook, ms", *names]
+    lines = [f"{described(record['environment'])}:", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for result in record["critic_step"]:
+        done = result["implementations"]
+        cells = [f"{result['workload']}, {result['precision']}, batch {result['batch']}"]
+        textbook = done.get("textbook")
+        if textbook is None:
+            cells.append("-")
+        elif gpu:
+            cells.append(f"{textbook['step_ms']['q50']:.3g} / {textbook['device_ms']['q50']:.3g}")
+        else:
+            cells.append(f"{textbook['step_ms']['q50']:.3g}")
+        for name in names:
+            if name not in done or done[name]["step_ratio"] is None:
+                cells.append("-")
+            elif gpu:
+                cells.append(f"{done[name]['step_ratio']:.2f} / {done[name]['device_ratio']:.2f}")
+            else:
+                cells.append(f"{done[name]['step_ratio']:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    reasons: dict[str, list[str]] = {}
+    for result in record["critic_step"]:
+        for name, why in result["dropped"].items():
+            reasons.setdefault(f"{name}: {why}", []).append(f"{result['workload']} {result['precision']}")
+    for reason, where in reasons.items():
+        everywhere = len(where) == len(record["critic_step"])
+        lines += ["", f"Left out{'' if everywhere else ' (' + ', '.join(where) + ')'}: {reason}"]
+    lines += [line for left in record["left_out"] for line in ("", f"Left out: {left}")]
+    return "\n".join(lines)
+
+
+def into(readme: str, tables: list[str]) -> str:
+    """README with the tables between its markers, in place of what was there.
+
+    Raises:
+        ValueError: it does not have both markers, once each and in order.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end) or BEGIN in rest or END in after:
+        raise ValueError(f"README.md: expected {BEGIN} and then {END}, once each")
+    return f"{before}{BEGIN}\n\n{chr(10).join([t + chr(10) for t in tables])}\n{END}{after}"
+
+
+def draw_ratios(record: Record, path: Path) -> None:
+    """Bars: the textbook's time over each implementation's, by workload."""
+    from matplotlib.figure import Figure
+
+    gpu, names, results = record["environment"]["type"] == "cuda", _names(record), record["critic_step"]
+    figure = Figure(figsize=(10, 1.2 + 0.22 * (len(names) + 1) * len(results)), layout="constrained")
+    axes = figure.subplots()
+    height = 0.8 / max(1, len(names))
+    for i, name in enumerate(names):
+        places, ratios = [], []
+        for j, result in enumerate(results):
+            ratio = result["implementations"].get(name, {}).get("step_ratio")
+            if ratio is not None:
+                places.append(j + i * height)
+                ratios.append(ratio)
+        axes.bar_label(axes.barh(places, ratios, 0.9 * height, label=name), fmt="%.2f", fontsize=7, padding=2)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks([j + 0.4 - height / 2 for j in range(len(results))])
+    axes.set_yticklabels([f"{result['workload']}\n{result['precision']}" for result in results])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"textbook's time / its time, one critic step{', calls back to back' if gpu else ''}")
+    axes.set_title(described(record["environment"]), fontsize=7)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def draw_bandwidth(record: Record, path: Path) -> None:
+    """Lines: each op's share of the copy bandwidth by size; an update's in the fewest tensors and in the most."""
+    from matplotlib.figure import Figure
+
+    lines: dict[tuple[str, str, int], list[tuple[int, float]]] = {}
+    for result in record["ops"]:
+        for name, figures in result["implementations"].items():
+            lines.setdefault((result["op"], name, result["tensors"]), []).append((result["elements"], figures["share"]))
+    ops = list(dict.fromkeys(op for op, _, _ in lines))
+    figure = Figure(figsize=(4 * max(1, len(ops)), 3.6), layout="constrained")
+    for axes, op in zip(figure.subplots(1, max(1, len(ops)), squeeze=False)[0], ops, strict=False):
+        own = {(name, tensors): points for (of, name, tensors), points in lines.items() if of == op}
+        several = sorted({tensors for _, tensors in own})
+        for i, name in enumerate(dict.fromkeys(name for name, _ in own)):
+            for tensors, style in zip((several[0], several[-1])[: len(several)], ("-", ":"), strict=False):
+                points = sorted(own.get((name, tensors), []))
+                label = f"{name}, in {tensors}" if len(several) > 1 else name
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, marker=".", color=f"C{i}", label=label)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set(xscale="log", yscale="log", title=op, xlabel="elements", ylabel="share of the copy bandwidth")
+        axes.legend(fontsize=6)
+    figure.suptitle(f"{described(record['environment'])}; a copy moves {record['copy_gb_s']} GB/s", fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="README's table and pictures.")
+    parser.add_argument("records", type=Path, nargs="+", metavar="F.json", help="written by fastwgan bench")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the pictures")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    args = parser.parse_args(argv)
+    try:
+        records = {path: read(path) for path in args.records}
+        tables = [table(record) for record in records.values() if "critic_step" in record]
+        if tables:
+            args.readme.write_text(into(args.readme.read_text(), tables))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    args.out.mkdir(parents=True, exist_ok=True)
+    for path, record in records.items():
+        if "critic_step" in record:
+            draw_ratios(record, args.out / f"{path.stem}-ratios.png")
+        if "ops" in record:
+            draw_bandwidth(record, args.out / f"{path.stem}-bandwidth.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

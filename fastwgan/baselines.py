@@ -1,0 +1,322 @@
+"""The ways to take one critic step that the benchmark compares: the textbook's, the strongest unfused ones, and ours.
+
+Each makes, from a :class:`Setting`, a function that takes one whole critic step: latents, the generator's forward
+pass, the critic's gradient, the optimizer, the clamp. All must come to the same weights; the benchmark sees to it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim.adam import adam
+from torch.optim.rmsprop import rmsprop
+
+from fastwgan import reference
+from fastwgan.constraints import GradientPenalty, WeightClip
+from fastwgan.trainer import Trainer
+from fastwgan.workloads import Workload
+
+__all__ = ["IMPLEMENTATIONS", "Given", "Implementation", "Setting", "Step"]
+
+# What the Trainer takes where it is given no optimizers: the papers' numbers.
+RMSPROP: dict[str, Any] = {"lr": 5e-5}
+ADAM: dict[str, Any] = {"lr": 1e-4, "betas": (0.0, 0.9)}
+
+WARM_UP = 3  # steps on a side stream before a capture, which may allocate and load
+
+
+class Given:
+    """Latents and eps made beforehand, a set for each step, so that all implementations get the same.
+
+    The count of steps lies on the device: then a captured graph, too, goes on to the next set at each replay.
+    """
+
+    def __init__(self, latents: Tensor, eps: Tensor) -> None:
+        self._latents, self._eps = latents, eps
+        self._taken = [torch.zeros(1, dtype=torch.int64, device=latents.device) for _ in range(2)]
+
+    def _next(self, sets: Tensor, which: int) -> Tensor:
+        result = sets.index_select(0, self._taken[which]).squeeze(0)
+        self._taken[which] += 1
+        return result
+
+    def latents(self) -> Tensor:
+        return self._next(self._latents, 0)
+
+    def eps(self) -> Tensor:
+        return self._next(self._eps, 1)
+
+
+@dataclass
+class Setting:
+    """What a step is made for: networks that it may change, a real batch, and where its random numbers come from."""
+
+    workload: Workload
+    generator: nn.Module
+    critic: nn.Module
+    real: Tensor
+    given: Given | None = None  # None: fresh ones, as in training
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.critic.parameters())
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.real.is_cuda
+
+    @property
+    def clip(self) -> float | None:
+        constraint = self.workload.constraint
+        return constraint.bound if isinstance(constraint, WeightClip) else None
+
+    @property
+    def penalty_weight(self) -> float | None:
+        constraint = self.workload.constraint
+        return constraint.weight if isinstance(constraint, GradientPenalty) else None
+
+    def latents(self) -> Tensor:
+        if self.given is not None:
+            return self.given.latents()
+        return torch.randn(len(self.real), self.workload.latent, device=self.real.device, dtype=self.real.dtype)
+
+    def eps(self) -> Tensor:
+        """One number per sample, [N]."""
+        if self.given is not None:
+            return self.given.eps()
+        return torch.rand(len(self.real), device=self.real.device, dtype=self.real.dtype)
+
+    def eps_like_samples(self) -> Tensor:
+        return self.eps().view(-1, *[1] * (self.real.dim() - 1))
+
+    def fakes(self) -> Tensor:
+        """By a generator that builds no graph, which the textbook alone leaves out."""
+        with torch.no_grad():
+            fake: Tensor = self.generator(self.latents())
+        return fake
+
+    def optimizer(self, *, capturable: bool = False) -> torch.optim.Optimizer:
+        """torch.optim's fastest: its Adam is fused, its RMSprop at best a few launches over all parameters."""
+        if self.clip is not None:
+            return torch.optim.RMSprop(self.parameters, **RMSPROP, foreach=True, capturable=capturable)
+        return torch.optim.Adam(self.parameters, **ADAM, fused=True, capturable=capturable)
+
+    def clamp_(self) -> None:
+        if self.clip is not None:
+            parameters: Any = self.parameters
+            torch._foreach_clamp_min_(parameters, -self.clip)
+            torch._foreach_clamp_max_(parameters, self.clip)
+
+    def loss(self, fake: Tensor) -> Tensor:
+        """The critic's, with the ordinary double backward of a penalty: what ``torch.compile`` alone does not take."""
+        loss: Tensor = self.critic(fake).mean() - self.critic(self.real).mean()
+        if self.penalty_weight is not None:
+            x = torch.lerp(fake, self.real, self.eps_like_samples()).requires_grad_()
+            scores = self.critic(x)
+            (g,) = torch.autograd.grad(scores, x, torch.ones_like(scores), create_graph=True)
+            loss = loss + self.penalty_weight * ((g.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
+        return loss
+
+
+class Step(NamedTuple):
+    """A critic step, ready to be taken again and again.
+
+    Attributes:
+        take: takes one.
+        random: its own random generators, which whoever captures it has to register.
+        is_graph: it replays a CUDA graph of its own and cannot be captured once more.
+    """
+
+    take: Callable[[], object]
+    random: tuple[torch.Generator, ...] = ()
+    is_graph: bool = False
+
+
+Implementation = Callable[[Setting], Step]
+
+
+def textbook(setting: Setting) -> Step:
+    """Algorithm 1 op by op, as popular code has it: loops over parameters, and a graph through the generator."""
+    optimizer: torch.optim.Optimizer
+    if setting.clip is not None:
+        optimizer = torch.optim.RMSprop(setting.parameters, **RMSPROP, foreach=False)
+    else:
+        optimizer = torch.optim.Adam(setting.parameters, **ADAM, foreach=False)
+
+    def take() -> None:
+        eps = None if setting.given is None or setting.penalty_weight is None else setting.eps()
+        reference.textbook_critic_step(
+            setting.generator, setting.critic, optimizer, setting.real, setting.latents(),
+            clip=setting.clip, penalty_weight=setting.penalty_weight, eps=eps, detach=False,
+        )  # fmt: skip
+
+    return Step(take)
+
+
+def foreach(setting: Setting) -> Step:
+    """What eager PyTorch has for it: list operations or the fused Adam, and no graph through the generator."""
+    optimizer = setting.optimizer()
+
+    def take() -> None:
+        optimizer.zero_grad()
+        setting.loss(setting.fakes()).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        with torch.no_grad():
+            setting.clamp_()
+
+    return Step(take)
+
+
+def compiled(setting: Setting) -> Step:
+    """torch.compile of the generator, of the loss, and of update and clamp, with an eager backward between.
+
+    The penalty's input gradient is functorch's, which compiles where autograd's own second backward does not.
+    """
+    named: dict[str, Tensor] = dict(setting.critic.named_parameters())
+    # Compiled, a foreach update is one loop over each weight. On a GPU its count of steps has to lie there too.
+    options: dict[str, Any] = {"foreach": True, "capturable": setting.on_gpu}
+    optimizer: torch.optim.Optimizer
+    if setting.clip is not None:
+        optimizer = torch.optim.RMSprop(setting.parameters, **RMSPROP, **options)
+    else:
+        optimizer = torch.optim.Adam(setting.parameters, **ADAM, **options)
+
+    @torch.compile(fullgraph=True)
+    def loss(parameters: dict[str, Tensor], real: Tensor, fake: Tensor, eps: Tensor | None) -> Tensor:
+        def critic(x: Tensor) -> Tensor:
+            scores: Tensor = functional_call(setting.critic, parameters, (x,))
+            return scores
+
+        result = critic(fake).mean() - critic(real).mean()
+        if eps is not None:
+            g = torch.func.grad(lambda x: critic(x).sum())(torch.lerp(fake, real, eps))
+            result = result + setting.penalty_weight * ((g.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
+        return result
+
+    @torch.compile
+    def update() -> None:
+        optimizer.step()
+        setting.clamp_()
+
+    generate = torch.compile(setting.generator)
+
+    def take() -> None:
+        with torch.no_grad():
+            fake = generate(setting.latents())
+        eps = None if setting.penalty_weight is None else setting.eps_like_samples()
+        optimizer.zero_grad()
+        loss(named, setting.real, fake, eps).backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            update()
+
+    return Step(take)
+
+
+def compiled_step(setting: Setting) -> Step:
+    """torch.compile of the whole step as one graph, by an option of Dynamo's that lets autograd's calls in.
+
+    The gradients stay values of that graph: put into ``.grad`` there, they would be lost without an error.
+    """
+    from torch._dynamo import config  # takes a second to import, which only this needs
+
+    parameters: list[Any] = setting.parameters
+    squares, means = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+    steps = [torch.zeros((), device=p.device if setting.on_gpu else "cpu") for p in parameters]
+
+    def update(gradients: list[Tensor]) -> None:
+        if setting.clip is not None:
+            rmsprop(
+                parameters, gradients, squares, [], [], steps, foreach=True, capturable=setting.on_gpu,
+                **RMSPROP, alpha=0.99, eps=1e-8, weight_decay=0.0, momentum=0.0, centered=False, maximize=False,
+            )  # fmt: skip
+        else:
+            beta1, beta2 = ADAM["betas"]
+            adam(
+                parameters, gradients, means, squares, [], steps, foreach=True, capturable=True, amsgrad=False,
+                beta1=beta1, beta2=beta2, lr=ADAM["lr"], weight_decay=0.0, eps=1e-8, maximize=False,
+            )  # fmt: skip
+        setting.clamp_()
+
+    def step() -> None:
+        gradients = torch.autograd.grad(setting.loss(setting.fakes()), parameters, allow_unused=True)
+        with torch.no_grad():  # a last bias gets no gradient from a penalty, but one from the scores
+            update([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)])
+
+    whole = torch.compile(step, fullgraph=True)
+
+    def take() -> None:
+        with config.patch(trace_autograd_ops=True):
+            whole()
+
+    return Step(take)
+
+
+def graphed(setting: Setting) -> Step:
+    """The foreach step captured in a CUDA graph: what a careful user of plain PyTorch can have."""
+    if not setting.on_gpu:
+        raise RuntimeError("a CUDA graph needs a GPU")
+    optimizer = setting.optimizer(capturable=True)
+    stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    graph = torch.cuda.CUDAGraph()
+    taken = 0
+
+    def step() -> None:
+        setting.loss(setting.fakes()).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        with torch.no_grad():
+            setting.clamp_()
+
+    def take() -> None:
+        nonlocal taken
+        taken += 1
+        if taken > WARM_UP + 1:
+            graph.replay()
+            return
+        optimizer.zero_grad()  # to None: a captured backward pass writes gradients instead of adding to them
+        if taken <= WARM_UP:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step()
+            torch.cuda.current_stream().wait_stream(stream)
+        else:
+            with torch.cuda.graph(graph, stream=stream):
+                step()
+            graph.replay()  # the capture itself runs nothing
+
+    return Step(take, is_graph=True)
+
+
+def _trainer(**options: Any) -> Implementation:
+    def build(setting: Setting) -> Step:
+        given = setting.given
+        trainer = Trainer(
+            setting.generator, setting.critic, constraint=setting.workload.constraint,
+            latent=setting.workload.latent if given is None else lambda batch, device: given.latents(), **options,
+        )  # fmt: skip
+        return Step(
+            lambda: trainer.critic_step(setting.real),
+            random=(trainer._latent_random,),
+            is_graph=options["cuda_graph"] and setting.on_gpu,
+        )
+
+    return build
+
+
+def _trainer_compiled(setting: Setting) -> Step:
+    """Compiled networks, on a GPU in a graph as well."""
+    return _trainer(compile=True, cuda_graph=setting.on_gpu)(setting)
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "textbook": textbook,
+    "foreach": foreach,
+    "compiled": compiled,
+    "compiled-step": compiled_step,
+    "graphed": graphed,
+    "fastwgan": _trainer(cuda_graph=False),
+    "fastwgan-graphed": _trainer(cuda_graph=True),
+    "fastwgan-compiled": _trainer_compiled,
+}

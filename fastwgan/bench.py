@@ -1,0 +1,251 @@
+"""fastwgan bench: one critic step by several implementations, checked against each other and timed in one run.
+
+Each implementation has first to come to the textbook's weights; then rounds go through all of them in turn. Whatever
+fails is left out and its error is part of the result.
+"""
+
+import gc
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastwgan import reference, timing
+from fastwgan.baselines import IMPLEMENTATIONS, Given, Setting, Step
+from fastwgan.workloads import WORKLOADS, Workload
+
+__all__ = ["PRECISIONS", "Schedule", "check", "critic_step", "distance_allowed", "message", "setting", "weights_after"]
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CHECKED_STEPS = 8  # enough that a trainer has done its probing, captured its graph and replayed it
+BACK_TO_BACK = 10  # steps to a sample on a GPU, whose events tick too coarsely for one
+
+# How far an implementation may be from the float64 textbook, over how far the weights moved. It rounds as it likes, and
+# where a gradient is all but zero the papers' optimizers turn the sign of its rounding into a step of full
+# length: so the measure is what the same costs the float32 textbook. The floor is for the few weights whose gradient is
+# zero, which the textbook may hit and another order of summation miss.
+TIMES_TEXTBOOK, FLOOR = 2.0, 0.01
+
+
+class Schedule:
+    """Minutes that are to do for several jobs: each gets an equal share of what those before it have left."""
+
+    def __init__(self, minutes: float, jobs: int, rounds: int) -> None:
+        self.rounds = rounds
+        self._end, self._jobs = time.monotonic() + 60 * minutes, jobs
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() > self._end
+
+    def next_deadline(self) -> float:
+        """When the job that now begins should have taken its samples, in ``time.monotonic()``."""
+        now, jobs = time.monotonic(), max(1, self._jobs)
+        self._jobs -= 1
+        return now + max(0.0, self._end - now) / jobs
+
+
+def message(error: BaseException) -> str:
+    """An error in one line: its type and the beginning of what it says."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+# Equal results
+
+
+def setting(workload: Workload, device: torch.device, dtype: torch.dtype, *, steps: int = 0) -> Setting:
+    """New networks and data, the same at each call; with latents and eps for so many ``steps``, or fresh ones for 0.
+
+    With them given, dropout is off, as its masks are drawn in an order that is each implementation's own.
+    """
+    torch.manual_seed(0)
+    generator, critic = workload.generator(workload.width), workload.critic(workload.width)
+    # Drawn in float32, so that a wider dtype gets the same numbers.
+    real = torch.rand(workload.batch, *workload.shape) * 2 - 1
+    given = None
+    if steps:
+        latents = torch.randn(steps, workload.batch, workload.latent)
+        eps = reference.uniform(0, 0, steps * workload.batch).view(steps, workload.batch)  # as a Trainer draws them
+        given = Given(latents.to(device, dtype), eps.to(device, dtype))
+        for module in critic.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()
+    return Setting(workload, generator.to(device, dtype), critic.to(device, dtype), real.to(device, dtype), given)
+
+
+def _weights(made: Setting) -> Tensor:
+    return nn.utils.parameters_to_vector(made.critic.parameters()).detach().double()
+
+
+@contextmanager
+def _no_tf32() -> Iterator[None]:
+    """float32 products in float32 throughout."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer versions of PyTorch would have other names for these
+        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        try:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def weights_after(name: str, workload: Workload, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """(the critic's weights in float64 after the steps of a check, seconds that making and taking them took)."""
+    made = setting(workload, device, dtype, steps=CHECKED_STEPS)
+    begun = time.perf_counter()
+    with _no_tf32():
+        step = IMPLEMENTATIONS[name](made)
+        for _ in range(CHECKED_STEPS):
+            step.take()
+        timing.wait(device)
+    return _weights(made), time.perf_counter() - begun
+
+
+def distance_allowed(workload: Workload, device: torch.device) -> tuple[Tensor, float]:
+    """(the weights that the textbook comes to in float64, how far from them another may end in float32)."""
+    exact, _ = weights_after("textbook", workload, device, torch.float64)
+    rounded, _ = weights_after("textbook", workload, device, torch.float32)
+    before = setting(workload, device, torch.float64)
+    with torch.no_grad():
+        before.clamp_()  # else the first clamp, which is the same for all, would pass for most of the way
+    moved = (exact - _weights(before)).norm()
+    return exact, float(TIMES_TEXTBOOK * (rounded - exact).norm() + FLOOR * moved)
+
+
+def check(
+    name: str, implementations: Sequence[str], device: torch.device, schedule: Schedule
+) -> dict[str, float | str]:
+    """Whether each implementation comes to the textbook's weights, in float32 without TF32.
+
+    Args:
+        name: of :data:`~fastwgan.workloads.WORKLOADS`.
+        implementations: of :data:`~fastwgan.baselines.IMPLEMENTATIONS`; the textbook's is always there.
+        device: a CPU or a CUDA device.
+        schedule: the textbook alone is looked at when its time is over.
+
+    Returns:
+        By implementation, the seconds that it took to make and to take the first steps, or why it is left out.
+    """
+    workload = WORKLOADS[name]
+    found: dict[str, float | str] = {}
+    torch.compiler.reset()  # it allows a function only so many forms
+    exact, allowed = distance_allowed(workload, device)
+    for implementation in ["textbook", *(i for i in IMPLEMENTATIONS if i in implementations and i != "textbook")]:
+        if schedule.over and implementation != "textbook":
+            found[implementation] = "left out for time"
+            continue
+        try:
+            weights, seconds = weights_after(implementation, workload, device, torch.float32)
+        except Exception as error:  # whatever it is, the others can still be measured
+            found[implementation] = message(error)
+            continue
+        distance = float((weights - exact).norm())
+        found[implementation] = seconds
+        if not distance <= allowed:
+            found[implementation] = (
+                f"its weights after {CHECKED_STEPS} steps are {distance:.3g} from the float64 textbook's, "
+                f"where {allowed:.3g} is allowed"
+            )
+    return found
+
+
+# Times
+
+
+def _time(steps: dict[str, Step], device: torch.device, rounds: int, deadline: float) -> dict[str, dict[str, Any]]:
+    """Samples of each step, quantile by quantile; on a GPU also of its device work alone and of its host's."""
+    repeats = BACK_TO_BACK if device.type == "cuda" else 1
+    samplers: dict[tuple[str, str], Any] = {}
+    notes: dict[str, str] = {}
+    for name, step in steps.items():
+        samplers[name, "step_ms"] = lambda take=step.take: timing.time_of(take, device, repeats)
+        if device.type != "cuda":
+            continue
+        samplers[name, "host_ms"] = lambda take=step.take: timing.host_time(take, device)
+        if step.is_graph:
+            notes[name] = "replays its own graph"
+            continue
+        try:
+            replay = timing.capture(step.take, step.random)
+        except Exception as error:  # whatever it is: then there is no time of the device alone
+            notes[name] = f"not captured: {message(error)}"
+            continue
+        samplers[name, "device_ms"] = lambda replay=replay: timing.time_of(replay, device, repeats)
+        notes[name] = "replayed"
+    samples = timing.interleaved(samplers, rounds, deadline)
+    results: dict[str, dict[str, Any]] = {name: {"host_ms": None, "device_ms": None} for name in steps}
+    for (name, figure), values in samples.items():
+        results[name][figure] = timing.quantiles(values)
+    for name, result in results.items():
+        result["device"] = notes.get(name)
+        if device.type == "cuda" and result["device_ms"] is None:
+            result["device_ms"] = result["step_ms"]  # the best there is; the note says so
+    return results
+
+
+def critic_step(
+    name: str, precision: str, checked: Mapping[str, float | str], device: torch.device, schedule: Schedule
+) -> dict[str, Any]:
+    """Time one workload.
+
+    Args:
+        name: of :data:`~fastwgan.workloads.WORKLOADS`.
+        precision: "float32" or "bfloat16", of networks and data wholly.
+        checked: what :func:`check` found of the workload.
+        device: a CPU or a CUDA device.
+        schedule: how long it may take.
+
+    Returns:
+        ``{"workload", "precision", "batch", "implementations": {name: figures}, "dropped": {name: error}}``.
+    """
+    workload, dtype = WORKLOADS[name], PRECISIONS[precision]
+    deadline = schedule.next_deadline()
+    dropped = {implementation: found for implementation, found in checked.items() if isinstance(found, str)}
+    steps: dict[str, Step] = {}
+    figures: dict[str, dict[str, Any]] = {}
+    torch.compiler.reset()  # it allows a function only so many forms
+    for implementation, found in checked.items():
+        if isinstance(found, str):
+            continue
+        gc.collect()
+        peak = timing.Peak(device)
+        begun = time.perf_counter()
+        try:
+            step = IMPLEMENTATIONS[implementation](setting(workload, device, dtype))
+            for _ in range(CHECKED_STEPS):
+                step.take()
+            timing.wait(device)
+            seconds = time.perf_counter() - begun
+            figures[implementation] = {
+                "kernels": timing.kernels(step.take, device),
+                "peak_mib": peak.mebibytes(),
+                # The compilers remember what they made for the check, which was in float32.
+                "setup_s": found if dtype == torch.float32 else seconds,
+            }
+            steps[implementation] = step
+        except Exception as error:  # whatever it is, the others can still be measured
+            dropped[implementation] = message(error)
+    for implementation, times in _time(steps, device, schedule.rounds, deadline).items():
+        figures[implementation] = times | figures[implementation]
+    _compare(figures)
+    return {
+        "workload": name, "precision": precision, "batch": workload.batch, "implementations": figures,
+        "dropped": dropped,
+    }  # fmt: skip
+
+
+def _compare(figures: dict[str, dict[str, Any]]) -> None:
+    """Add ratios to the textbook, above 1 where it is slower; and take the steps themselves out of the set-up."""
+    for result in figures.values():
+        ordinary = CHECKED_STEPS * result["step_ms"]["q50"] / 1e3
+        result["setup_s"] = round(max(0.0, result["setup_s"] - ordinary), 2)
+        for figure in ("step_ms", "device_ms"):
+            textbook = figures.get("textbook", {}).get(figure)
+            ratio = round(textbook["q50"] / result[figure]["q50"], 3) if textbook else None
+            result[figure.replace("_ms", "_ratio")] = ratio

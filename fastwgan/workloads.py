@@ -1,0 +1,98 @@
+"""The GANs that benchmarks time and tests count launches of: two networks, a constraint, and the sizes that go with
+them. Each comes in a clipped and a penalised form. Data alone; nothing runs on import.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from fastwgan import models
+from fastwgan.constraints import GradientPenalty, WeightClip
+
+__all__ = ["WORKLOADS", "Workload"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A GAN whose critic step is measured.
+
+    Attributes:
+        generator, critic: make the network, of a width.
+        latent: width of a standard normal z [batch, latent].
+        shape: of one sample.
+        constraint: on the critic.
+        batch: real samples in a critic step.
+        width: the paper's; a test that wants less passes its own to ``generator`` and ``critic``.
+    """
+
+    generator: Callable[[int], nn.Module]
+    critic: Callable[[int], nn.Module]
+    latent: int
+    shape: tuple[int, ...]
+    constraint: WeightClip | GradientPenalty
+    batch: int = 64
+    width: int = 64
+
+
+def _mlp(constraint: WeightClip | GradientPenalty) -> Workload:
+    return Workload(
+        generator=lambda width: models.mlp([100, 128, 256, 512, 1024, 784], slope=0.2, norm=True, tanh=True),
+        critic=lambda width: models.mlp([784, 512, 256, 1], slope=0.2),
+        latent=100, shape=(784,), constraint=constraint,
+    )  # fmt: skip
+
+
+COLUMNS, PACK = 128, 10  # of a table once it is encoded; rows that are scored together
+
+
+def _tabular(constraint: WeightClip | GradientPenalty) -> Workload:
+    """CTGAN's batch of 500 rows. Ten to a score, they are 50 samples of ten rows, each with one eps and one norm."""
+    return Workload(
+        generator=lambda width: models.ctgan_generator(128, COLUMNS, width=width, pack=PACK),
+        critic=lambda width: models.ctgan_critic(COLUMNS, width=width, pack=PACK),
+        latent=128 * PACK, shape=(COLUMNS * PACK,), constraint=constraint, batch=50, width=256,
+    )  # fmt: skip
+
+
+# Below, BatchNorm goes with the clip alone: a penalty takes each sample's gradient by itself, and BatchNorm mixes them.
+
+
+def _dcgan(constraint: WeightClip | GradientPenalty) -> Workload:
+    return Workload(
+        generator=lambda width: models.dcgan_generator(100, width=width),
+        critic=lambda width: models.dcgan_critic(width=width, norm=isinstance(constraint, WeightClip)),
+        latent=100, shape=(3, 64, 64), constraint=constraint,
+    )  # fmt: skip
+
+
+def _resnet(constraint: WeightClip | GradientPenalty) -> Workload:
+    return Workload(
+        generator=lambda width: models.resnet_generator(128, width=width),
+        critic=lambda width: models.resnet_critic(width=width, norm=isinstance(constraint, WeightClip)),
+        latent=128, shape=(3, 32, 32), constraint=constraint, width=128,
+    )  # fmt: skip
+
+
+def _patchgan(constraint: WeightClip | GradientPenalty) -> Workload:
+    """The critic is what is measured: the generator is a narrow DCGAN's, far lighter than pix2pix's U-Net."""
+    norm = "batch" if isinstance(constraint, WeightClip) else "instance"
+    return Workload(
+        generator=lambda width: models.dcgan_generator(100, width=width // 4, size=256),
+        critic=lambda width: models.patch_critic(width=width, norm=norm),
+        latent=100, shape=(3, 256, 256), constraint=constraint, batch=4,
+    )  # fmt: skip
+
+
+WORKLOADS = {
+    "mlp-clip": _mlp(WeightClip()),
+    "mlp-penalty": _mlp(GradientPenalty()),
+    "dcgan-clip": _dcgan(WeightClip()),
+    "dcgan-penalty": _dcgan(GradientPenalty()),
+    "tabular-clip": _tabular(WeightClip()),
+    "tabular-penalty": _tabular(GradientPenalty()),
+    "resnet-clip": _resnet(WeightClip()),
+    "resnet-penalty": _resnet(GradientPenalty()),
+    "patchgan-clip": _patchgan(WeightClip()),
+    "patchgan-penalty": _patchgan(GradientPenalty()),
+}

@@ -1,0 +1,342 @@
+"""fastwgan bench end to end, what it drops and why, and the report that is made of its record."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from fastwgan import GradientPenalty, WeightClip, baselines, bench, bench_ops, bench_run, cli, models, workloads
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks import report
+
+CPU = torch.device("cpu")
+# One thread: where the machine is busy, several wait for each other.
+ENV = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+QUANTILES = ["q05", "q25", "q50", "q75", "q95", "samples"]
+
+
+def tiny(constraint):
+    return workloads.Workload(
+        generator=lambda width: models.mlp([8, width, 6], norm=True),
+        critic=lambda width: nn.Sequential(models.mlp([6, width, width, 1], slope=0.2), nn.Dropout(0.0)),
+        latent=8, shape=(6,), constraint=constraint, batch=8, width=32,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _tiny_workloads(monkeypatch):
+    for name, constraint in (("tiny-clip", WeightClip()), ("tiny-penalty", GradientPenalty())):
+        monkeypatch.setitem(workloads.WORKLOADS, name, tiny(constraint))
+
+
+def test_command_end_to_end(tmp_path):
+    """As a user runs it, in a process of its own: table, record, and what cannot run here with its reason."""
+    path = tmp_path / "cpu.json"
+    chosen = ["foreach", "graphed", "fastwgan"]
+    run = subprocess.run(
+        [sys.executable, "-m", "fastwgan", "bench", "--device", "cpu", "--workload", "mlp-penalty", "mlp-clip",
+         "--implementation", *chosen, "--rounds", "6", "--json", str(path)],
+        env=ENV, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "mlp-penalty, float32, batch 64" in run.stdout
+    assert "dropped: graphed: RuntimeError: a CUDA graph needs a GPU" in run.stdout
+    record = json.loads(path.read_text())
+    environment = record["environment"]
+    assert environment["torch"] == torch.__version__
+    assert {"device", "driver", "cuda", "triton", "python", "commit", "date", "tf32", "threads"} <= environment.keys()
+    assert record["settings"] == {"rounds": 6, "minutes": 8.0}
+    assert record["left_out"] == []
+    assert [(r["workload"], r["precision"]) for r in record["critic_step"]] == [
+        ("mlp-penalty", "float32"), ("mlp-clip", "float32"),
+    ]  # fmt: skip
+    for result in record["critic_step"]:
+        assert list(result["implementations"]) == ["textbook", "foreach", "fastwgan"]
+        assert list(result["dropped"]) == ["graphed"]
+        for figures in result["implementations"].values():
+            step = figures["step_ms"]
+            assert list(step) == QUANTILES
+            assert step["samples"] == 6
+            assert 0 < step["q05"] <= step["q50"] <= step["q95"]
+            textbook = result["implementations"]["textbook"]["step_ms"]["q50"]
+            assert figures["step_ratio"] == pytest.approx(textbook / step["q50"], abs=1e-3)
+            assert figures["device_ms"] is figures["host_ms"] is figures["kernels"] is figures["peak_mib"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--workload", "mnist"], "argument --workload: invalid choice: 'mnist'"),
+        (["--implementation", "magic"], "argument --implementation: invalid choice: 'magic'"),
+        (["--precision", "float16"], "argument --precision: invalid choice: 'float16'"),
+        (["--minutes", "0"], "argument --minutes: expected a number above 0, got '0'"),
+        (["--rounds", "0"], "argument --rounds: expected an int from 1"),
+        (["--json", "no/such/f.json"], "--json: no/such is no directory"),
+        (["--ops", "--workload", "mlp-clip"], "--ops: "),
+        (["--device", "tpu"], "--device: tpu cannot be used"),
+    ],
+)
+def test_bad_arguments(options, problem, capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main(["bench", *options])
+    assert error.value.code == 2
+    assert problem in capsys.readouterr().err
+
+
+# The check
+
+
+def step(name, precision="float32", rounds=5, minutes=1.0, implementations=("foreach",)):
+    schedule = bench.Schedule(minutes, 1, rounds)
+    return bench.critic_step(name, precision, bench.check(name, implementations, CPU, schedule), CPU, schedule)
+
+
+class _OneEps(baselines.Setting):
+    def eps(self):
+        return super().eps()[:1].expand(len(self.real))
+
+
+class _StaleLatents(baselines.Setting):
+    def latents(self):
+        if not hasattr(self, "kept"):
+            self.kept = super().latents()
+        return self.kept
+
+
+class _Unclamped(baselines.Setting):
+    def clamp_(self):
+        pass
+
+
+class _HalfLoss(baselines.Setting):
+    def loss(self, fake):
+        return 0.9 * self.critic(fake).mean() - self.critic(self.real).mean()
+
+
+def faulty(kind, setting):
+    return baselines.foreach(kind(**vars(setting)))
+
+
+def test_all_that_is_right_is_kept():
+    for name in ("tiny-clip", "tiny-penalty"):
+        result = step(name, implementations=("foreach", "fastwgan"))
+        assert result["dropped"] == {}
+        assert list(result["implementations"]) == ["textbook", "foreach", "fastwgan"]
+
+
+@pytest.mark.parametrize(
+    ("workload", "fault"),
+    [
+        ("tiny-penalty", _OneEps),
+        ("tiny-penalty", _StaleLatents),
+        ("tiny-clip", _StaleLatents),
+        ("tiny-clip", _Unclamped),
+        ("tiny-clip", _HalfLoss),
+    ],
+)
+def test_planted_faults_are_dropped_with_their_error(workload, fault, monkeypatch):
+    monkeypatch.setitem(baselines.IMPLEMENTATIONS, "foreach", partial(faulty, fault))
+    result = step(workload)
+    assert list(result["implementations"]) == ["textbook"]
+    assert "from the float64 textbook's" in result["dropped"]["foreach"]
+
+
+@pytest.mark.parametrize("weight", [9.0, 5.0])
+def test_another_penalty_weight_is_dropped(weight, monkeypatch):
+    def other(setting):
+        setting.workload = tiny(GradientPenalty(weight))
+        return baselines.foreach(setting)
+
+    monkeypatch.setitem(baselines.IMPLEMENTATIONS, "foreach", other)
+    assert "where" in step("tiny-penalty")["dropped"]["foreach"]
+
+
+def test_nan_is_dropped(monkeypatch):
+    def nan(setting):
+        return baselines.Step(lambda: [p.data.fill_(float("nan")) for p in setting.critic.parameters()])
+
+    monkeypatch.setitem(baselines.IMPLEMENTATIONS, "foreach", nan)
+    assert "are nan from" in step("tiny-clip")["dropped"]["foreach"]
+
+
+def test_bfloat16_is_timed_and_checked_in_float32():
+    result = step("tiny-penalty", "bfloat16")
+    assert list(result["implementations"]) == ["textbook", "foreach"]
+
+
+def test_time_that_is_over_is_said():
+    result = step("tiny-clip", rounds=100, minutes=1e-9)
+    assert result["dropped"] == {"foreach": "left out for time"}
+    assert result["implementations"]["textbook"]["step_ms"]["samples"] == 5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", ["mlp-clip", "mlp-penalty", "tabular-penalty", "dcgan-clip", "resnet-penalty"])
+def test_compiled_peers_take_the_same_step(name, monkeypatch):
+    """At a tenth of the width: what compiles and comes out the same does not depend on it."""
+    whole = workloads.WORKLOADS[name]
+    narrow = workloads.Workload(**(vars(whole) | {"width": 8, "batch": min(whole.batch, 10)}))
+    monkeypatch.setitem(workloads.WORKLOADS, name, narrow)
+    result = step(name, minutes=60.0, implementations=("compiled", "compiled-step"))
+    assert result["dropped"] == {}
+    assert list(result["implementations"]) == ["textbook", "compiled", "compiled-step"]
+
+
+@pytest.mark.parametrize("name", [name for name in workloads.WORKLOADS if not name.startswith("tiny")])
+def test_every_workload_fits_together(name):
+    """Generator, critic and the shape of a sample; and the textbook can take a step."""
+    workload = workloads.WORKLOADS[name]
+    narrow = workloads.Workload(**(vars(workload) | {"width": 8, "batch": 2}))
+    made = bench.setting(narrow, CPU, torch.float32)
+    assert made.fakes().shape == made.real.shape
+    before = [p.clone() for p in made.critic.parameters()]
+    baselines.textbook(made).take()
+    assert any(not torch.equal(p, q) for p, q in zip(made.critic.parameters(), before, strict=True))
+
+
+def test_figures_of_a_gpu(monkeypatch):
+    """By stand-ins for what needs one: which step is captured, what stands for one that is not, and the table."""
+
+    def capture(call, random):
+        if random:
+            raise RuntimeError("it waits")
+        return call
+
+    monkeypatch.setattr(bench.timing, "capture", capture)
+    monkeypatch.setattr(bench.timing, "time_of", lambda call, *_: 1.0)
+    monkeypatch.setattr(bench.timing, "host_time", lambda call, *_: 0.5)
+    gpu = SimpleNamespace(type="cuda")
+    steps = {
+        "textbook": baselines.Step(lambda: None),
+        "fastwgan": baselines.Step(lambda: 1, random=(torch.Generator(),)),
+        "graphed": baselines.Step(lambda: 2, is_graph=True),
+    }
+    figures = bench._time(steps, gpu, 5, 0.0)
+    for result in figures.values():
+        result.update(kernels=9, peak_mib=1.0, setup_s=2.0)
+    bench._compare(figures)
+    assert figures["textbook"]["device"] == "replayed"
+    assert figures["fastwgan"]["device"] == "not captured: RuntimeError: it waits"
+    assert figures["fastwgan"]["device_ms"] == figures["fastwgan"]["step_ms"]
+    assert figures["graphed"]["device"] == "replays its own graph"
+    assert all(result["host_ms"]["q50"] == 0.5 for result in figures.values())
+    result = {"workload": "w", "precision": "float32", "batch": 1, "implementations": figures, "dropped": {}}
+    assert bench_run._step_table(result, gpu=True).row_count == 3
+
+
+# Ops
+
+
+@pytest.mark.parametrize("op", bench_ops.OPS)
+def test_ops(op, monkeypatch):
+    """Each implementation's result is checked; here compiled ones without their compiler."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    case = bench_ops.Case(op, 64 * 20, 20)
+    assert list(bench_ops.builders(case, CPU)) == list(bench_ops.OPS[op].names)
+    result = bench_ops.measure(case, CPU, 10.0, bench.Schedule(1.0, 1, 5))
+    assert result["dropped"] == {}
+    assert list(result["implementations"]) == list(bench_ops.OPS[op].names)
+    for figures in result["implementations"].values():
+        assert figures["share"] == pytest.approx(result["bytes"] / figures["ms"]["q50"] / 1e6 / 10, rel=1e-3)
+
+
+def test_a_wrong_op_is_dropped(monkeypatch):
+    monkeypatch.setattr("fastwgan.functional.interpolate", lambda real, fake, seed: torch.lerp(real, fake, 0.5))
+    result = bench_ops.measure(bench_ops.Case("interpolate", 640), CPU, 10.0, bench.Schedule(1.0, 1, 5))
+    assert list(result["implementations"]) == ["lerp"]
+    assert "of the largest value away" in result["dropped"]["fastwgan"]
+
+
+def test_cases_of_a_gpu_and_of_a_cpu():
+    gpu = bench_ops.cases(torch.device("cuda"))
+    assert {c.elements for c in gpu if c.op == "RMSprop"} == {2**10, 2**20, 2**26, 2**28}
+    assert {c.tensors for c in gpu if c.op == "Adam"} == {1, 20, 300}
+    assert max(c.elements for c in bench_ops.cases(CPU)) == bench_ops.LARGEST_ON_CPU
+    assert str(bench_ops.Case("Adam", 1024, 20)) == "Adam 1024 in 20"
+
+
+# The report
+
+ENVIRONMENT = {
+    "device": "A CPU", "type": "cpu", "driver": None, "cuda": None, "torch": "2", "triton": "3", "python": "3.11",
+    "fastwgan": "0.1.0", "commit": "abc1234", "date": "2026-01-01", "tf32": None, "threads": 2,
+}  # fmt: skip
+
+
+def figures(ms, ratio, gpu=False):
+    result = {"step_ms": {"q50": ms}, "step_ratio": ratio}
+    return result | ({"device_ms": {"q50": ms / 2}, "device_ratio": ratio + 1} if gpu else {})
+
+
+def steps_record(gpu=False):
+    environment = ENVIRONMENT
+    if gpu:
+        environment = ENVIRONMENT | {
+            "type": "cuda", "driver": "580", "cuda": "13.0", "tf32": {"matmul": False, "cudnn": True},
+        }  # fmt: skip
+    done = {
+        "textbook": figures(6.5, 1.0, gpu), "foreach": figures(4.0, 1.625, gpu), "fastwgan": figures(8.0, 0.8125, gpu),
+    }  # fmt: skip
+    result = {
+        "workload": "mlp-clip", "precision": "float32", "batch": 64, "implementations": done,
+        "dropped": {"graphed": "RuntimeError: a CUDA graph needs a GPU"},
+    }  # fmt: skip
+    return {"environment": environment, "left_out": ["dcgan-clip float32: time"], "critic_step": [result]}
+
+
+def ops_record():
+    def case(elements, tensors):
+        shares = {"foreach": 0.4, "fastwgan": 0.9}
+        done = {name: {"ms": {"q50": 1.0}, "gb_s": 9.0, "share": share} for name, share in shares.items()}
+        return {"op": "RMSprop", "elements": elements, "tensors": tensors, "implementations": done, "dropped": {}}
+
+    cases = [case(elements, tensors) for elements in (1024, 2048) for tensors in (1, 20, 300)]
+    return {"environment": ENVIRONMENT, "left_out": [], "copy_gb_s": 10.0, "ops": cases}
+
+
+def test_report(tmp_path):
+    """README's table with a loss in it, the same from a second run, and pictures."""
+    readme, out = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    records = [("cpu.json", steps_record()), ("gpu.json", steps_record(gpu=True)), ("ops.json", ops_record())]
+    for name, record in records:
+        (tmp_path / name).write_text(json.dumps(record))
+    arguments = [str(tmp_path / name) for name, _ in records]
+    texts = []
+    for _ in range(2):
+        assert report.main([*arguments, "--out", str(out), "--readme", str(readme)]) == 0
+        texts.append(readme.read_text())
+    assert texts[0] == texts[1]
+    assert texts[0].startswith(f"before\n{report.BEGIN}\n")
+    assert texts[0].endswith(f"{report.END}\nafter\n")
+    assert "old" not in texts[0]
+    assert "| critic step | textbook, ms | foreach | fastwgan |\n" in texts[0]
+    assert "| mlp-clip, float32, batch 64 | 6.5 | 1.62 | 0.81 |" in texts[0]
+    assert "| mlp-clip, float32, batch 64 | 6.5 / 3.25 | 1.62 / 2.62 | 0.81 / 1.81 |" in texts[0]
+    assert "Left out: graphed: RuntimeError: a CUDA graph needs a GPU" in texts[0]
+    assert "Left out: dcgan-clip float32: time" in texts[0]
+    assert "TF32 in cudnn" in texts[0]
+    for name in ("cpu-ratios.png", "gpu-ratios.png", "ops-bandwidth.png"):
+        assert (out / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_report_of_no_record(tmp_path, capsys):
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path / "x.json")])
+    assert "not written by fastwgan bench" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="README.md: expected <!-- benchmarks -->"):
+        report.into("no markers", [])
+
+
+def test_readme_has_the_markers():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert report.into(readme, ["| figures |"]).count("| figures |") == 1
