@@ -1,13 +1,16 @@
-"""Counting what a step asks of the device: dispatcher calls that reach a kernel, and our own launches."""
+"""Counting what a step asks of the device: dispatcher calls that reach a kernel, our own launches, and memory."""
 
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import triton
 from fastwgan.kernels import table
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 # Views, allocations and bookkeeping: dispatched, but nothing runs on the device for them.
 HOST_ONLY = {
@@ -52,6 +55,33 @@ def count_kernels() -> Iterator[Counter[str]]:
             yield mode.counts
     finally:
         executor.__call__, table.upload = run, upload
+
+
+class Live(TorchDispatchMode):
+    """Within it, bytes in tensors that have been made since and are alive: ``now``, and at the ``peak``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in given:
+                self._add(x.untyped_storage())
+        return result
+
+    def _add(self, storage: Any) -> None:
+        if storage not in self._seen:
+            self._seen.add(storage)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._free, storage.nbytes())
+
+    def _free(self, size: int) -> None:
+        self.now -= size
 
 
 def ours(counts: Counter[str]) -> dict[str, int]:

@@ -10,7 +10,8 @@ from cases import OPS, WORKLOADS
 from torch import nn
 
 import fastwgan
-from fastwgan import Trainer, functional
+from fastwgan import Trainer, functional, reference
+from fastwgan.graphs import WARM_UP
 from fastwgan.trainer import PROBED_STEPS
 
 pytestmark = pytest.mark.gpu
@@ -70,13 +71,16 @@ def no_synchronisation():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("cuda_graph", [False, True], ids=["eager", "graphed"])
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_steps_do_not_wait_for_the_device(name):
+def test_steps_do_not_wait_for_the_device(name, cuda_graph):
     workload = WORKLOADS[name]
     generator, critic = workload.generator(8).to(DEVICE), workload.critic(8).to(DEVICE)
-    trainer = Trainer(generator, critic, latent=workload.latent, constraint=workload.constraint, n_critic=2)
+    trainer = Trainer(
+        generator, critic, latent=workload.latent, constraint=workload.constraint, n_critic=2, cuda_graph=cuda_graph
+    )
     real = torch.randn(8, *workload.shape, device=DEVICE)
-    for _ in range(2 * PROBED_STEPS):
+    for _ in range(PROBED_STEPS + 2 * (WARM_UP + 1)):  # what looks at the networks, compiles or captures may wait
         trainer.step(real)
     torch.cuda.synchronize()
     with no_synchronisation():
@@ -85,3 +89,51 @@ def test_steps_do_not_wait_for_the_device(name):
         for _ in range(4):
             metrics = trainer.step(real)
     assert all(map(math.isfinite, metrics.as_dict().values()))
+
+
+@pytest.mark.parametrize("name", [name for name in WORKLOADS if name.startswith(("mlp", "dcgan"))])
+def test_compiled_and_graphed_steps_are_the_eager_ones(name):
+    workload = WORKLOADS[name]
+    runs = []
+    for options in ({"cuda_graph": False}, {"cuda_graph": True, "compile": True}):
+        torch.manual_seed(0)
+        networks = workload.generator(8).to(DEVICE), workload.critic(8).to(DEVICE)
+        trainer = Trainer(*networks, latent=workload.latent, constraint=workload.constraint, n_critic=1, **options)
+        before = nn.utils.parameters_to_vector(trainer.critic.parameters()).detach()
+        for i in range(PROBED_STEPS + WARM_UP + 5):
+            torch.manual_seed(i)
+            trainer.step(torch.rand(8, *workload.shape, device=DEVICE))
+        runs.append(nn.utils.parameters_to_vector(trainer.critic.parameters()).detach())
+    # An optimizer turns the rounding of a gradient that is all but zero into a step of full length.
+    assert (runs[1] - runs[0]).norm() <= 0.05 * (runs[0] - before).norm()
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_no_more_memory_than_the_textbooks(name):
+    """As PyTorch's allocator counts it, at the peak of a critic step."""
+    workload = WORKLOADS[name]
+    clip = getattr(workload.constraint, "bound", None)
+    real = torch.rand(8, *workload.shape, device=DEVICE)
+
+    def peak(step, critic):
+        for _ in range(PROBED_STEPS + 1):
+            step()
+        for p in critic.parameters():
+            p.grad = None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+
+    generator, critic = workload.generator(8).to(DEVICE), workload.critic(8).to(DEVICE)
+    optimizer = torch.optim.RMSprop(critic.parameters(), foreach=False)
+    options = {"penalty_weight": 10.0} if clip is None else {"clip": clip}
+
+    def textbook():
+        z = torch.randn(8, workload.latent, device=DEVICE)
+        reference.textbook_critic_step(generator, critic, optimizer, real, z, **options)
+
+    allowed = peak(textbook, critic)
+    trainer = Trainer(generator, critic, latent=workload.latent, constraint=workload.constraint, cuda_graph=False)
+    assert peak(lambda: trainer.critic_step(real), critic) <= allowed + 2**16  # statistics, counters and tables

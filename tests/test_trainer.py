@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cases import WORKLOADS
-from launches import count_kernels
+from launches import Live, count_kernels
 from torch import nn
 
 from fastwgan import Adam, GradientPenalty, RMSprop, Trainer, WeightClip, models, reference, warmup_schedule
@@ -171,6 +171,32 @@ def test_lean_budgets(name):
     assert sum(counts.values()) <= budget, counts
     assert counts["_scores_kernel"] == counts["_update_kernel"] == 1
     assert counts["_penalty_kernel"] == counts["_interpolate_kernel"] == isinstance(constraint, GradientPenalty)
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_no_more_memory_than_the_textbooks(name):
+    """At the peak of a critic step, generator included, in tensors that are alive."""
+    workload = WORKLOADS[name]
+    options = {"clip": 0.01} if isinstance(workload.constraint, WeightClip) else {"penalty_weight": 10.0}
+    real = torch.rand(16, *workload.shape)
+    generator, critic = workload.generator(16), workload.critic(16)
+    optimizer = torch.optim.RMSprop(critic.parameters(), foreach=False)
+
+    def textbook():
+        reference.textbook_critic_step(generator, critic, optimizer, real, torch.randn(16, 100), **options)
+
+    def peak(step):
+        for _ in range(PROBED_STEPS + 1):
+            step()
+        for p in critic.parameters():
+            p.grad = None
+        with Live() as live:
+            step()
+        return live.peak
+
+    allowed = peak(textbook)
+    trainer = Trainer(generator, critic, latent=100, constraint=workload.constraint, backend="torch")
+    assert peak(lambda: trainer.critic_step(real)) <= allowed + 2**10  # statistics
 
 
 @pytest.mark.interpreted
