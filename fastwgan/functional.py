@@ -594,7 +594,7 @@ def check_parameter(name: str, p: object) -> None:
 
 
 @cache
-def _clipper(device: torch.device, dtype: torch.dtype, stream: int) -> Any:
+def _clipper(device: torch.device, dtype: torch.dtype, stream: int, bound: float) -> Any:  # a graph keeps its bound
     return kernels.update.Update(device, dtype)
 
 
@@ -627,7 +627,7 @@ def clip_and_count_(parameters: Iterable[Tensor], bound: float, backend: Backend
             continue
         dense = [p.detach() if is_dense(p) else p.detach().contiguous() for p in params]
         hyper = ((*[0.0] * (kernels.table.HYPER_COLUMNS.value - 1), limit),)
-        launcher = _clipper(device, dtype, kernels.arrival.stream_of(device))
+        launcher = _clipper(device, dtype, kernels.arrival.stream_of(device), limit)
         share = launcher.launch("clamp", dense, None, [()] * len(dense), None, hyper, [0] * len(dense))
         torch.autograd.graph.increment_version(params)
         for p, work in zip(params, dense, strict=True):

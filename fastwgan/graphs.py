@@ -3,7 +3,8 @@
 A replay launches a whole step at once, with the kernels, addresses and numbers of its capture. So whatever changes from
 step to step is in device memory that a graph reads anew: the batch is copied to a static one, latents come from
 generators registered with the graph, eps and the optimizers' numbers from tables that are brought up to date before a
-replay. What a step returns is copied, as the next replay writes over it.
+replay. What a step returns is copied, as the next replay writes over it. What only Python knows stays as it was:
+numbers that a forward pass reads, hooks, tensors that are neither parameters nor buffers.
 """
 
 import warnings
@@ -36,22 +37,28 @@ class Capture:
     """The stream and the memory that a trainer's graphs share: they are replayed one at a time, in stream order."""
 
     def __init__(self, device: torch.device, generators: Sequence[torch.Generator]) -> None:
-        self._device, self._generators = device, generators
+        self._device = device
+        self._generators = [*generators, torch.cuda.default_generators[device.index or 0]]
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
+
+    def forget(self) -> None:
+        """Take other memory from now on: that of graphs which are gone cannot be captured into."""
+        self._pool = None
 
     def warm_up(self, work: Callable[[], Outputs]) -> tuple[Outputs, str | None]:
         """Run ``work`` on the stream of the captures to come; return its outputs, and what in it cannot be captured."""
         current, mode = torch.cuda.current_stream(self._device), torch.cuda.get_sync_debug_mode()
         self._stream.wait_stream(current)
-        with warnings.catch_warnings(record=True) as caught, torch.cuda.stream(self._stream):
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                outputs = work()
+                with torch.cuda.stream(self._stream):
+                    outputs = work()
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
-        current.wait_stream(self._stream)
+                current.wait_stream(self._stream)
         problem = None
         for w in caught:
             if "called a synchronizing CUDA operation" in str(w.message):
@@ -61,25 +68,43 @@ class Capture:
         return outputs, problem
 
     def capture(self, work: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
-        """Capture ``work``, which runs nothing; return its outputs, garbage until a replay, and what replays it."""
+        """Capture ``work``, which runs nothing; return its outputs, garbage until a replay, and what replays it.
+
+        Raises:
+            Exception: it cannot be captured. Streams and random generators can be used as before.
+        """
         graph = torch.cuda.CUDAGraph()
-        for generator in self._generators:
-            graph.register_generator_state(generator)
-        # Other threads, such as a data loader's, may go on allocating.
-        with (
-            torch.cuda.device(self._device),
-            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
-        ):
-            outputs = work()
+        try:
+            # The stream twice: PyTorch's context leaves it as it is where a capture fails to begin or to end.
+            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+                for generator in self._generators[:-1]:  # PyTorch's own is always registered
+                    graph.register_generator_state(generator)
+                # Other threads, such as a data loader's, may go on allocating.
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    outputs = work()
+        except Exception:
+            for generator in self._generators:  # which might still take itself for being captured
+                generator.graphsafe_set_state(generator.clone_state())
+            raise
+        self._pool = graph.pool()
         return outputs, graph.replay
 
 
-def _signature(x: Any) -> Hashable:
-    """What has to be the same for a graph to serve: of a tensor all but its values."""
-    if isinstance(x, Tensor):
-        return x.shape, x.stride(), x.dtype, x.device
-    hash(x)
-    return type(x), x
+CONSTANTS = (bool, int, float, str, type(None))
+
+
+def _signature(x: Any, device: torch.device) -> Hashable:
+    """What has to be the same for a graph to serve: of a tensor all but its values.
+
+    Raises:
+        TypeError: ``x`` cannot be the input of a graph.
+    """
+    if isinstance(x, Tensor) and x.device == device:
+        return x.shape, x.stride(), x.dtype
+    if isinstance(x, CONSTANTS) or (isinstance(x, tuple) and all(isinstance(part, CONSTANTS) for part in x)):
+        return type(x), x
+    what = f"tensor on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+    raise TypeError(f"a {what} among its inputs, where graphs take tensors on their device and plain constants")
 
 
 class _Graph:
@@ -89,8 +114,8 @@ class _Graph:
         self.args = tuple(torch.empty_like(x) if isinstance(x, Tensor) else x for x in args)
         self.runs = 0
         self.replay: Callable[[], None] | None = None
-        self.packed: Tensor | None = None
-        self._shapes: list[torch.Size | None] = []
+        self._packed: Tensor | None = None
+        self._like: list[tuple[torch.Size, torch.dtype] | None] = []
 
     def fill(self, args: tuple[Any, ...]) -> None:
         for static, x in zip(self.args, args, strict=True):
@@ -99,16 +124,17 @@ class _Graph:
 
     def pack(self, outputs: Outputs) -> Outputs:
         """All outputs as one tensor, so that one launch copies them."""
-        self._shapes = [None if x is None else x.shape for x in outputs]
-        self.packed = torch.cat([x.detach().reshape(-1) for x in outputs if x is not None])
-        return (self.packed,)
+        self._like = [None if x is None else (x.shape, x.dtype) for x in outputs]
+        self._packed = torch.cat([x.detach().reshape(-1) for x in outputs if x is not None])
+        return (self._packed,)
 
     def outputs(self) -> Outputs:
         """A copy of what the last replay left."""
-        assert self.packed is not None
-        sizes = [0 if shape is None else shape.numel() for shape in self._shapes]
-        parts = torch.split(self.packed.clone(), sizes)
-        return tuple(None if s is None else x.view(s) for s, x in zip(self._shapes, parts, strict=True))
+        assert self._packed is not None
+        parts = torch.split(self._packed.clone(), [0 if like is None else like[0].numel() for like in self._like])
+        return tuple(
+            None if like is None else x.view(like[0]).to(like[1]) for x, like in zip(parts, self._like, strict=True)
+        )
 
 
 class Graphs:
@@ -126,21 +152,23 @@ class Graphs:
         self, device: torch.device, generators: Sequence[torch.Generator], networks: Sequence[nn.Module],
         optimizers: Sequence[RMSprop | Adam], *, required: bool,
     ) -> None:  # fmt: skip
+        self.optimizers = optimizers
+        self._device, self._networks, self._required = device, networks, required
         self._capture = Capture(device, generators)
-        self._networks, self._optimizers, self._required = networks, optimizers, required
         self._modules: list[nn.Module] = []
         self._state: Any = None
         self._graphs: dict[Hashable, _Graph] = {}
+        self._problem: str | None = None  # with steps as they are
         self._refused = False
 
     def _depended_on(self) -> tuple[list[Any], ...]:
         """What a graph has inside that an eager step would look up: addresses, modes, and which algorithm it is."""
         parts = [x for m in self._modules for d in (m._modules, m._parameters, m._buffers) for x in d.values()]
         tensors = [x for x in parts if isinstance(x, Tensor)]
-        for optimizer in self._optimizers:
+        for optimizer in self.optimizers:
             for state in optimizer.state.values():
                 tensors += state.values()
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         return (
             [id(x) for x in parts],
             [x.data_ptr() for x in tensors],
@@ -160,6 +188,7 @@ class Graphs:
     def forget(self) -> None:
         """Make all graphs anew."""
         self._graphs.clear()
+        self._capture.forget()
 
     def run(self, work: Work, *args: Any) -> Outputs:
         """``work(*args)``, replayed where its like has been captured.
@@ -168,45 +197,56 @@ class Graphs:
         tensors that a graph overwrites and :meth:`run` copies.
 
         Raises:
-            RuntimeError: ``work`` cannot be captured, and was ``required`` to be.
+            RuntimeError: ``work`` cannot be captured, and was ``required`` to be. It has not been run then.
         """
-        if self._refused:
-            return work(*args)
-        self._follow_changes()
-        try:
-            key = (work.__name__, *map(_signature, args))
-        except TypeError:
-            self._refuse("an argument of a step is neither a tensor nor a constant that can be compared")
-            return work(*args)
-        graph = self._graphs.get(key)
+        key = None
+        if not self._refused:
+            self._follow_changes()
+            try:
+                key = (work.__name__, *(_signature(x, self._device) for x in args))
+            except TypeError as error:
+                self._problem = f"there is {error}"
+            if self._problem is not None:
+                self._refuse(self._problem)
+        graph = None if self._refused else self._graph(key, args)
         if graph is None:
-            if len(self._graphs) >= GRAPHS:
-                return work(*args)
-            graph = self._graphs[key] = _Graph(args)
+            return work(*args)
         graph.fill(args)
         if graph.replay is None and graph.runs < WARM_UP:
             graph.runs += 1
             outputs, problem = self._capture.warm_up(lambda: work(*graph.args))
-            if problem is not None and graph.runs == WARM_UP:  # the first runs may look and wait, later ones not
-                self._refuse(problem)
+            if graph.runs == WARM_UP:  # the first runs may look and wait, later ones not
+                self._problem = problem
             return outputs
         if graph.replay is None:
             try:
                 _, graph.replay = self._capture.capture(lambda: graph.pack(work(*graph.args)))
             except Exception as error:
-                self._refuse(f"its capture failed: {error}", error)
+                told = [str(e) for e in (error, error.__context__) if e is not None]  # the latter came first
+                self._refuse(f"its capture failed: {', after '.join(told)}", error)
                 return work(*args)
             finally:
                 kernels.table.fill_pending()
-        for optimizer in self._optimizers:
+        for optimizer in self.optimizers:
             optimizer.refresh()
         graph.replay()
         return graph.outputs()
 
+    def _graph(self, key: Hashable, args: tuple[Any, ...]) -> _Graph | None:
+        """The graph for inputs like these, a new one if need be; None where there are too many."""
+        if key not in self._graphs:
+            candidates = [k for k, graph in self._graphs.items() if graph.replay is None]
+            if len(self._graphs) - len(candidates) >= GRAPHS:
+                return None
+            if len(candidates) >= GRAPHS:
+                del self._graphs[candidates[0]]  # the oldest: a constant that is another in each step leaves many
+            self._graphs[key] = _Graph(args)
+        return self._graphs[key]
+
     def _refuse(self, reason: str, cause: Exception | None = None) -> None:
-        self._refused = True
-        self.forget()
         message = f"cuda_graph: a step cannot be captured, because {reason}"
         if self._required:
             raise RuntimeError(message) from cause
+        self._refused = True
+        self.forget()
         warnings.warn(f"{message}; training goes on without CUDA graphs", stacklevel=6)

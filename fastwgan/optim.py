@@ -42,7 +42,6 @@ class _Optimizer(Optimizer):
             raise ValueError(f"backend: expected 'auto', 'triton' or 'torch', got {backend!r}")
         self.backend: Backend = backend
         self._updates: dict[tuple[torch.device, torch.dtype, bool, bool], Any] = {}
-        self._rows: dict[tuple[torch.device, torch.dtype, bool, bool], list[dict[str, Any]]] = {}  # groups, by launch
         self.shares: list[tuple[Tensor, int]] = []  # of the last step: (share of weights on their bound, of how many)
         super().__init__(params, {**defaults, "differentiable": False})  # an option that torch's base class looks for
 
@@ -51,6 +50,11 @@ class _Optimizer(Optimizer):
             check_number(name, group[name], minimum=0)
         if group["clip"] is not None:
             check_number("clip", group["clip"], minimum=0, exclusive=True)
+
+    @staticmethod
+    def _variant(group: dict[str, Any]) -> tuple[bool, bool]:
+        """What makes another kernel of the algorithm: (has momentum, centered)."""
+        return group.get("momentum", 0) > 0, bool(group.get("centered", False))
 
     def _used_states(self, group: dict[str, Any]) -> tuple[str | None, ...]:
         """The names of the state tensors that ``group`` uses, None where one is not used."""
@@ -83,7 +87,7 @@ class _Optimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for name in ("_updates", "_rows", "_means"):  # kept by load_state_dict: a graph may read the tables
+        for name in ("_updates", "_means"):  # kept by load_state_dict: a graph may read the tables
             self.__dict__.setdefault(name, {})
         self.shares = []
         for group in self.param_groups:
@@ -100,7 +104,10 @@ class _Optimizer(Optimizer):
 
     @property
     def saturation(self) -> Tensor | None:
-        """The share of clamped weights that lay on their bound after the last step, 0-d; None if none are clamped."""
+        """The share of clamped weights that lay on their bound after the last step, 0-d; None if none are clamped.
+
+        Of the last call of :meth:`step`, that is: a CUDA graph's replays make no call.
+        """
         combined = combine_shares(self.shares)
         return None if combined is None else combined[0]
 
@@ -130,11 +137,11 @@ class _Optimizer(Optimizer):
         buckets: dict[tuple[torch.device, torch.dtype, bool, bool], list[tuple[Tensor, dict[str, Any]]]] = {}
         for group in self.param_groups:
             self._check_group(group)
-            shape = (group.get("momentum", 0) > 0, group.get("centered", False))
+            variant = self._variant(group)
             for p in group["params"]:
                 if p.grad is not None and p.numel():
                     self._check_member(p, group)
-                    buckets.setdefault((p.device, p.dtype, *shape), []).append((p, group))
+                    buckets.setdefault((p.device, p.dtype, *variant), []).append((p, group))
         backends = {key: resolve(self.backend, key[0]) for key in buckets}
         self.shares = []
         with torch.no_grad():
@@ -195,13 +202,10 @@ class _Optimizer(Optimizer):
     ) -> None:
         device, dtype, momentum, centered = key
         params, grads, states, steps, copies = [], [], [], [], []
-        groups: list[dict[str, Any]] = []  # a row of numbers for each, also where two are equal: a graph keeps the row
+        groups = self._groups_of(key)
         hyper_rows, clamped = [], 0
-        row_of_group: dict[int, int] = {}
+        row_of_group = {id(group): row for row, group in enumerate(groups)}
         for p, group in members:
-            if id(group) not in row_of_group:
-                row_of_group[id(group)] = len(groups)
-                groups.append(group)
             if kernels.arrival.capturing(device) and not self.state[p]:
                 raise RuntimeError(kernels.table.NOT_WARM)  # a replay would make the state anew
             state = self._ensure_state(p, group)
@@ -224,7 +228,6 @@ class _Optimizer(Optimizer):
             clamped += 0 if group["clip"] is None else p.numel()
         if key not in self._updates:
             self._updates[key] = kernels.update.Update(device, dtype)
-        self._rows[key] = groups
         share = self._updates[key].launch(
             self._algorithm, params, grads, states, steps, self._hyper_rows(key), hyper_rows,
             momentum=momentum, centered=centered,
@@ -235,11 +238,18 @@ class _Optimizer(Optimizer):
         if share is not None:
             self.shares.append((share, clamped))
 
+    def _groups_of(self, key: tuple[torch.device, torch.dtype, bool, bool]) -> list[dict[str, Any]]:
+        """The groups that a launch may be of, one row of numbers each, whether or not their parameters have gradients:
+        so a row stays a group's, in a graph too."""
+        return [group for group in self.param_groups if self._variant(group) == key[2:]]
+
     def _hyper_rows(self, key: tuple[torch.device, torch.dtype, bool, bool]) -> tuple[tuple[float, ...], ...]:
-        clips = [group["clip"] for group in self._rows[key]]
-        # The bound as this dtype holds it, so that weights on it are counted.
-        bounds = [math.inf if clip is None else check_bound("clip", clip, key[1]) for clip in clips]
-        return tuple(self._hyper(group, bound) for group, bound in zip(self._rows[key], bounds, strict=True))
+        rows = []
+        for group in self._groups_of(key):
+            # The bound as this dtype holds it, so that weights on it are counted.
+            none = group["clip"] is None or group["clip"] > torch.finfo(key[1]).max
+            rows.append(self._hyper(group, math.inf if none else check_bound("clip", group["clip"], key[1])))
+        return tuple(rows)
 
     def refresh(self) -> None:
         """Have launches that a CUDA graph replays use the groups' present numbers, as a replay runs no Python.
@@ -251,8 +261,8 @@ class _Optimizer(Optimizer):
         """
         for group in self.param_groups:
             self._check_group(group)
-        for key in self._rows:
-            self._updates[key].set_hyper(self._hyper_rows(key))
+        for key, update in self._updates.items():
+            update.set_hyper(self._hyper_rows(key))
 
     def state_dict(self) -> dict[str, Any]:
         """The state as ``torch.optim``'s optimizer of the same name has it: a copy that later steps do not change."""

@@ -7,6 +7,7 @@ step's passes traced by torch.compile into one graph.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from fastwgan.constraints import GradientPenalty, WeightClip
 
 __all__ = ["Compiled", "Eager"]
 
-CONSTANTS = 64  # cotangents kept; a run has two or three, one with ever new batch sizes many
 NO_GRAPH = "generator: its output: expected to depend on its parameters, got one without a graph"
 
 
@@ -143,13 +143,21 @@ class Eager:
             constant = torch.full_like(like, value, requires_grad=False)
             if second_half is not None:
                 constant[len(constant) // 2 :] = second_half
-            if len(self._constants) >= CONSTANTS:
-                self._constants.clear()
-            self._constants[key] = constant
+            self._constants[key] = constant  # for good: a graph may read it
         return constant
 
     def _ones_like(self, x: Tensor) -> Tensor:
         return self._constant(x, 1.0)
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile into one graph. Dynamo allows a code object a few forms in a process; each trainer gets its own."""
+    own = FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__,
+        function.__closure__,
+    )  # fmt: skip
+    compiled: Callable[..., Any] = torch.compile(own, fullgraph=True)
+    return compiled
 
 
 State = tuple[dict[str, Tensor], dict[str, Tensor]]  # what is differentiated, and all else a module holds
@@ -174,8 +182,8 @@ class Compiled(Eager):
         self, generator: nn.Module, critic: nn.Module, constraint: WeightClip | GradientPenalty, backend: Backend
     ) -> None:
         super().__init__(generator, critic, constraint, backend)
-        self._generate = torch.compile(lambda z, cond: generator(z, *cond), fullgraph=True)
-        self._generator_pass = torch.compile(self._trace_generator, fullgraph=True)
+        self._generate = _compile(lambda z, cond: generator(z, *cond))
+        self._generator_pass = _compile(lambda *args: self._trace_generator(*args))  # noqa: PLW0108 - it has code
         self._critic_passes: dict[tuple[bool, float], Callable[..., Any]] = {}
 
     @torch.no_grad()
@@ -192,7 +200,7 @@ class Compiled(Eager):
             def trace(state: State, *tensors: Any) -> Any:
                 return self._trace_critic(state, *tensors, together=together, weight=weight)
 
-            self._critic_passes[key] = torch.compile(trace, fullgraph=True)
+            self._critic_passes[key] = _compile(trace)
         drop_gradients("critic", self._critic)
         state = _state(self._critic)
         gradients, scores, penalty = self._critic_passes[key](state, real, fake, x, cond)

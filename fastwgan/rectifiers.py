@@ -51,11 +51,13 @@ def _relu(input: Any, inplace: bool = False) -> Tensor | None:
 
 
 def _traced_leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    return torch.where(input > 0, input, input * negative_slope)
+    result = torch.where(input > 0, input, input * negative_slope)
+    return input.copy_(result) if inplace else result
 
 
 def _traced_relu(input: Tensor, inplace: bool = False) -> Tensor:
-    return torch.where(input <= 0, 0, input)  # not "> 0": a NaN stays one
+    result = torch.where(input <= 0, 0, input)  # not "> 0": a NaN stays one
+    return input.copy_(result) if inplace else result
 
 
 _OURS: dict[Any, Any] = {F.leaky_relu: _leaky_relu, F.relu: _relu, torch.relu: _relu, Tensor.relu: _relu}

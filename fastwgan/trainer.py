@@ -211,6 +211,7 @@ class Trainer:
         self._sample_random = torch.Generator(self.device).manual_seed(stream_seed(seed, 1))
         self._one_forward = True  # until a critic step finds otherwise
         self._one_generation = True  # likewise, of the generator
+        self._generator_looks = 0  # iterations in which it has been looked at
         self._fakes: Tensor | None = None  # made ahead for the coming critic steps
         self._fakes_versions: list[int] = []  # of the generator's tensors when they were made
         kind = passes.Compiled if compile else passes.Eager
@@ -278,16 +279,16 @@ class Trainer:
         if wanted is False:
             return None
         problem = device_problem(self.device)
-        if problem is None and resolve(self.backend, self.device) == "torch":
-            problem = "the torch backend passes learning rates as numbers, which a graph would keep"
         ours = []
         for name, optimizer in self._named_optimizers().items():
-            if isinstance(optimizer, (RMSprop, Adam)):
-                ours.append(optimizer)
-            elif problem is None:
-                problem = f"{name} is {type(optimizer).__name__}; only RMSprop and Adam can be captured"
-            if problem is None and _hooks(optimizer):
-                problem = f"{name} has step hooks, which a graph would not call"
+            if not isinstance(optimizer, (RMSprop, Adam)):
+                problem = problem or f"{name} is {type(optimizer).__name__}; only RMSprop and Adam can be captured"
+                continue
+            ours.append(optimizer)
+            if resolve(optimizer.backend, self.device) == "torch" or resolve(self.backend, self.device) == "torch":
+                problem = problem or "the torch backend passes learning rates as numbers, which a graph would keep"
+            if _hooks(optimizer):
+                problem = problem or f"{name} has step hooks, which a graph would not call"
         if problem is None:
             self._device_offset = torch.zeros((), dtype=torch.int64, device=self.device)
             networks = (self.generator, self.critic)
@@ -352,16 +353,17 @@ class Trainer:
         """
         functional.check_samples("real", real, self.device)
         left = self._critic_steps_left()
-        fake = None if cond or self._graphs is not None else self._fake_made_ahead(len(real), left)
+        fake = None if cond else self._fake_made_ahead(len(real), left)
         metrics = self._critic_step(real, fake, cond)
         if left <= 1:
             metrics.generator_loss = self.generator_step(len(real), *cond).generator_loss
         return metrics
 
     def iteration(self, batches: Iterable[Any]) -> list[Metrics]:
-        """The critic steps up to the next generator step, and that one: what ``step`` does on each batch in turn.
+        """The critic steps up to the next generator step, and that one, as ``step`` takes them on each batch in turn.
 
-        On a GPU the whole iteration is one CUDA graph, where that can be.
+        On a GPU the whole iteration is one CUDA graph, where that can be; the latents of its critic steps are then one
+        draw where the generator mixes no samples.
 
         Args:
             batches: for each critic step its real samples [N, ...], or a tuple of them and their conditions.
@@ -380,8 +382,9 @@ class Trainer:
             )
         for real, *_ in parts:
             functional.check_samples("real", real, self.device)
-        probing = min(self.critic_iterations, self.generator_iterations) < PROBED_STEPS
-        if self._graphs is None or probing or callable(self.latent) or len(parts) > AHEAD:
+        unconditional = all(len(part) == 1 for part in parts)
+        looking = self.critic_iterations < PROBED_STEPS or (unconditional and self._generator_is_unknown())
+        if self._graphs is None or looking or callable(self.latent) or len(parts) > AHEAD:
             return [self.step(*part) for part in parts]
 
         sizes = tuple(len(part) for part in parts)
@@ -431,14 +434,16 @@ class Trainer:
     def _run(self, work: Callable[..., tuple[Tensor | None, ...]], *args: Any) -> tuple[Tensor | None, ...]:
         """The device's part of a step, replayed from a graph where there is one.
 
-        A trainer's first steps look at the networks, which no graph could; after a step hook has been added, which no
-        graph would call, steps run without.
+        A trainer's first steps look at the networks, which no graph could; after an optimizer has been replaced, or a
+        step hook added, which no graph would call, steps run without.
         """
         if self._graphs is None:
             return work(*args)
         self._device_offset.fill_(self._eps_offset)
         early = self.critic_iterations < PROBED_STEPS
-        if early or any(map(_hooks, self._named_optimizers().values())):
+        optimizers = self._named_optimizers().values()
+        replaced = any(mine is not theirs for mine, theirs in zip(optimizers, self._graphs.optimizers, strict=True))
+        if early or replaced or any(map(_hooks, optimizers)):
             return work(*args)
         return self._graphs.run(work, *args)
 
@@ -496,7 +501,7 @@ class Trainer:
         due = self.n_critic
         if callable(due):
             due = self._check_count("n_critic: its result", due(self.generator_iterations))
-        return due - self._critic_steps_due
+        return max(1, due - self._critic_steps_due)
 
     def _count_critic_step(self, batch: int, weight: float) -> None:
         self.critic_iterations += 1
@@ -528,19 +533,31 @@ class Trainer:
         versions = mixing.versions(self.generator)
         if self._fakes is None or len(self._fakes) < batch or self._fakes_versions != versions:
             self._fakes = None
-            if steps < 2 or not self._generator_keeps_samples_apart(batch):
+            apart = self._generator_keeps_samples_apart(batch)
+            if not apart or steps < 2 or self._graphs is not None:  # a graph has the generator inside
                 return None
             z = self._draw(min(steps, AHEAD) * batch, self._latent_random)
-            self._fakes, self._fakes_versions = self._passes.generate(z, ()), versions
+            self._fakes_versions = mixing.versions(self.generator)
+            self._fakes = self._passes.generate(z, ())
             functional.check_samples("generator: its output", self._fakes, self.device)
+            if len(self._fakes) != len(z):
+                got = tuple(self._fakes.shape)
+                self._fakes = None
+                raise ValueError(f"generator: its output: expected shape [{len(z)}, ...], got {got}")
         fake, self._fakes = self._fakes[:batch], self._fakes[batch:]
         return fake
+
+    def _generator_is_unknown(self) -> bool:
+        """Whether it is still to be found out if the generator keeps samples apart."""
+        told = callable(self.latent) or mixing.has_batchnorm(self.generator, training=True) or not self._one_generation
+        return not told and self._generator_looks < PROBED_STEPS
 
     def _generator_keeps_samples_apart(self, batch: int) -> bool:
         """Whether a sample depends on no other one's latent, so that batches may share a forward pass."""
         if callable(self.latent) or mixing.has_batchnorm(self.generator, training=True):
             return False
-        if self._one_generation and self.generator_iterations < PROBED_STEPS:
+        if self._generator_is_unknown():
+            self._generator_looks += self._critic_steps_due == 0  # the generator is another in each iteration
             random = torch.Generator(self.device).manual_seed(0)
             z, *others = (self._draw(batch, random) for _ in range(3))
             writes = False
@@ -613,6 +630,7 @@ class Trainer:
             "eps_offset": self._eps_offset,
             "one_forward": self._one_forward,
             "one_generation": self._one_generation,
+            "generator_looks": self._generator_looks,
             "fakes": self._fakes,
             "optimizers": self._optimizer_names(),
             "random": {
@@ -642,7 +660,7 @@ class Trainer:
             expected, got = self._optimizer_names(), state_dict["optimizers"]
             raise ValueError(f"state_dict: expected the optimizers {expected}, got {got}")
         functional.check_seed("state_dict: seed", state_dict["seed"])
-        for name in ("critic_iterations", "generator_iterations", "critic_steps_due", "eps_offset"):
+        for name in ("critic_iterations", "generator_iterations", "critic_steps_due", "eps_offset", "generator_looks"):
             functional.check_seed(f"state_dict: {name}", state_dict[name])
         try:
             self._restore(state_dict)
@@ -672,6 +690,7 @@ class Trainer:
         self._eps_offset = int(state["eps_offset"])
         self._one_forward = bool(state["one_forward"])
         self._one_generation = bool(state["one_generation"])
+        self._generator_looks = int(state["generator_looks"])
         self._fakes = None if state["fakes"] is None else state["fakes"].to(self.device, copy=True)
         self._fakes_versions = mixing.versions(self.generator)
         random = state["random"]

@@ -22,6 +22,9 @@ class Recorded:
     def __init__(self, device, generators):
         self.generators = generators
 
+    def forget(self):
+        pass
+
     def warm_up(self, work):
         return work(), None
 
@@ -117,31 +120,140 @@ def test_fifty_graphed_iterations(constraint, graphed):
     assert_close_weights(*runs, 1e-5)
 
 
-@pytest.mark.parametrize("apart", [True, False], ids=["samples apart", "batchnorm"])
+class Mixes(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+GENERATORS = {
+    "apart": lambda: models.mlp([6, 16, 10]),
+    "batchnorm": lambda: models.mlp([6, 16, 16, 10], norm=True),
+    "mixes": lambda: nn.Sequential(nn.Linear(6, 10), Mixes()),
+    "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 10)),
+}
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
 @pytest.mark.parametrize("constraint", [WeightClip(0.05), GradientPenalty(every=2)])
-def test_an_iteration_is_one_graph(constraint, apart, graphed):
+def test_an_iteration_is_one_graph(constraint, kind, graphed, monkeypatch):
+    """Against the same work as it is; and in how many passes the generator makes the fakes."""
     runs = []
-    for cuda_graph in (False, True):
-        trainer, shape = made(graphed, cuda_graph, constraint=constraint, n_critic=2)
-        if apart:
-            torch.manual_seed(0)
-            trainer = Trainer(
-                models.mlp([6, 16, 10]).to(graphed), trainer.critic, latent=6, n_critic=2, constraint=constraint,
-                backend="triton", cuda_graph=cuda_graph,
-            )  # fmt: skip
-        made_before, all_metrics = Recorded.made, []
-        data = batches(graphed, shape, 16)
+    for replays in (False, True):
+        torch.manual_seed(0)
+        generator, critic = GENERATORS[kind]().to(graphed), models.mlp([10, 16, 1]).to(graphed)
+        trainer = Trainer(
+            generator, critic, latent=6, n_critic=2, constraint=constraint, backend="triton", cuda_graph=True
+        )
+        if not replays:
+            trainer._graphs.run = lambda work, *args: work(*args)
+        passes, metrics, captured = [], [], Recorded.made
+        data = batches(graphed, (10,), 16)
         for i in range(0, 16, 2):
-            all_metrics += trainer.iteration(data[i : i + 2])
-        assert Recorded.made - made_before == cuda_graph
+            if i == 14:
+                generator.register_forward_hook(lambda m, z, x, passes=passes: passes.append(len(x)))
+            metrics += trainer.iteration(data[i : i + 2])
+        assert Recorded.made - captured == replays
+        assert passes == ([] if replays else [16, 8] if kind == "apart" else [8, 8, 8])
         assert (trainer.critic_iterations, trainer.generator_iterations) == (16, 8)
-        runs.append((trainer, [m.as_dict() for m in all_metrics]))
+        runs.append((trainer, [m.as_dict() for m in metrics]))
     (eager, expected), (trainer, actual) = runs
     assert_close_weights(trainer, eager, 1e-6)
     for a, e in zip(actual, expected, strict=True):
         assert a == pytest.approx(e, rel=1e-4, abs=1e-5)
     with pytest.raises(ValueError, match=r"^batches: expected 2, .* got 3"):
         trainer.iteration(data[:3])
+
+
+def test_an_iteration_of_a_conditional_gan_is_one_graph(graphed):
+    trainer = Trainer(
+        Conditional(6, 10).to(graphed), Conditional(10, 1).to(graphed), n_critic=2, latent=6, backend="triton",
+        constraint=GradientPenalty(), cuda_graph=True,
+    )  # fmt: skip
+    labels = torch.arange(8, device=graphed)
+    data = [(real, labels, 2.0) for real in batches(graphed, (10,), 12)]
+    for i in range(0, 12, 2):
+        metrics = trainer.iteration(data[i : i + 2])
+    assert Recorded.made == 1
+    assert metrics[-1].generator_loss.isfinite()
+
+
+def test_groups_whose_parameters_have_no_gradient_keep_their_numbers(graphed):
+    """A critic in stages, each with its graph: a group's learning rate is its own in both."""
+
+    class Staged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stages = nn.ModuleList([nn.Linear(10, 1), nn.Linear(10, 1)])
+
+        def forward(self, x, stage):
+            return self.stages[stage](x)
+
+    class Generator(nn.Linear):
+        def forward(self, z, stage):
+            return super().forward(z)
+
+    runs = []
+    for cuda_graph in (False, True):
+        torch.manual_seed(0)
+        generator, critic = Generator(6, 10).to(graphed), Staged().to(graphed)
+        groups = [{"params": critic.stages[i].parameters(), "lr": lr} for i, lr in enumerate((1e-2, 1e-4))]
+        trainer = Trainer(
+            generator, critic, latent=6, critic_optimizer=RMSprop(groups), constraint=WeightClip(1.0), n_critic=100,
+            backend="triton", cuda_graph=cuda_graph,
+        )  # fmt: skip
+        for i, real in enumerate(batches(graphed, (10,), 16)):
+            trainer.step(real, i % 2)
+        runs.append(trainer)
+    assert Recorded.made == 2
+    assert_close_weights(*runs, 1e-6)
+
+
+def test_a_constant_that_changes_always_does_not_crowd_out_graphs(graphed):
+    trainer = Trainer(
+        Conditional(6, 10).to(graphed), Conditional(10, 1).to(graphed), n_critic=1000, latent=6, backend="triton",
+        cuda_graph=True,
+    )  # fmt: skip
+    labels, (real,) = torch.arange(8, device=graphed), batches(graphed, (10,), 1)
+    for i in range(2 * graphs.GRAPHS + 4):
+        trainer.step(real, labels, 1.0 + i)
+    assert Recorded.made == 0
+    for _ in range(graphs.WARM_UP + 1):
+        trainer.step(real, labels, 1.0)
+    assert Recorded.made == 1
+
+
+def test_ever_new_batch_sizes_leave_a_graph_what_it_reads(graphed):
+    trainer, shape = made(graphed, True, constraint=GradientPenalty(), n_critic=1000)
+    for real in batches(graphed, shape, 6):
+        trainer.step(real)
+    for size in range(1, 80):
+        if size != 8:
+            trainer._passes._constant(torch.empty(size, device=graphed), 1 / size)
+    assert trainer.step(real).wasserstein.isfinite()
+    assert Recorded.made == 1
+
+
+def test_inputs_that_a_graph_cannot_have(graphed):
+    class Scaled(nn.Linear):
+        def forward(self, x, scale):
+            return super().forward(x) * (scale[0] if isinstance(scale, tuple) else 1.0)
+
+    def trainer():
+        return Trainer(
+            Scaled(6, 10).to(graphed), Scaled(10, 1).to(graphed), latent=6, backend="triton", cuda_graph=True
+        )
+
+    (real,) = batches(graphed, (10,), 1)
+    elsewhere = torch.empty((), device="meta")  # as a CPU tensor is, beside a GPU
+    for value, told in ((elsewhere, "a tensor on meta"), ((real.new_ones(()),), "a tuple"), (object(), "a object")):
+        one = trainer()
+        for _ in range(2):
+            one.critic_step(real, value)
+        before = weights(one.critic)
+        with pytest.raises(RuntimeError, match=f"^cuda_graph: a step cannot be captured, because there is {told}"):
+            one.critic_step(real, value)
+        assert torch.equal(weights(one.critic), before)
+        assert one.critic_iterations == 2
 
 
 def test_numbers_of_the_optimizers_take_effect_in_replays(graphed):
@@ -173,15 +285,15 @@ def test_numbers_of_the_optimizers_take_effect_in_replays(graphed):
 
 
 def test_a_batch_of_another_shape_has_a_graph_of_its_own(graphed, monkeypatch):
-    monkeypatch.setattr(graphs, "GRAPHS", 3)
+    monkeypatch.setattr(graphs, "GRAPHS", 4)
     runs = []
     for cuda_graph in (False, True):
         trainer, shape = made(graphed, cuda_graph, n_critic=1)
         whole, ragged, other = (batches(graphed, shape, 6, size) for size in (8, 5, 3))
-        for real in (*whole[:3], ragged[0], *whole[3:], *ragged[1:], *whole, *other[:2]):
+        for real in (*whole[:3], ragged[0], *whole[3:], *ragged[1:], *whole, *other):
             trainer.step(real)
         runs.append(trainer)
-    assert Recorded.made == 3  # the fourth would be the generator's on the other shape
+    assert Recorded.made == 4  # and no more, of the third shape
     assert_close_weights(*runs, 1e-6)
 
 
@@ -215,12 +327,12 @@ def test_what_a_graph_depends_on_is_looked_at(graphed):
     """Modes, frozen layers, memory, and a loaded state: each makes the graphs anew, and the steps stay right."""
     runs = []
     for cuda_graph in (False, True):
-        trainer, shape = made(graphed, cuda_graph, n_critic=1)
+        trainer, shape = made(graphed, cuda_graph, n_critic=2)
         captures = []
-        data = iter(batches(graphed, shape, 48))
+        data = iter(batches(graphed, shape, 90))
 
         def steps(trainer=trainer, data=data, captures=captures):
-            for _ in range(5):
+            for _ in range(10):
                 trainer.step(next(data))
             captures.append(Recorded.made)
 
@@ -267,9 +379,37 @@ def test_a_step_that_cannot_be_captured_says_why_once_and_goes_on(graphed):
     assert [w.filename for w in caught if "cannot be captured" in str(w.message)] == [__file__]
     assert_close_weights(auto, eager, 1e-6)
     for real in data[:4]:
-        required.step(real)
+        required.critic_step(real)
     with pytest.raises(RuntimeError, match=r"cannot be captured.*(waits for the device|read the device)"):
-        any(required.step(real) is None for real in data)
+        any(required.critic_step(real) is None for real in data[4:])
+    assert required.critic_iterations == 5
+    eager = trainer(False)
+    for real in data[:5]:
+        eager.critic_step(real)
+    assert_close_weights(required, eager, 1e-6)
+
+
+def test_what_waits_in_a_warm_up_is_known_before_a_capture(graphed, monkeypatch):
+    """The step that is found to wait is taken and counted; the next one says why it cannot be captured."""
+    trainer, shape = made(graphed, True, n_critic=100)
+    kind, warm_up = type(trainer._graphs._capture), type(trainer._graphs._capture).warm_up
+    monkeypatch.setattr(kind, "warm_up", lambda self, work: (warm_up(self, work)[0], "it waits"))
+    *data, last = batches(graphed, shape, trainer_module.PROBED_STEPS + graphs.WARM_UP + 1)
+    for real in data:
+        trainer.step(real)
+    with pytest.raises(RuntimeError, match="because it waits$"):
+        trainer.step(last)
+    assert trainer.critic_iterations == len(data)
+
+
+def test_a_replaced_optimizer_is_used(graphed):
+    trainer, shape = made(graphed, True, n_critic=100)
+    for real in batches(graphed, shape, 8):
+        trainer.step(real)
+    trainer.critic_optimizer = RMSprop(trainer.critic.parameters(), lr=0.0, clip=10.0)
+    before = weights(trainer.critic)
+    trainer.step(real)
+    assert torch.equal(weights(trainer.critic), before)
 
 
 def test_who_cannot_have_graphs_hears_of_it():
@@ -284,6 +424,7 @@ def test_who_cannot_have_graphs_hears_of_it():
     [
         (lambda D: {"critic_optimizer": torch.optim.SGD(D.parameters(), lr=0.1)}, "critic_optimizer is SGD"),
         (lambda D: {"backend": "torch"}, "the torch backend passes learning rates as numbers"),
+        (lambda D: {"critic_optimizer": RMSprop(D.parameters(), backend="torch")}, "the torch backend passes"),
         (lambda D: {"critic_optimizer": hooked(RMSprop(D.parameters()))}, "critic_optimizer has step hooks"),
     ],
 )

@@ -345,6 +345,18 @@ def test_fakes_made_ahead_are_of_the_generator_as_it_is():
     assert calls == [16, 24, 4, 4]
 
 
+def test_a_generator_of_more_samples_than_latents_is_refused():
+    class Doubles(nn.Linear):
+        def forward(self, z):
+            return super().forward(torch.cat((z, z)))
+
+    trainer = Trainer(Doubles(6, 10), models.mlp([10, 1]), latent=6)
+    before = weights(trainer.critic)
+    with pytest.raises(ValueError, match="^generator: its output: expected"):
+        trainer.step(torch.randn(4, 10))
+    assert torch.equal(weights(trainer.critic), before)
+
+
 def test_resuming_amid_an_iteration_goes_on_with_its_fakes(tmp_path):
     def made():
         torch.manual_seed(0)
