@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 TABLE = Path(__file__).with_name("mutants.md")
 RUN = "test_functional.py test_kernels.py test_optim.py test_memory.py test_matrix.py test_determinism.py"
 CODE = "test_compiled.py"  # compiles for GPUs, which takes minutes
+GRAPHS = "test_recording.py test_graphs.py"
 
 
 class Fault(NamedTuple):
@@ -98,6 +99,8 @@ FAULTS = [
     Fault("stale table for moved gradients", "table", "self._get(tuple(rows), device,", "self._get(tuple(r[0] for r in rows), device,"),
     Fault("alignment hint lost", "table", "pointer = tl.multiple_of(pointer, 16)", "pointer = pointer", CODE),
     Fault("new hyper-parameters not uploaded", "table", "if rows != self._rows:", "if self._rows is None:"),
+    Fault("table allocated within a capture", "table", "table = spares.pop()", "table = torch.empty_like(host, device=device)"),
+    Fault("table of a capture filled in it", "table", "    if capturing(out.device):\n        _pending", "    if False:\n        _pending", GRAPHS),
     # update
     Fault("clamp before the update", "update", "    p = tl.maximum(p, -bound, propagate_nan=tl.PropagateNan.ALL)\n    p = tl.minimum(p, bound, propagate_nan=tl.PropagateNan.ALL).to(DTYPE)\n", "    old = tl.load(p_ptr, mask).to(acc)\n    p = (p - old + tl.minimum(tl.maximum(old, -bound), bound)).to(DTYPE)\n"),
     Fault("clamp swallows NaN", "update", "p = tl.maximum(p, -bound, propagate_nan=tl.PropagateNan.ALL)", "p = tl.maximum(p, -bound)"),
@@ -119,6 +122,7 @@ FAULTS = [
     Fault("steps of the first tensors alone", "update", "mask = slots < tensors", "mask = slots < tl.minimum(tensors, STEPS_BLOCK)"),
     Fault("steps counted twice", "update", "mask, other=0) + 1, mask)", "mask, other=0) + 2, mask)"),
     Fault("count of the bound not put back", "update", "            tl.store(count_ptr, 0)\n", ""),
+    Fault("new numbers not for replays", "update", "captured.\"\"\"\n        self._hyper.set(hyper)", "captured.\"\"\"", GRAPHS),
     Fault("first group's numbers for all", "update", "tl.load(row_ptr + table.HYPER_ROW) *", "0 * tl.load(row_ptr + table.HYPER_ROW) *"),
     Fault("float32 state in float64", "update", "p = tl.load(p_ptr, mask).to(acc)", "p = tl.load(p_ptr, mask).to(tl.float32).to(acc)"),
 ]  # fmt: skip
@@ -150,7 +154,7 @@ def caught_by(fault: Fault) -> str:
         (tree / "fastwgan" / "kernels").symlink_to("../kernels")
         plant(fault, tree)
         env = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        for suite in sorted((RUN, CODE), key=lambda suite: suite != fault.first):
+        for suite in sorted((RUN, GRAPHS, CODE), key=lambda suite: suite != fault.first):
             command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--deselect"]
             command.append("tests/test_compiled.py::test_generated_code_is_the_committed")  # which any change fails
             files = [f"tests/{name}" for name in suite.split()]

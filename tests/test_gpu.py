@@ -91,6 +91,46 @@ def test_steps_do_not_wait_for_the_device(name, cuda_graph):
     assert all(map(math.isfinite, metrics.as_dict().values()))
 
 
+@pytest.mark.parametrize("cuda_graph", [False, True], ids=["eager", "graphed"])
+@pytest.mark.parametrize("name", ["mlp-clip", "mlp-penalty"])
+def test_steps_take_no_more_memory_as_they_go_on(name, cuda_graph):
+    workload = WORKLOADS[name]
+    networks = workload.generator(8).to(DEVICE), workload.critic(8).to(DEVICE)
+    trainer = Trainer(*networks, latent=100, constraint=workload.constraint, n_critic=2, cuda_graph=cuda_graph)
+    real = torch.randn(8, *workload.shape, device=DEVICE)
+    taken = []
+    for _ in range(3):
+        for _ in range(2 * (PROBED_STEPS + WARM_UP + 1)):
+            trainer.step(real)
+        stats = torch.cuda.memory_stats()
+        taken.append((stats["segment.all.allocated"], stats["allocated_bytes.all.current"]))
+    assert taken[1] == taken[2], "segments taken from the driver so far, bytes in use"
+
+
+def test_training_goes_on_after_a_capture_that_fails():
+    """What the warm-up cannot see, as a call of the CUDA API that a capture forbids."""
+
+    class Waits(nn.Linear):
+        def forward(self, x):
+            torch.cuda.current_stream().synchronize()
+            return super().forward(x)
+
+    runs = []
+    for cuda_graph in (False, "auto"):
+        torch.manual_seed(0)
+        networks = nn.Linear(4, 10).to(DEVICE), nn.Sequential(nn.Linear(10, 8), nn.Dropout(), Waits(8, 1)).to(DEVICE)
+        trainer = Trainer(*networks, latent=4, n_critic=1000, cuda_graph=cuda_graph)
+        trainer._one_generation = False
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for i in range(10):
+                torch.manual_seed(i)
+                trainer.step(torch.randn(8, 10, device=DEVICE))
+        runs.append(nn.utils.parameters_to_vector(trainer.critic.parameters()).detach())
+        assert [1 for w in caught if "its capture failed" in str(w.message)] == ([1] if cuda_graph else [])
+    torch.testing.assert_close(*runs)
+
+
 @pytest.mark.parametrize("name", [name for name in WORKLOADS if name.startswith(("mlp", "dcgan"))])
 def test_compiled_and_graphed_steps_are_the_eager_ones(name):
     workload = WORKLOADS[name]
