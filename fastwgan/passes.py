@@ -150,16 +150,6 @@ class Eager:
         return self._constant(x, 1.0)
 
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile into one graph. Dynamo allows a code object a few forms in a process; each trainer gets its own."""
-    own = FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__,
-        function.__closure__,
-    )  # fmt: skip
-    compiled: Callable[..., Any] = torch.compile(own, fullgraph=True)
-    return compiled
-
-
 State = tuple[dict[str, Tensor], dict[str, Tensor]]  # what is differentiated, and all else a module holds
 
 
@@ -182,28 +172,38 @@ class Compiled(Eager):
         self, generator: nn.Module, critic: nn.Module, constraint: WeightClip | GradientPenalty, backend: Backend
     ) -> None:
         super().__init__(generator, critic, constraint, backend)
-        self._generate = _compile(lambda z, cond: generator(z, *cond))
-        self._generator_pass = _compile(lambda *args: self._trace_generator(*args))  # noqa: PLW0108 - it has code
-        self._critic_passes: dict[tuple[bool, float], Callable[..., Any]] = {}
+        self._forms: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+    def _call(self, trace: Callable[..., Any], shape: Any, *args: Any, **options: Any) -> Any:
+        """``trace(*args, **options)``, compiled for batches of a shape: not every PyTorch can differentiate twice
+        through a convolution of sizes that are left open.
+        """
+        key = (trace.__name__, shape, *options.values())
+        if key not in self._forms:
+
+            def call(*args: Any) -> Any:
+                return trace(*args, **options)
+
+            # Dynamo allows a code object a few forms in a process; here each form, of each trainer, has its own.
+            code = call.__code__.replace()
+            own = FunctionType(code, call.__globals__, call.__name__, call.__defaults__, call.__closure__)
+            self._forms[key] = torch.compile(own, fullgraph=True, dynamic=False)
+        return self._forms[key](*args)
 
     @torch.no_grad()
     def generate(self, z: Any, cond: tuple[Any, ...]) -> Tensor:
-        return self._generate(z, cond)  # type: ignore[no-any-return]
+        shape = z.shape if isinstance(z, Tensor) else None
+        return self._call(self._trace_samples, shape, z, cond)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def critic(
         self, real: Tensor, fake: Tensor, x: Tensor | None, cond: tuple[Any, ...], *, together: bool, weight: float
     ) -> tuple[Tensor, Tensor | None]:
-        key = (together, weight)
-        if key not in self._critic_passes:
-
-            def trace(state: State, *tensors: Any) -> Any:
-                return self._trace_critic(state, *tensors, together=together, weight=weight)
-
-            self._critic_passes[key] = _compile(trace)
         drop_gradients("critic", self._critic)
         state = _state(self._critic)
-        gradients, scores, penalty = self._critic_passes[key](state, real, fake, x, cond)
+        gradients, scores, penalty = self._call(
+            self._trace_critic, real.shape, state, real, fake, x, cond, together=together, weight=weight
+        )
         self._hand_over(state[0], gradients)
         return scores, None if x is None else penalty
 
@@ -212,7 +212,7 @@ class Compiled(Eager):
         drop_gradients("generator", self._generator)
         state = _state(self._generator)
         loss: Tensor
-        gradients, loss = self._generator_pass(state, _state(self._critic), z, cond, batch)
+        gradients, loss = self._call(self._trace_generator, batch, state, _state(self._critic), z, cond, batch)
         self._hand_over(state[0], gradients)
         return loss
 
@@ -222,6 +222,9 @@ class Compiled(Eager):
             if gradients[name] is None:
                 raise RuntimeError(f"compile: the compiled pass gave no gradient for {name}")
             p.grad = gradients[name]
+
+    def _trace_samples(self, z: Any, cond: tuple[Any, ...]) -> Any:
+        return self._generator(z, *cond)
 
     def _trace_critic(
         self, state: State, real: Tensor, fake: Tensor, x: Tensor | None, cond: tuple[Any, ...], *,

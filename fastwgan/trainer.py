@@ -127,8 +127,8 @@ class Trainer:
         seed: of the latents and of eps; int in [0, 2^63).
         backend: see :mod:`fastwgan.backend`.
         compile: have torch.compile make each step's forward and backward passes one graph. The first step of each kind
-            takes a while; layers that torch.compile cannot take whole make it raise. Random layers such as dropout
-            draw other numbers than without.
+            takes a while, as does each new batch size; layers that torch.compile cannot take whole make it raise.
+            Random layers such as dropout draw other numbers than without.
         cuda_graph: whether steps are captured in CUDA graphs, after a few that are not, and replayed from then on.
             "auto" does so where it can be done, and warns once where it cannot on a GPU; True raises there. A capture
             keeps all Python numbers that a network's forward reads: if they change over time, say False.
