@@ -126,7 +126,7 @@ def draw_ratios(record: Record, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(f"textbook's time / its time, one critic step{', calls back to back' if gpu else ''}")
     axes.set_title(described(record["environment"]), fontsize=7)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(path, dpi=120)
 
 
