@@ -355,3 +355,20 @@ def test_triton_that_cannot_be_had_says_why(monkeypatch):
     with pytest.raises(RuntimeError, match="^backend: 'triton' was asked for, but Triton needs a GPU tensor"):
         RMSprop([p], backend="triton").step()
     RMSprop([p], backend="auto").step()
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpreted)])
+@pytest.mark.parametrize("name", ["RMSprop", "Adam"])
+def test_what_a_nan_leaves_behind_is_in_the_state_alone(name, backend):
+    """Weights and state put right again, the next step is: there is no memory that a state_dict does not have."""
+    p = torch.nn.Parameter(torch.zeros(5))
+    optimizer = getattr(fastwgan, name)([p], lr=0.1, backend=backend)
+    p.grad = torch.full((5,), math.nan)
+    optimizer.step()
+    with torch.no_grad():
+        for x in (p, *(x for x in optimizer.state[p].values())):
+            x.zero_()
+    p.grad = torch.ones(5)
+    optimizer.step()
+    assert p.isfinite().all()
+    assert (p < 0).all()
