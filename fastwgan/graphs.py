@@ -22,9 +22,7 @@ __all__ = ["Graphs", "device_problem"]
 Outputs = tuple[Tensor | None, ...]
 Work = Callable[..., Outputs]
 
-WARM_UP = (
-    3  # runs of a step before it is captured: they compile kernels, make state, and show what waits for the device
-)
+WARM_UP = 3  # runs of a step before its capture: they compile kernels, make state, and show what waits for the device
 GRAPHS = 8  # graphs at a time; steps on batches of yet other shapes run without
 
 
@@ -71,7 +69,7 @@ class Capture:
         """Capture ``work``, which runs nothing; return its outputs, garbage until a replay, and what replays it.
 
         Raises:
-            Exception: it cannot be captured. Streams and random generators can be used as before.
+            Exception: it cannot be captured. The stream is put back then, and random generators are made anew.
         """
         graph = torch.cuda.CUDAGraph()
         try:
