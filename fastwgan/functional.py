@@ -435,7 +435,10 @@ def penalty(gradients: Tensor, *, kind: str = "two-sided", target: float = 1.0, 
 def penalty_cotangent(
     gradients: Tensor, kind: str, target: float, weight: float, backend: Backend
 ) -> tuple[Tensor, Tensor]:
-    """One launch, no graph: ([mean penalty, mean norm], d(weight * penalty) / d gradients). For the trainer."""
+    """One launch, no graph: ([mean penalty; mean, least and greatest norm], d(weight * penalty) / d gradients).
+
+    For the trainer.
+    """
     gradients = gradients.detach()
     if resolve(backend, gradients.device) == "torch":
         return reference.penalty_cotangent(gradients, kind=kind, target=target, weight=weight)

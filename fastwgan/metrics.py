@@ -1,8 +1,11 @@
 """What a step measured."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-__all__ = ["Metrics"]
+__all__ = ["Metrics", "read"]
 
 
 class Metrics:
@@ -15,14 +18,16 @@ class Metrics:
         wasserstein: mean(D(real)) - mean(D(fake)); positive when the critic is any good.
         penalty: the mean penalty, without its weight; None under WeightClip and on a lazy penalty's off steps.
         real_score, fake_score: mean(D(real)), mean(D(fake)).
-        gradient_norm: mean norm of the critic's input gradient; None where penalty is.
+        gradient_norm, gradient_norm_min, gradient_norm_max: mean, least and greatest norm, over the samples, of the
+            critic's input gradient; None where penalty is.
         saturation: share of the clamped weights that lie on their bound; None under GradientPenalty.
         generator_loss: -mean(D(G(z))); None when no generator step was due.
+        nonfinite: how many elements of the gradients were infinite or NaN. Unless it is 0, the update was skipped.
     """
 
     NAMES = (
-        "critic_loss", "wasserstein", "penalty", "real_score", "fake_score", "gradient_norm", "saturation",
-        "generator_loss",
+        "critic_loss", "wasserstein", "penalty", "real_score", "fake_score", "gradient_norm", "gradient_norm_min",
+        "gradient_norm_max", "saturation", "generator_loss", "nonfinite",
     )  # fmt: skip
 
     def __init__(
@@ -33,10 +38,12 @@ class Metrics:
         weight: float = 0.0,
         saturation: Tensor | None = None,
         generator_loss: Tensor | None = None,
+        nonfinite: Tensor | None = None,
     ) -> None:
         self._scores, self._penalty, self._weight = scores, penalty, weight
         self.saturation = saturation
         self.generator_loss = generator_loss
+        self.nonfinite = nonfinite
 
     @property
     def real_score(self) -> Tensor | None:
@@ -64,10 +71,25 @@ class Metrics:
     def gradient_norm(self) -> Tensor | None:
         return None if self._penalty is None else self._penalty[1]
 
+    @property
+    def gradient_norm_min(self) -> Tensor | None:
+        return None if self._penalty is None else self._penalty[2]
+
+    @property
+    def gradient_norm_max(self) -> Tensor | None:
+        return None if self._penalty is None else self._penalty[3]
+
     def as_dict(self) -> dict[str, float]:
         """The values that there are, as floats. Waits for the device."""
-        values = {name: getattr(self, name) for name in self.NAMES}
-        return {name: float(value) for name, value in values.items() if value is not None}
+        return read([self])[0]
 
     def __repr__(self) -> str:
         return f"Metrics({', '.join(f'{k}={v:.4g}' for k, v in self.as_dict().items())})"
+
+
+def read(metrics: Sequence[Metrics]) -> list[dict[str, float]]:
+    """The values of many steps as floats, with one transfer: :meth:`Metrics.as_dict` of each. Waits for the device."""
+    values = [[(name, getattr(m, name)) for name in Metrics.NAMES] for m in metrics]
+    tensors = [value.detach().reshape(1) for each in values for _, value in each if value is not None]
+    numbers = iter(torch.cat(tensors).tolist() if tensors else ())
+    return [{name: next(numbers) for name, value in each if value is not None} for each in values]

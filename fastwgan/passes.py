@@ -78,7 +78,7 @@ class Eager:
     def critic(
         self, real: Tensor, fake: Tensor, x: Tensor | None, cond: tuple[Any, ...], *, together: bool, weight: float
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the critic's loss; return (score statistics [4], penalty statistics [2] or None).
+        """Gradients of the critic's loss; return (score statistics [4], penalty statistics [4] or None).
 
         Args:
             real, fake: samples [N, ...], without a graph.

@@ -127,7 +127,7 @@ def penalty(gradients: Tensor, *, kind: str = "two-sided", target: float = 1.0) 
 
 
 def penalty_cotangent(gradients: Tensor, *, kind: str, target: float, weight: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(statistics [mean penalty, mean norm], d(weight * penalty) / d gradients), both differentiable.
+    """([mean penalty; mean, least and greatest norm], d(weight * penalty) / d gradients), both differentiable.
 
     With f the function of the norm, sample i's cotangent is weight / N * f'(n) / n * g, and 0 at n = 0.
     """
@@ -143,7 +143,7 @@ def penalty_cotangent(gradients: Tensor, *, kind: str, target: float, weight: fl
             excess = excess.relu()
         zero = norms == 0
         slope = torch.where(zero, 0, 2 * excess / torch.where(zero, 1, norms))
-    statistics = torch.stack((_penalties(squares, kind, target).mean(), norms.mean()))
+    statistics = torch.stack((_penalties(squares, kind, target).mean(), norms.mean(), norms.amin(), norms.amax()))
     scale = _per_sample(slope * (weight / len(norms)), gradients)
     return statistics, (scale * _wide(gradients)).to(gradients.dtype)
 

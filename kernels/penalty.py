@@ -64,7 +64,7 @@ def _penalty_kernel(
     g_ptr,  # [N, size]
     v_ptr,  # [N, size], written where COTANGENT, in its own dtype
     loss_ptr,  # [] in g's dtype
-    stats_ptr,  # [2] mean penalty, mean norm; the accumulator's dtype
+    stats_ptr,  # [4] mean penalty; mean, least and greatest norm; the accumulator's dtype
     norm_ptr,  # [N]
     counter_ptr,  # [1] int32
     batch: tl.int64,
@@ -111,21 +111,29 @@ def _penalty_kernel(
         slots = tl.arange(0, NORMS_BLOCK)
         penalties = tl.zeros([NORMS_BLOCK], acc)
         norms = tl.zeros([NORMS_BLOCK], acc)
+        least = tl.full([NORMS_BLOCK], float("inf"), acc)
+        greatest = tl.zeros([NORMS_BLOCK], acc)
         for first in range(0, batch, NORMS_BLOCK):
             valid = first + slots < batch  # not "mask": in a loop a name keeps its shape
             each = tl.load(norm_ptr + first + slots, valid, other=0, cache_modifier=".cg")
             norms += each
+            least = tl.minimum(least, tl.where(valid, each, float("inf")))
+            greatest = tl.maximum(greatest, each)
             penalties += tl.where(valid, _phi(each, KIND, TARGET), 0)
         loss = mean(tl.sum(penalties, axis=0), batch)
         tl.store(loss_ptr, loss)
         tl.store(stats_ptr + 0, loss)
-        tl.store(stats_ptr + 1, mean(tl.sum(norms, axis=0), batch))
+        average = mean(tl.sum(norms, axis=0), batch)
+        undefined = average != average  # which the extremes would not show
+        tl.store(stats_ptr + 1, average)
+        tl.store(stats_ptr + 2, tl.where(undefined, average, tl.min(least, axis=0)))
+        tl.store(stats_ptr + 3, tl.where(undefined, average, tl.max(greatest, axis=0)))
 
 
 def gradient_penalty(
     g: torch.Tensor, kind: str, target: float, weight: float, cotangent: torch.dtype | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch once; return (loss [], stats [2], v like g in dtype ``cotangent``, empty where that is None).
+    """Launch once; return (loss [], stats [4], v like g in dtype ``cotangent``, empty where that is None).
 
     ``loss`` and ``stats`` are without the weight.
     """
@@ -135,7 +143,7 @@ def gradient_penalty(
         acc = torch.float64 if g.dtype == torch.float64 else torch.float32
         v = g.new_empty(0) if cotangent is None else torch.empty_like(g, dtype=cotangent)
         loss = torch.empty((), dtype=g.dtype, device=g.device)
-        stats = torch.empty(2, dtype=acc, device=g.device)
+        stats = torch.empty(4, dtype=acc, device=g.device)
         norms = torch.empty(batch, dtype=acc, device=g.device)
         block = triton.next_power_of_2(size) if size <= MAX_BLOCK else LOOP_BLOCK
         warps = block * acc.itemsize // 2048  # 64 bytes of the accumulator per thread
