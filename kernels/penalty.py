@@ -124,10 +124,10 @@ def _penalty_kernel(
         tl.store(loss_ptr, loss)
         tl.store(stats_ptr + 0, loss)
         average = mean(tl.sum(norms, axis=0), batch)
-        undefined = average != average  # which the extremes would not show
+        defined = average >= 0  # not NaN, which the extremes would not show
         tl.store(stats_ptr + 1, average)
-        tl.store(stats_ptr + 2, tl.where(undefined, average, tl.min(least, axis=0)))
-        tl.store(stats_ptr + 3, tl.where(undefined, average, tl.max(greatest, axis=0)))
+        tl.store(stats_ptr + 2, tl.where(defined, tl.min(least, axis=0), average))
+        tl.store(stats_ptr + 3, tl.where(defined, tl.max(greatest, axis=0), average))
 
 
 def gradient_penalty(
