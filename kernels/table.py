@@ -18,16 +18,19 @@ import triton.language as tl
 
 from .arrival import capturing
 
-# The columns of an address row (int64). STEP is 0 where an algorithm has no step count, STATE* where it is unused.
-PARAM, GRAD, STATE0, STATE1, STATE2, STEP, NUMEL, FIRST_CHUNK, HYPER_ROW, ALIGNED = (tl.constexpr(i) for i in range(10))
-COLUMNS = tl.constexpr(10)
+# The columns of an address row (int64). STEP is 0 where an algorithm has no step count, STATE* and AVERAGE where it is
+# unused.
+PARAM, GRAD, STATE0, STATE1, STATE2, AVERAGE, STEP, NUMEL, FIRST_CHUNK, HYPER_ROW, ALIGNED = map(
+    tl.constexpr, range(11)
+)
+COLUMNS = tl.constexpr(11)
 # The columns of a hyper-parameter row. Decays (RMSProp's alpha is BETA2) come with their complement and logarithm,
 # computed in double precision on the host: 1 - 0.999 has lost four digits once 0.999 is a float32. SIGN is -1 to
-# maximise, BOUND inf not to clamp.
-LR, BETA1, BETA1_C, BETA1_LOG, BETA2, BETA2_C, BETA2_LOG, EPS, DECAY, MOMENTUM, SIGN, BOUND = map(
-    tl.constexpr, range(12)
+# maximise, BOUND inf not to clamp. KEPT is the decay of the weights' running average.
+LR, BETA1, BETA1_C, BETA1_LOG, BETA2, BETA2_C, BETA2_LOG, EPS, DECAY, MOMENTUM, SIGN, KEPT, KEPT_C, BOUND = map(
+    tl.constexpr, range(14)
 )
-HYPER_COLUMNS = tl.constexpr(12)
+HYPER_COLUMNS = tl.constexpr(14)
 CACHED = 16  # tables kept per cache; a loop that sees more address patterns than this uploads again
 SPARES = 16  # tables of a shape set aside for captures: the most launches of one launcher in a capture
 
@@ -134,12 +137,15 @@ class Tables:
         steps: Sequence[torch.Tensor] | None,
         hyper_rows: Sequence[int],
         block: int,
+        averages: Sequence[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows [tensors, COLUMNS] int64, chunk owners [chunks] int32): which tensor each block of elements is in."""
         rows, chunks = [], []
         first = 0
         for i, param in enumerate(params):
-            pointers = [param.data_ptr(), grads[i].data_ptr() if grads else 0, 0, 0, 0]
+            pointers = [param.data_ptr(), grads[i].data_ptr() if grads else 0, 0, 0, 0, 0]
+            if averages is not None:
+                pointers[AVERAGE.value] = averages[i].data_ptr()
             for k, state in enumerate(states[i]):
                 pointers[STATE0.value + k] = 0 if state is None else state.data_ptr()
             numel = param.numel()

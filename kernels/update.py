@@ -7,11 +7,13 @@
               p = p - lr / (1 - beta1^t) * m / (sqrt(s) / sqrt(1 - beta2^t) + eps)
     clamp     no gradient; p as it is
     then      p = min(max(p, -bound), bound), NaN kept
+              e = kept e + (1 - kept) p, where weights have a running average
 
-with g = sign * gradient + weight_decay * p; bound is inf where nothing is to be clamped. Arithmetic is float32
-(float64 for float64 tensors); values are rounded once, when stored. Each tensor is read once and written once:
-20 bytes per float32 parameter for RMSProp, 28 for Adam. One program handles one chunk of one tensor. The last
-program to arrive counts every step on and writes the share of clamped weights that lie on their bound.
+with g = sign * factor * gradient + weight_decay * p; bound is inf where nothing is to be clamped. The gate says whether
+to do nothing at all, and the factor. Arithmetic is float32 (float64 for float64 tensors), in which averages are stored;
+other values are rounded once, when stored. Each tensor is read once and written once: 20 bytes per float32 parameter
+for RMSProp, 28 for Adam, 8 more with an average. One program handles one chunk of one tensor. The last program to
+arrive counts every step on and writes the share of clamped weights that lie on their bound.
 """
 
 from collections.abc import Sequence
@@ -44,12 +46,14 @@ def _update_chunk(
     hyper_ptr,  # this tensor's row of hyper-parameters
     bias1,  # Adam's 1 - beta1^t
     bias2,  # and 1 - beta2^t
+    factor,  # of gradients
     start,
     numel,
     DTYPE: tl.constexpr,
     ALGORITHM: tl.constexpr,
     HAS_MOMENTUM: tl.constexpr,
     CENTERED: tl.constexpr,
+    AVERAGED: tl.constexpr,
     BLOCK: tl.constexpr,
     FULL: tl.constexpr,  # every element in range and every address a multiple of 16: unmasked 128-bit accesses
 ):
@@ -67,7 +71,7 @@ def _update_chunk(
         beta2 = tl.load(hyper_ptr + table.BETA2)
         beta2_c = tl.load(hyper_ptr + table.BETA2_C)
         sign = tl.load(hyper_ptr + table.SIGN)
-        g = sign * tl.load(table.pointers(row_ptr, table.GRAD, start, lanes, DTYPE, FULL), mask).to(acc)
+        g = sign * factor * tl.load(table.pointers(row_ptr, table.GRAD, start, lanes, DTYPE, FULL), mask).to(acc)
         if decay != 0:  # not g + 0 * p, which an infinite weight would turn into NaN
             g += decay * p
         s_ptr = table.pointers(row_ptr, table.STATE0, start, lanes, DTYPE, FULL)
@@ -100,6 +104,10 @@ def _update_chunk(
     p = tl.maximum(p, -bound, propagate_nan=tl.PropagateNan.ALL)
     p = tl.minimum(p, bound, propagate_nan=tl.PropagateNan.ALL).to(DTYPE)
     tl.store(p_ptr, p, mask)
+    if AVERAGED:
+        e_ptr = table.pointers(row_ptr, table.AVERAGE, start, lanes, acc, FULL)
+        e = toward(tl.load(e_ptr, mask), p.to(acc), tl.load(hyper_ptr + table.KEPT), tl.load(hyper_ptr + table.KEPT_C))
+        tl.store(e_ptr, e, mask)
     on_bound = tl.abs(p.to(acc)) >= bound
     if not FULL:
         on_bound &= mask
@@ -111,6 +119,7 @@ def _update_kernel(
     table_ptr,  # [tensors, table.COLUMNS] int64
     owner_ptr,  # [chunks] int32, the tensor each program works on
     hyper_ptr,  # [rows, table.HYPER_COLUMNS] in the accumulator's dtype
+    gate_ptr,  # [2] float32: 1 to do nothing, else 0; the factor of gradients
     count_ptr,  # [1] int64, zero between launches
     share_ptr,  # [1] float32
     counter_ptr,  # [1] int32
@@ -120,11 +129,14 @@ def _update_kernel(
     ALGORITHM: tl.constexpr,
     HAS_MOMENTUM: tl.constexpr,
     CENTERED: tl.constexpr,
+    AVERAGED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    skip = tl.load(gate_ptr) != 0
+    factor = tl.load(gate_ptr + 1).to(hyper_ptr.dtype.element_ty)
     program = tl.program_id(0).to(tl.int64)
     row_ptr = table_ptr + tl.load(owner_ptr + program).to(tl.int64) * table.COLUMNS
-    numel = tl.load(row_ptr + table.NUMEL)
+    numel = tl.where(skip, 0, tl.load(row_ptr + table.NUMEL))
     start = (program - tl.load(row_ptr + table.FIRST_CHUNK)) * BLOCK
     row_hyper_ptr = hyper_ptr + tl.load(row_ptr + table.HYPER_ROW) * table.HYPER_COLUMNS
     bias1, bias2 = 1.0, 1.0
@@ -132,24 +144,26 @@ def _update_kernel(
         bias1, bias2 = _bias_corrections(row_ptr, row_hyper_ptr)
     if (tl.load(row_ptr + table.ALIGNED) != 0) & (start + BLOCK <= numel):
         on_bound = _update_chunk(
-            row_ptr, row_hyper_ptr, bias1, bias2, start, numel, DTYPE, ALGORITHM, HAS_MOMENTUM, CENTERED, BLOCK, True,
+            row_ptr, row_hyper_ptr, bias1, bias2, factor, start, numel, DTYPE, ALGORITHM, HAS_MOMENTUM, CENTERED,
+            AVERAGED, BLOCK, True,
         )  # fmt: skip
     else:
         on_bound = 0
         for part in range(start, tl.minimum(start + BLOCK, numel), BLOCK // 4):  # in parts, which spares registers
             on_bound += _update_chunk(
-                row_ptr, row_hyper_ptr, bias1, bias2, part, numel, DTYPE, ALGORITHM, HAS_MOMENTUM, CENTERED, BLOCK // 4,
-                False,
+                row_ptr, row_hyper_ptr, bias1, bias2, factor, part, numel, DTYPE, ALGORITHM, HAS_MOMENTUM, CENTERED,
+                AVERAGED, BLOCK // 4, False,
             )  # fmt: skip
     if clamped > 0:
         tl.atomic_add(count_ptr, on_bound.to(tl.int64), sem="relaxed")  # an integer, so the order cannot matter
 
     if is_last(counter_ptr):
         if clamped > 0:
-            tl.store(share_ptr, mean(tl.load(count_ptr, volatile=True).to(tl.float32), clamped))
+            share = mean(tl.load(count_ptr, volatile=True).to(tl.float32), clamped)
+            tl.store(share_ptr, tl.where(skip, float("nan"), share))  # nobody has looked
             tl.store(count_ptr, 0)
         if ALGORITHM != "clamp":
-            for first in range(0, tensors, STEPS_BLOCK):
+            for first in range(0, tl.where(skip, 0, tensors), STEPS_BLOCK):
                 slots = first + tl.arange(0, STEPS_BLOCK)
                 mask = slots < tensors
                 address = tl.load(table_ptr + slots * table.COLUMNS + table.STEP, mask, other=0)
@@ -165,6 +179,7 @@ class Update:
         acc = torch.float64 if dtype == torch.float64 else torch.float32
         self._hyper = Mirror(acc, device)
         self._tables = Tables()
+        self._open = torch.tensor([0.0, 1.0], device=device)
 
     def launch(
         self,
@@ -176,6 +191,8 @@ class Update:
         hyper: tuple[tuple[float, ...], ...],
         hyper_rows: Sequence[int],
         *,
+        averages: Sequence[torch.Tensor] | None = None,
+        gate: torch.Tensor | None = None,
         momentum: bool = False,
         centered: bool = False,
     ) -> torch.Tensor | None:
@@ -183,19 +200,22 @@ class Update:
 
         No tensor is empty; all are dense and laid out like their parameter. ``states`` are per tensor: (square_avg,
         grad_avg or None, momentum_buffer or None) for rmsprop, (exp_avg_sq, exp_avg) for adam, () for clamp.
-        ``hyper_rows`` names each tensor's row of ``hyper``, whose columns table.py lists. Returns the share of clamped
-        weights on their bound (0-d float32), or None if no row has a bound.
+        ``hyper_rows`` names each tensor's row of ``hyper``, whose columns table.py lists. ``averages`` are float32, or
+        float64 for float64. ``gate`` is [2] float32: 1 to do nothing, else 0; a factor of gradients. None is 0 and 1.
+        Returns the share of clamped weights on their bound (0-d float32; NaN if nothing was done), or None if no row
+        has a bound.
         """
         device = params[0].device
         with torch.cuda.device_of(params[0]):
-            rows, owners = self._tables.addresses(params, grads, states, steps, hyper_rows, BLOCK)
+            rows, owners = self._tables.addresses(params, grads, states, steps, hyper_rows, BLOCK, averages)
             clamped = sum(p.numel() for p, i in zip(params, hyper_rows, strict=True) if hyper[i][-1] != float("inf"))
             share = torch.empty((), dtype=torch.float32, device=device)
             _update_kernel[(len(owners),)](
-                rows, owners, self._hyper.set(hyper), zero(device, torch.int64), share, zero(device),
-                len(params), clamped,
+                rows, owners, self._hyper.set(hyper), self._open if gate is None else gate,
+                zero(device, torch.int64), share, zero(device), len(params), clamped,
                 DTYPE=self._dtype, ALGORITHM=algorithm, HAS_MOMENTUM=momentum, CENTERED=centered,
-                BLOCK=BLOCK, num_warps=16 if self._dtype == tl.float64 else 8, enable_fp_fusion=True,
+                AVERAGED=averages is not None, BLOCK=BLOCK, num_warps=16 if self._dtype == tl.float64 else 8,
+                enable_fp_fusion=True,
             )  # fmt: skip
         return share if clamped else None
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import triton
-from fastwgan.kernels import interpolate, penalty, scores, table, update
+from fastwgan.kernels import guard, interpolate, penalty, scores, table, update
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -48,15 +48,26 @@ def _unaligned(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.numel() + 1)[1:].view(x.shape)
 
 
-def _update(tensors: int, numel: int, algorithm: str, momentum: bool, centered: bool, bound: float, dtype: Any) -> None:
+def _update(
+    tensors: int, numel: int, algorithm: str, momentum: bool, centered: bool, bound: float, dtype: Any,
+    averaged: bool = False,
+) -> None:  # fmt: skip
     params = [torch.empty(numel, dtype=dtype, device="meta")] * tensors
     steps = [torch.empty((), device="meta")] * tensors
     hyper = ((*[0.5] * (table.HYPER_COLUMNS.value - 1), bound),)
     grads = None if algorithm == "clamp" else params
+    averages = [p.to(torch.float64 if dtype == torch.float64 else torch.float32) for p in params] if averaged else None
     update.Update(torch.device("meta"), dtype).launch(
         algorithm, params, grads, [(p, p, p) for p in params], steps, hyper, [0] * tensors,
-        momentum=momentum, centered=centered,
+        averages=averages, momentum=momentum, centered=centered,
     )  # fmt: skip
+
+
+def _guard(dtype: torch.dtype, numel: int, scores: tuple[torch.Tensor, ...], scaled: bool) -> None:
+    gradients = [torch.empty(numel, dtype=dtype, device="meta")] * 6
+    tally = torch.empty(guard.TALLY, dtype=torch.int64, device="meta")
+    gate, scale = torch.empty(2, device="meta"), torch.empty(2, device="meta")
+    guard.Guard().launch(gradients, scores, tally, gate, scale if scaled else None)
 
 
 def cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -105,6 +116,14 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     for algorithm, (tensors, numel, bound) in product(("rmsprop", "adam", "clamp"), ((1, 1, inf), (16, HUGE, 0.01))):
         name = f"update {algorithm} {tensors} x {numel}, bound {bound}"
         yield name, False, partial(_update, tensors, numel, algorithm, False, False, bound, dtype)
+    for algorithm in ("rmsprop", "adam"):
+        name = f"update {algorithm} averaged"
+        yield name, algorithm == "adam", partial(_update, 6, 5000, algorithm, False, False, 0.01, dtype, True)
+    for count, scaled in product(range(3), (False, True)):
+        name = f"guard {count} scores" + " scaled" * scaled
+        yield name, (count, scaled) == (2, False), partial(_guard, dtype, 5000, (new(64),) * count, scaled)
+    for n in (1, 17, HUGE):
+        yield f"guard {n}", False, partial(_guard, dtype, n, (new(n), new(17)), False)
 
 
 def _nvidia(compiled: Any, main: bool) -> dict[str, Any]:

@@ -1,0 +1,175 @@
+"""Whether a network's gradients are all finite, and the means of its scores, in one launch after the backward pass.
+
+The update's launch reads the verdict from the gate, so a step with a non-finite gradient is left out whole without the
+host's knowing of it. A loss scale, where there is one, is kept in the same launch: it is halved when a gradient was not
+finite and doubled after GROWTH_INTERVAL steps without one.
+
+Each gradient is read once: 4 bytes per float32 parameter. One program handles one chunk of one gradient, and a part of
+the scores; the last to arrive adds their partial sums in index order and writes the verdict.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from . import table
+from .arithmetic import divide, mean
+from .arrival import is_last, zero
+from .table import Tables
+
+BLOCK = 4096
+SCORES_BLOCK = 1024
+MAX_PROGRAMS = 512  # that sum scores; also the width of the final sum
+# The tally (int64): of the last step, how many elements were not finite, and the first tensor that had one; steps left
+# out in a row, and in all; then two numbers that are zero between launches.
+NONFINITE, FIRST, IN_A_ROW, SKIPPED, COUNT, REACHED = (tl.constexpr(i) for i in range(6))
+TALLY = 6
+# The gate (float32): 1 to leave the step out, else 0; what gradients are to be multiplied by.
+# The loss scale (float32): the scale; how many steps in a row it has served.
+GROWTH_INTERVAL = tl.constexpr(2000)
+
+
+@triton.jit
+def _sum(x_ptr, numel, acc: tl.constexpr, BLOCK: tl.constexpr, MAX_PROGRAMS: tl.constexpr):
+    """This program's share of the sum of an array: every so-many-th block."""
+    program = tl.program_id(0).to(tl.int64)
+    stride = tl.minimum(tl.num_programs(0), MAX_PROGRAMS) * BLOCK
+    lanes = tl.arange(0, BLOCK).to(tl.int64)
+    total = tl.zeros([BLOCK], acc)
+    for start in range(program * BLOCK, numel, stride):
+        total += tl.load(x_ptr + start + lanes, start + lanes < numel, other=0).to(acc)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _mean(partial_ptr, numel, MAX_PROGRAMS: tl.constexpr):
+    slots = tl.arange(0, MAX_PROGRAMS)
+    used = slots < tl.num_programs(0)
+    return mean(tl.sum(tl.load(partial_ptr + slots, used, other=0, cache_modifier=".cg"), axis=0), numel)
+
+
+@triton.jit(do_not_specialize=["chunks", "tensors"])
+def _guard_kernel(
+    table_ptr,  # [tensors, table.COLUMNS] int64: PARAM is a gradient's address, HYPER_ROW its number in the network
+    owner_ptr,  # [chunks] int32, the tensor each program works on
+    tally_ptr,  # [TALLY] int64
+    gate_ptr,  # [2] float32
+    scale_ptr,  # [2] float32, where SCALED
+    a_ptr,  # [a_numel] scores
+    b_ptr,  # [b_numel] scores
+    stats_ptr,  # [4] mean a, mean b, mean a - mean b, mean b - mean a; the accumulator's dtype
+    partial_ptr,  # [2, MAX_PROGRAMS]
+    counter_ptr,  # [1] int32
+    chunks: tl.int32,
+    tensors: tl.int64,  # in the network
+    a_numel,
+    b_numel,
+    DTYPE: tl.constexpr,
+    FORM: tl.constexpr,  # "critic": both means; "generator": -mean a, first in stats; "none"
+    SCALED: tl.constexpr,
+    FINAL: tl.constexpr,  # the last launch of the step, as gradients of each dtype have their own
+    BLOCK: tl.constexpr,
+    SCORES_BLOCK: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    if program < chunks:
+        row_ptr = table_ptr + tl.load(owner_ptr + program).to(tl.int64) * table.COLUMNS
+        numel = tl.load(row_ptr + table.NUMEL)
+        start = (program - tl.load(row_ptr + table.FIRST_CHUNK)) * BLOCK
+        lanes = tl.arange(0, BLOCK)
+        if (tl.load(row_ptr + table.ALIGNED) != 0) & (start + BLOCK <= numel):
+            g = tl.load(table.pointers(row_ptr, table.PARAM, start, lanes, DTYPE, True))
+        else:
+            mask = lanes < numel - start
+            g = tl.load(table.pointers(row_ptr, table.PARAM, start, lanes, DTYPE, False), mask, other=0)
+        found = tl.sum(tl.where(tl.abs(g) < float("inf"), 0, 1), axis=0)
+        if found > 0:
+            tl.atomic_add(tally_ptr + COUNT, found.to(tl.int64), sem="relaxed")
+            tl.atomic_max(tally_ptr + REACHED, tensors - tl.load(row_ptr + table.HYPER_ROW), sem="relaxed")
+
+    if FORM != "none":
+        acc: tl.constexpr = stats_ptr.dtype.element_ty
+        if program < MAX_PROGRAMS:
+            tl.store(partial_ptr + program, _sum(a_ptr, a_numel, acc, SCORES_BLOCK, MAX_PROGRAMS))
+            if FORM == "critic":
+                b_sum = _sum(b_ptr, b_numel, acc, SCORES_BLOCK, MAX_PROGRAMS)
+                tl.store(partial_ptr + MAX_PROGRAMS + program, b_sum)
+
+    if is_last(counter_ptr):
+        if FORM != "none":
+            mean_a = _mean(partial_ptr, a_numel, MAX_PROGRAMS)
+            if FORM == "critic":
+                mean_b = _mean(partial_ptr + MAX_PROGRAMS, b_numel, MAX_PROGRAMS)
+                tl.store(stats_ptr + 0, mean_a)
+                tl.store(stats_ptr + 1, mean_b)
+                tl.store(stats_ptr + 2, mean_a - mean_b)
+                tl.store(stats_ptr + 3, mean_b - mean_a)
+            else:
+                tl.store(stats_ptr, -mean_a)
+        if FINAL:
+            nonfinite = tl.load(tally_ptr + COUNT, volatile=True)
+            reached = tl.load(tally_ptr + REACHED, volatile=True)
+            skip = nonfinite > 0
+            tl.store(tally_ptr + NONFINITE, nonfinite)
+            tl.store(tally_ptr + IN_A_ROW, tl.where(skip, tl.load(tally_ptr + IN_A_ROW) + 1, 0))
+            tl.store(tally_ptr + SKIPPED, tl.load(tally_ptr + SKIPPED) + skip.to(tl.int64))
+            if skip:
+                tl.store(tally_ptr + FIRST, tensors - reached)
+            tl.store(tally_ptr + COUNT, 0)
+            tl.store(tally_ptr + REACHED, 0)
+            tl.store(gate_ptr, skip.to(tl.float32))
+            if SCALED:
+                scale = tl.load(scale_ptr)
+                served = tl.load(scale_ptr + 1) + 1
+                grown = served >= GROWTH_INTERVAL
+                tl.store(gate_ptr + 1, divide(tl.full([], 1, tl.float32), scale))
+                tl.store(scale_ptr, tl.where(skip, 0.5 * scale, tl.where(grown, 2 * scale, scale)))
+                tl.store(scale_ptr + 1, tl.where(skip | grown, 0, served))
+
+
+class Guard:
+    """The launcher for one network, with the device tables it reuses."""
+
+    def __init__(self) -> None:
+        self._tables = Tables()
+
+    def launch(
+        self,
+        gradients: Sequence[torch.Tensor],
+        scores: tuple[torch.Tensor, ...],
+        tally: torch.Tensor,
+        gate: torch.Tensor,
+        scale: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """Look at all gradients: one launch for each dtype among them. No gradient is empty; all are dense.
+
+        ``scores`` are (real, fake), (fake,) or none. Returns [mean real, mean fake, mean real - mean fake, mean fake -
+        mean real], or [-mean fake], or None.
+        """
+        device = tally.device
+        by_dtype: dict[torch.dtype, list[int]] = {}
+        for i, g in enumerate(gradients):
+            by_dtype.setdefault(g.dtype, []).append(i)
+        form = ("none", "generator", "critic")[len(scores)]
+        with torch.cuda.device_of(tally):
+            a, b = (x.resolve_neg().contiguous() for x in ((*scores, scores[-1])[:2] if scores else (gate, gate)))
+            wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+            stats = torch.empty({"critic": 4, "generator": 1, "none": 0}[form], dtype=wide, device=device)
+            partial = torch.empty(2, MAX_PROGRAMS, dtype=wide, device=device) if scores else stats
+            blocks = min(triton.cdiv(max(a.numel(), b.numel()), SCORES_BLOCK), MAX_PROGRAMS)
+            for k, (dtype, members) in enumerate(by_dtype.items(), 1):
+                rows, owners = self._tables.addresses(
+                    [gradients[i] for i in members], None, [()] * len(members), None, members, BLOCK
+                )
+                final = k == len(by_dtype)
+                _guard_kernel[(max(len(owners), blocks),)](
+                    rows, owners, tally, gate, gate if scale is None else scale, a, b, stats, partial, zero(device),
+                    len(owners), len(gradients), a.numel(), b.numel(),
+                    DTYPE=getattr(tl, str(dtype).removeprefix("torch.")), FORM=form if final else "none",
+                    SCALED=scale is not None, FINAL=final, BLOCK=BLOCK, SCORES_BLOCK=SCORES_BLOCK,
+                    MAX_PROGRAMS=MAX_PROGRAMS, num_warps=8, enable_fp_fusion=True,
+                )  # fmt: skip
+        return stats if scores else None
