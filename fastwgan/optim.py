@@ -2,7 +2,8 @@
 
 Defaults, formulas and ``state_dict`` keys are ``torch.optim``'s, so a checkpoint of one loads into the other. New is
 ``clip``: after the update each weight is clamped to [-clip, clip] in the same launch; None leaves it alone. It can
-be given per parameter group.
+be given per parameter group. A ``torch.amp.GradScaler`` may call the step: gradients are then unscaled in the launch,
+and a step that it wants left out is left out without the host's waiting for its verdict.
 """
 
 import copy
@@ -30,18 +31,28 @@ def _log(x: float) -> float:
     return math.log(x) if x > 0 else -math.inf
 
 
+_Key = tuple[torch.device, torch.dtype, bool, bool, bool]  # has momentum, centered, averaged: one launch's parameters
+
+
 class _Optimizer(Optimizer):
     """What the two share: checks, state, grouping into launches. A subclass names its state and its numbers."""
 
     _algorithm: str
     _states: tuple[str, ...]  # every state tensor the algorithm can have, in the kernel's order
     _required: tuple[str, ...]  # options that tell a state of this algorithm from another's
+    _step_supports_amp_scaling = True  # so a GradScaler leaves it to us, as found_inf and grad_scale
+    found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
+    gate: Tensor | None = None  # [2] float32: 1 to leave the step out, else 0; a factor of gradients. For the trainer
+    averages: dict[Tensor, Tensor]  # running averages of weights, which the step keeps. For the trainer
+    decay: float  # of these
 
     def __init__(self, params: Params, defaults: dict[str, Any], backend: Backend) -> None:
         if backend not in ("auto", "triton", "torch"):
             raise ValueError(f"backend: expected 'auto', 'triton' or 'torch', got {backend!r}")
         self.backend: Backend = backend
-        self._updates: dict[tuple[torch.device, torch.dtype, bool, bool], Any] = {}
+        self._updates: dict[_Key, Any] = {}
+        self.averages, self.decay = {}, 0.0
         self.shares: list[tuple[Tensor, int]] = []  # of the last step: (share of weights on their bound, of how many)
         super().__init__(params, {**defaults, "differentiable": False})  # an option that torch's base class looks for
 
@@ -60,7 +71,8 @@ class _Optimizer(Optimizer):
         """The names of the state tensors that ``group`` uses, None where one is not used."""
         return self._states
 
-    def _hyper(self, group: dict[str, Any], clip: float) -> tuple[float, ...]:
+    def _hyper(self, group: dict[str, Any]) -> tuple[float, ...]:
+        """The kernel's numbers but the last three, which are not the algorithm's."""
         raise NotImplementedError
 
     def _step_reference(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
@@ -87,7 +99,8 @@ class _Optimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for name in ("_updates", "_means"):  # kept by load_state_dict: a graph may read the tables
+        self.__dict__.setdefault("decay", 0.0)
+        for name in ("_updates", "_means", "averages"):  # kept by load_state_dict: a graph may read the tables
             self.__dict__.setdefault(name, {})
         self.shares = []
         for group in self.param_groups:
@@ -134,23 +147,34 @@ class _Optimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        buckets: dict[tuple[torch.device, torch.dtype, bool, bool], list[tuple[Tensor, dict[str, Any]]]] = {}
+        buckets: dict[_Key, list[tuple[Tensor, dict[str, Any]]]] = {}
         for group in self.param_groups:
             self._check_group(group)
             variant = self._variant(group)
             for p in group["params"]:
                 if p.grad is not None and p.numel():
                     self._check_member(p, group)
-                    buckets.setdefault((p.device, p.dtype, *variant), []).append((p, group))
+                    buckets.setdefault((p.device, p.dtype, *variant, p in self.averages), []).append((p, group))
+        gate = self._gate()
         backends = {key: resolve(self.backend, key[0]) for key in buckets}
         self.shares = []
         with torch.no_grad():
             for key, members in buckets.items():
                 if backends[key] == "torch":
-                    self._step_torch(members)
+                    self._step_torch(members, gate)
                 else:
-                    self._step_triton(key, members)
+                    self._step_triton(key, members, gate)
         return loss
+
+    def _gate(self) -> Tensor | None:
+        """The trainer's, or what a GradScaler has set for this step, in one tensor."""
+        if self.found_inf is None and self.grad_scale is None:
+            return self.gate
+        given = self.found_inf if self.grad_scale is None else self.grad_scale
+        assert given is not None
+        skip = torch.zeros_like(given) if self.found_inf is None else self.found_inf
+        factor = torch.ones_like(given) if self.grad_scale is None else 1 / self.grad_scale
+        return torch.stack((skip.reshape(()), factor.reshape(()))).float()
 
     def _check_member(self, p: Tensor, group: dict[str, Any]) -> None:
         """Raise unless a kernel given addresses alone would read and write the right memory."""
@@ -182,7 +206,12 @@ class _Optimizer(Optimizer):
                 state[name] = state[name].to(p.device, p.dtype)
         return state
 
-    def _step_torch(self, members: list[tuple[Tensor, dict[str, Any]]]) -> None:
+    def _step_torch(self, members: list[tuple[Tensor, dict[str, Any]]], gate: Tensor | None) -> None:
+        skip, factor = (0.0, 1.0) if gate is None else gate.tolist()  # on a GPU this waits, as PyTorch's optimizers do
+        if skip:
+            return
+        if factor != 1:
+            torch._foreach_mul_([p.grad for p, _ in members if p.grad is not None], factor)
         groups: dict[int, tuple[dict[str, Any], list[Tensor]]] = {}
         for p, group in members:
             groups.setdefault(id(group), (group, []))[1].append(p)
@@ -191,16 +220,16 @@ class _Optimizer(Optimizer):
             if group["clip"] is not None:
                 on_bound, total = reference.saturation(params, group["clip"])
                 self.shares.append((on_bound / total, total))
+        kept = [p for p, _ in members if p in self.averages]
+        reference.average_([self.averages[p] for p in kept], kept, self.decay)
 
     def _step_group(self, params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
         for p, state in zip(params, states, strict=True):
             assert p.grad is not None
             self._step_reference(p, p.grad, state, group)
 
-    def _step_triton(
-        self, key: tuple[torch.device, torch.dtype, bool, bool], members: list[tuple[Tensor, dict[str, Any]]]
-    ) -> None:
-        device, dtype, momentum, centered = key
+    def _step_triton(self, key: _Key, members: list[tuple[Tensor, dict[str, Any]]], gate: Tensor | None) -> None:
+        device, dtype, momentum, centered, averaged = key
         params, grads, states, steps, copies = [], [], [], [], []
         groups = self._groups_of(key)
         hyper_rows, clamped = [], 0
@@ -220,6 +249,8 @@ class _Optimizer(Optimizer):
             for name in names:
                 if name is not None and not same_layout(state[name], work):
                     state[name] = torch.empty_like(work).copy_(state[name])
+            if averaged and not same_layout(self.averages[p], work):
+                self.averages[p] = torch.empty_like(work, dtype=self.averages[p].dtype).copy_(self.averages[p])
             params.append(work)
             grads.append(grad)
             states.append([None if name is None else state[name] for name in names])
@@ -229,7 +260,8 @@ class _Optimizer(Optimizer):
         if key not in self._updates:
             self._updates[key] = kernels.update.Update(device, dtype)
         share = self._updates[key].launch(
-            self._algorithm, params, grads, states, steps, self._hyper_rows(key), hyper_rows,
+            self._algorithm, params, grads, states, steps, self._hyper_rows(key), hyper_rows, gate=gate,
+            averages=[self.averages[p] for p, _ in members] if averaged else None,
             momentum=momentum, centered=centered,
         )  # fmt: skip
         torch.autograd.graph.increment_version([p for p, _ in members])
@@ -238,17 +270,18 @@ class _Optimizer(Optimizer):
         if share is not None:
             self.shares.append((share, clamped))
 
-    def _groups_of(self, key: tuple[torch.device, torch.dtype, bool, bool]) -> list[dict[str, Any]]:
+    def _groups_of(self, key: _Key) -> list[dict[str, Any]]:
         """The groups that a launch may be of, one row of numbers each, whether or not their parameters have gradients:
         so a row stays a group's, in a graph too."""
-        return [group for group in self.param_groups if self._variant(group) == key[2:]]
+        return [group for group in self.param_groups if self._variant(group) == key[2:4]]
 
-    def _hyper_rows(self, key: tuple[torch.device, torch.dtype, bool, bool]) -> tuple[tuple[float, ...], ...]:
+    def _hyper_rows(self, key: _Key) -> tuple[tuple[float, ...], ...]:
         rows = []
         for group in self._groups_of(key):
             # The bound as this dtype holds it, so that weights on it are counted.
             none = group["clip"] is None or group["clip"] > torch.finfo(key[1]).max
-            rows.append(self._hyper(group, math.inf if none else check_bound("clip", group["clip"], key[1])))
+            bound = math.inf if none else check_bound("clip", group["clip"], key[1])
+            rows.append((*self._hyper(group), self.decay, 1 - self.decay, bound))
         return tuple(rows)
 
     def refresh(self) -> None:
@@ -425,10 +458,10 @@ class RMSprop(_Optimizer):
             "momentum_buffer" if group["momentum"] > 0 else None,
         )
 
-    def _hyper(self, group: dict[str, Any], clip: float) -> tuple[float, ...]:
+    def _hyper(self, group: dict[str, Any]) -> tuple[float, ...]:
         alpha, sign = group["alpha"], -1.0 if group["maximize"] else 1.0
         return (group["lr"], 0.0, 1.0, -math.inf, alpha, 1 - alpha, 0.0, group["eps"], group["weight_decay"],
-                group["momentum"], sign, clip)  # fmt: skip
+                group["momentum"], sign)  # fmt: skip
 
     def _step_reference(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         options = {k: group[k] for k in ("lr", "alpha", "eps", "weight_decay", "momentum", "maximize", "clip")}
@@ -518,10 +551,10 @@ class Adam(_Optimizer):
             if check_number(f"betas[{i}]", beta, minimum=0) >= 1:
                 raise ValueError(f"betas[{i}]: expected a number in [0, 1), got {beta}")
 
-    def _hyper(self, group: dict[str, Any], clip: float) -> tuple[float, ...]:
+    def _hyper(self, group: dict[str, Any]) -> tuple[float, ...]:
         (beta1, beta2), sign = group["betas"], -1.0 if group["maximize"] else 1.0
         return (group["lr"], beta1, 1 - beta1, _log(beta1), beta2, 1 - beta2, _log(beta2), group["eps"],
-                group["weight_decay"], 0.0, sign, clip)  # fmt: skip
+                group["weight_decay"], 0.0, sign)  # fmt: skip
 
     def _step_reference(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         options = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay", "maximize", "clip")}

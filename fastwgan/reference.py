@@ -273,6 +273,40 @@ def adam_step_(
     param.copy_(p)
 
 
+@torch.no_grad()
+def average_(averages: list[Tensor], parameters: list[Tensor], decay: float) -> None:
+    """e = decay e + (1 - decay) p, in place. Averages are float32 or wider. Karras et al., arXiv 1710.10196."""
+    if averages:
+        torch._foreach_lerp_(averages, [_wide(p) for p in parameters], 1 - decay)
+
+
+@torch.no_grad()
+def guard_(gradients: list[Tensor], tally: Tensor, gate: Tensor, scale: Tensor | None = None) -> None:
+    """Count what is not finite in a network's gradients, and say in ``gate`` whether to leave the step out.
+
+    Args:
+        gradients: of the network, loss scale included.
+        tally: [6] int64, written: of this step, how many elements were infinite or NaN; the first tensor that had one,
+            as of the last step with any; steps left out in a row, and in all; two that stay 0.
+        gate: [2] float32, written: 1 to leave the step out, else 0; what gradients are to be multiplied by.
+        scale: [2] float32, or None: the loss scale, and how many steps it has served. It is halved after a step left
+            out and doubled after 2000 in a row that were not. Micikevicius et al., arXiv 1710.03740.
+    """
+    counts = torch.stack([(~g.isfinite()).sum() for g in gradients])
+    skip = counts.any()
+    tally[0] = counts.sum()
+    tally[1] = torch.where(skip, (counts > 0).int().argmax(), tally[1])
+    tally[2] = torch.where(skip, tally[2] + 1, 0)
+    tally[3] += skip
+    gate[0] = skip
+    if scale is not None:
+        gate[1] = 1 / scale[0]
+        served = scale[1] + 1
+        grown = served >= 2000
+        scale[0] *= torch.where(skip, 0.5, torch.where(grown, 2.0, 1.0))
+        scale[1] = torch.where(skip | grown, 0, served)
+
+
 # The whole step
 
 
