@@ -40,9 +40,7 @@ class _Optimizer(Optimizer):
     _algorithm: str
     _states: tuple[str, ...]  # every state tensor the algorithm can have, in the kernel's order
     _required: tuple[str, ...]  # options that tell a state of this algorithm from another's
-    _step_supports_amp_scaling = True  # so a GradScaler leaves it to us, as found_inf and grad_scale
-    found_inf: Tensor | None = None
-    grad_scale: Tensor | None = None
+    _step_supports_amp_scaling = True  # so a GradScaler sets found_inf and grad_scale, and leaves the rest to the step
     gate: Tensor | None = None  # [2] float32: 1 to leave the step out, else 0; a factor of gradients. For the trainer
     averages: dict[Tensor, Tensor]  # running averages of weights, which the step keeps. For the trainer
     decay: float  # of these
@@ -168,13 +166,12 @@ class _Optimizer(Optimizer):
 
     def _gate(self) -> Tensor | None:
         """The trainer's, or what a GradScaler has set for this step, in one tensor."""
-        if self.found_inf is None and self.grad_scale is None:
+        found: Tensor | None = getattr(self, "found_inf", None)
+        if found is None:
             return self.gate
-        given = self.found_inf if self.grad_scale is None else self.grad_scale
-        assert given is not None
-        skip = torch.zeros_like(given) if self.found_inf is None else self.found_inf
-        factor = torch.ones_like(given) if self.grad_scale is None else 1 / self.grad_scale
-        return torch.stack((skip.reshape(()), factor.reshape(()))).float()
+        scale: Tensor | None = getattr(self, "grad_scale", None)  # None once gradients have been unscaled
+        factor = torch.ones_like(found) if scale is None else 1 / scale
+        return torch.stack((found.reshape(()), factor.reshape(()))).float()
 
     def _check_member(self, p: Tensor, group: dict[str, Any]) -> None:
         """Raise unless a kernel given addresses alone would read and write the right memory."""

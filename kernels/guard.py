@@ -59,7 +59,7 @@ def _guard_kernel(
     scale_ptr,  # [2] float32, where SCALED
     a_ptr,  # [a_numel] scores
     b_ptr,  # [b_numel] scores
-    stats_ptr,  # [4] mean a, mean b, mean a - mean b, mean b - mean a; the accumulator's dtype
+    stats_ptr,  # [5] mean a, mean b, mean a - mean b, mean b - mean a; [2] -mean a; or [1]; the last is the count
     partial_ptr,  # [2, MAX_PROGRAMS]
     counter_ptr,  # [1] int32
     chunks: tl.int32,
@@ -67,7 +67,7 @@ def _guard_kernel(
     a_numel,
     b_numel,
     DTYPE: tl.constexpr,
-    FORM: tl.constexpr,  # "critic": both means; "generator": -mean a, first in stats; "none"
+    FORM: tl.constexpr,  # "critic": both means; "generator": -mean a; "none"
     SCALED: tl.constexpr,
     FINAL: tl.constexpr,  # the last launch of the step, as gradients of each dtype have their own
     BLOCK: tl.constexpr,
@@ -114,6 +114,8 @@ def _guard_kernel(
             reached = tl.load(tally_ptr + REACHED, volatile=True)
             skip = nonfinite > 0
             tl.store(tally_ptr + NONFINITE, nonfinite)
+            last: tl.constexpr = 4 if FORM == "critic" else 1 if FORM == "generator" else 0
+            tl.store(stats_ptr + last, nonfinite.to(stats_ptr.dtype.element_ty))
             tl.store(tally_ptr + IN_A_ROW, tl.where(skip, tl.load(tally_ptr + IN_A_ROW) + 1, 0))
             tl.store(tally_ptr + SKIPPED, tl.load(tally_ptr + SKIPPED) + skip.to(tl.int64))
             if skip:
@@ -143,11 +145,11 @@ class Guard:
         tally: torch.Tensor,
         gate: torch.Tensor,
         scale: torch.Tensor | None,
-    ) -> torch.Tensor | None:
+    ) -> torch.Tensor:
         """Look at all gradients: one launch for each dtype among them. No gradient is empty; all are dense.
 
         ``scores`` are (real, fake), (fake,) or none. Returns [mean real, mean fake, mean real - mean fake, mean fake -
-        mean real], or [-mean fake], or None.
+        mean real], [-mean fake] or nothing, with the number of elements that are not finite behind it.
         """
         device = tally.device
         by_dtype: dict[torch.dtype, list[int]] = {}
@@ -157,7 +159,7 @@ class Guard:
         with torch.cuda.device_of(tally):
             a, b = (x.resolve_neg().contiguous() for x in ((*scores, scores[-1])[:2] if scores else (gate, gate)))
             wide = torch.float64 if a.dtype == torch.float64 else torch.float32
-            stats = torch.empty({"critic": 4, "generator": 1, "none": 0}[form], dtype=wide, device=device)
+            stats = torch.empty({"critic": 5, "generator": 2, "none": 1}[form], dtype=wide, device=device)
             partial = torch.empty(2, MAX_PROGRAMS, dtype=wide, device=device) if scores else stats
             blocks = min(triton.cdiv(max(a.numel(), b.numel()), SCORES_BLOCK), MAX_PROGRAMS)
             for k, (dtype, members) in enumerate(by_dtype.items(), 1):
@@ -172,4 +174,4 @@ class Guard:
                     SCALED=scale is not None, FINAL=final, BLOCK=BLOCK, SCORES_BLOCK=SCORES_BLOCK,
                     MAX_PROGRAMS=MAX_PROGRAMS, num_warps=8, enable_fp_fusion=True,
                 )  # fmt: skip
-        return stats if scores else None
+        return stats
