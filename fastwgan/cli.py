@@ -22,7 +22,8 @@ from fastwgan.bench import PRECISIONS
 from fastwgan.constraints import GradientPenalty, WeightClip
 from fastwgan.fit import fit
 from fastwgan.optim import Adam, RMSprop
-from fastwgan.trainer import Trainer, stream_seed
+from fastwgan.streams import stream_seed
+from fastwgan.trainer import Trainer
 from fastwgan.workloads import WORKLOADS
 
 DATA = ("digits", *data.TOYS)

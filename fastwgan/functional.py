@@ -451,6 +451,7 @@ def input_gradient(
     x: Tensor,
     args: tuple[Any, ...],
     ones_like: Callable[[Tensor], Tensor] = torch.ones_like,
+    pack: int = 1,
 ) -> Tensor:
     """d sum(critic(x, *args)) / dx, [N, ...], with a graph.
 
@@ -464,10 +465,10 @@ def input_gradient(
         def forward(x: Tensor, buffers: dict[str, Tensor]) -> Tensor:
             return torch.func.functional_call(critic, buffers, (x, *args)) if buffers else critic(x, *args)  # type: ignore
 
-        return traced_input_gradient(forward, x, buffers)
+        return traced_input_gradient(forward, x, buffers, pack)
     with LinearPieces():
         scores = critic(x, *args)
-    check_scores("critic", scores, len(x))
+    check_scores("critic", scores, len(x), pack)
     g = None
     if scores.requires_grad:
         (g,) = torch.autograd.grad(scores, x, ones_like(scores), create_graph=True, allow_unused=True)
@@ -477,9 +478,13 @@ def input_gradient(
 
 
 def traced_input_gradient(
-    forward: Callable[[Tensor, dict[str, Tensor]], Tensor], x: Tensor, buffers: dict[str, Tensor]
+    forward: Callable[[Tensor, dict[str, Tensor]], Tensor],
+    x: Tensor,
+    buffers: dict[str, Tensor],
+    pack: int = 1,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """d sum(forward(x, buffers)) / dx, [N, ...], inside torch.compile.
+    """d sum(forward(x, buffers)) / dx, [N, ...], inside torch.compile; computed times ``scale``, where there is one.
 
     Dynamo traces torch.func.grad, and the compiler then differentiates the result as it does any function. What
     ``forward`` writes to must be an argument of the function that is differentiated: so the buffers are.
@@ -488,19 +493,20 @@ def traced_input_gradient(
     def total(x: Tensor, buffers: dict[str, Tensor]) -> Tensor:
         with LinearPieces():
             scores = forward(x, buffers)
-        check_scores("critic", scores, len(x))
-        return scores.sum()
+        check_scores("critic", scores, len(x), pack)
+        return scores.sum() if scale is None else scores.float().sum() * (scale * pack / len(x))
 
     gradient: Tensor = torch.func.grad(total)(x, buffers)
-    return gradient
+    return gradient if scale is None else gradient / (scale * pack / len(x))
 
 
-def check_scores(name: str, scores: object, batch: int) -> None:
-    """Raise unless ``scores`` is a floating tensor with ``batch`` samples along its first dimension."""
+def check_scores(name: str, scores: object, batch: int, pack: int = 1) -> None:
+    """Raise unless ``scores`` is a floating tensor with one entry, along its first dimension, to ``pack`` samples."""
     _check_tensor(f"{name}: its output", scores)
     assert isinstance(scores, Tensor)
-    if scores.dim() == 0 or len(scores) != batch:
-        raise ValueError(f"{name}: its output: expected shape [{batch}, ...], got {tuple(scores.shape)}")
+    if scores.dim() == 0 or len(scores) * pack != batch:
+        packs = f" for {batch} samples in packs of {pack}" if pack > 1 else ""
+        raise ValueError(f"{name}: its output: expected shape [{batch // pack}, ...]{packs}, got {tuple(scores.shape)}")
 
 
 def gradient_penalty(

@@ -5,11 +5,10 @@ without waiting, and raises once too many steps in a row were left out. The loss
 guard's as well, as it goes by the same verdict.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastwgan import reference
 from fastwgan.backend import Backend, kernels, resolve
@@ -26,7 +25,7 @@ class Guard:
 
     Args:
         name: of the network, for messages.
-        device: where it is.
+        module: the network.
         backend: see :mod:`fastwgan.backend`.
         limit: how many steps may be left out in a row; one more raises.
         scaled: whether there is a loss scale.
@@ -36,30 +35,38 @@ class Guard:
         scale: the loss scale, 0-d float32, or None.
     """
 
-    def __init__(self, name: str, device: torch.device, backend: Backend, *, limit: int, scaled: bool) -> None:
-        self._name, self._device, self._backend, self._limit = name, device, backend, limit
-        self._tally = torch.zeros(6, dtype=torch.int64, device=device)
-        self.gate = torch.tensor([0.0, 1.0], device=device)
-        self._scale = torch.tensor([FIRST_SCALE, 0.0], device=device) if scaled else None
+    def __init__(self, name: str, module: nn.Module, backend: Backend, *, limit: int, scaled: bool) -> None:
+        self._name, self._module, self._backend, self._limit = name, module, backend, limit
+        self._device = next(module.parameters()).device
+        self._tally = torch.zeros(6, dtype=torch.int64, device=self._device)
+        self.gate = torch.tensor([0.0, 1.0], device=self._device)
+        self._scale = torch.tensor([FIRST_SCALE, 0.0], device=self._device) if scaled else None
         self.scale = None if self._scale is None else self._scale[0]
         self._kernel: Any = None
-        self._names: list[str] = []
-        self._reading: tuple[int, Tensor, Any] | None = None  # step, the tally on its way to the host, its event
+        self._reading: tuple[int, Tensor, Any] | None = None  # step, its tally on the way to the host, an event
 
-    def check(self, named: dict[str, Tensor], scores: tuple[Tensor, ...] = ()) -> tuple[Tensor | None, Tensor]:
+    def gradients(self) -> list[Tensor]:
+        """What the last backward pass has left.
+
+        Raises:
+            ValueError: nothing.
+        """
+        gradients = [p.grad for p in self._module.parameters() if p.grad is not None and p.numel()]
+        if not gradients:
+            raise ValueError(f"{self._name}: expected gradients of its parameters, got none")
+        return gradients
+
+    def check(self, scores: tuple[Tensor, ...] = ()) -> tuple[Tensor | None, Tensor]:
         """Look at all gradients, and set the gate.
 
         Args:
-            named: the gradients by their parameters' names.
             scores: (real, fake) or (fake,), whose means the same launch takes, or none.
 
         Returns:
             ([mean real, mean fake, mean real - mean fake, mean fake - mean real], [-mean fake], or None; how many
             elements were not finite, 0-d).
         """
-        self._names = [name for name, g in named.items() if g.numel()]
-        gradients = [g.detach() for g in named.values() if g.numel()]
-        scores = tuple(x.detach() for x in scores)
+        gradients, scores = self.gradients(), tuple(x.detach() for x in scores)
         if resolve(self._backend, self._device) == "triton":
             self._kernel = self._kernel or kernels.guard.Guard()
             dense = [g if is_dense(g) else g.contiguous() for g in gradients]
@@ -69,11 +76,10 @@ class Guard:
             self._tally[0], self._tally[2], self.gate[0] = 0, 0, 0
         else:
             reference.guard_(gradients, self._tally, self.gate, self._scale)
-        statistics = None
-        if scores:
-            two = len(scores) == 2
-            statistics = reference.score_statistics(*scores) if two else reference.generator_loss(*scores)[None]
-        return statistics, self._tally[0].clone()
+        means = reference.score_statistics(*scores[:1], *scores[-1:]) if scores else None
+        if means is not None and len(scores) == 1:
+            means = -means[:1]
+        return means, self._tally[0].clone()
 
     def watch(self, step: int, checkpoint: str | None) -> None:
         """Raise if too many steps in a row were left out, as far as the host knows by now. Does not wait.
@@ -96,9 +102,9 @@ class Guard:
                 return
             self._judge(of, tally, checkpoint)
         else:
-            tally, event = torch.empty(6, dtype=torch.int64, pin_memory=True), torch.cuda.Event()
+            tally, event = torch.empty(6, dtype=torch.int64, pin_memory=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
         tally.copy_(self._tally, non_blocking=True)
-        event.record()  # type: ignore[no-untyped-call]
+        event.record()
         self._reading = (step, tally, event)
 
     def _judge(self, step: int, tally: Tensor, checkpoint: str | None) -> None:
@@ -106,9 +112,10 @@ class Guard:
         if in_a_row > self._limit:
             self._reading = None
             steps = f"step {step}" if in_a_row == 1 else f"the {in_a_row} steps up to {step}"
+            names = [name for name, p in self._module.named_parameters() if p.grad is not None and p.numel()]
             saved = f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"
             raise FloatingPointError(
-                f"{self._name}: {steps} had gradients that are not finite, first in {self._names[first]} ({count} "
+                f"{self._name}: {steps} had gradients that are not finite, first in {names[first]} ({count} "
                 f"elements in all); such steps have changed no weight and no optimizer state; {saved}"
             )
 
@@ -125,8 +132,3 @@ class Guard:
 def _finite(gradients: list[Tensor]) -> bool:
     """Whether all is finite, for which one sum each is enough: False may also be a sum that overflowed."""
     return bool(torch.stack([g.sum() for g in gradients]).isfinite().all())
-
-
-def gradients_of(named_parameters: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """The gradients that there are, by their parameters' names."""
-    return {name: p.grad for name, p in named_parameters if p.grad is not None}

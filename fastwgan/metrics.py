@@ -38,12 +38,21 @@ class Metrics:
         weight: float = 0.0,
         saturation: Tensor | None = None,
         generator_loss: Tensor | None = None,
-        nonfinite: Tensor | None = None,
+        nonfinite: tuple[Tensor, ...] = (),
     ) -> None:
         self._scores, self._penalty, self._weight = scores, penalty, weight
         self.saturation = saturation
         self.generator_loss = generator_loss
-        self.nonfinite = nonfinite
+        self._nonfinite = nonfinite
+
+    def include(self, other: "Metrics") -> None:
+        """Take in what the generator step behind this critic step measured."""
+        self.generator_loss = other.generator_loss
+        self._nonfinite += other._nonfinite
+
+    @property
+    def nonfinite(self) -> Tensor | None:
+        return sum(self._nonfinite[1:], self._nonfinite[0]) if self._nonfinite else None
 
     @property
     def real_score(self) -> Tensor | None:

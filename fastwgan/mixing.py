@@ -35,17 +35,22 @@ def random_kept(device: torch.device) -> Iterator[None]:
 def same_beside(
     module: nn.Module, forward: Callable[[Tensor], Tensor], others: Iterable[Tensor], device: torch.device
 ) -> bool:
-    """Whether ``forward`` gives the same beside each of ``others``. Random state and buffers are left as they were.
+    """Whether ``forward`` gives the same beside each of ``others``, and writes to nothing of the module.
 
-    Waits for the device.
+    One that writes in each pass, as spectral normalisation does, would have fewer of them. Random state and buffers are
+    left as they were. Waits for the device.
     """
     results = []
+    before = versions(module)
     for other in others:
         buffers = [(b, b.clone()) for b in module.buffers()]
         try:
             with random_kept(device):
                 results.append(forward(other))
+            if versions(module) != before:
+                return False
         finally:
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            if versions(module) != before:
+                for buffer, value in buffers:
+                    buffer.copy_(value)
     return all(torch.equal(result, results[0]) for result in results)

@@ -3,10 +3,13 @@
 :class:`Eager` seeds backward directly at the scores (-1/N at real ones, +1/N at fake ones) and at the input gradient
 (the penalty's cotangent), so there are no loss tensors and no kernels for them. :class:`Compiled` has the whole of a
 step's passes traced by torch.compile into one graph.
+
+In mixed precision the forward passes alone run under autocast. The input gradient is divided by the loss scale before
+the penalty is taken of it, in float32; the penalty's cotangent then needs no scale, as the input gradient has it.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FunctionType
 from typing import Any
 
@@ -41,12 +44,19 @@ def is_batched(cond: Any, batch: int) -> bool:
     return isinstance(cond, Tensor) and cond.dim() > 0 and len(cond) == batch
 
 
-def scores_of_both(critic: Callable[..., Tensor], real: Tensor, fake: Tensor, cond: tuple[Any, ...]) -> Tensor:
+def scores_of_both(
+    critic: Callable[..., Tensor], real: Tensor, fake: Tensor, cond: tuple[Any, ...], pack: int
+) -> Tensor:
     """The scores of real and fake samples from one forward pass, real ones first."""
     twice = (torch.cat((c, c)) if is_batched(c, len(real)) else c for c in cond)
     scores = critic(torch.cat((real, fake)), *twice)
-    functional.check_scores("critic", scores, 2 * len(real))
+    functional.check_scores("critic", scores, 2 * len(real), pack)
     return scores
+
+
+def _packed(x: Tensor, pack: int) -> Tensor:
+    """Samples [N, ...] as packs [N / pack, pack, ...]."""
+    return x if pack == 1 else x.reshape(-1, pack, *x.shape[1:])
 
 
 def drop_gradients(name: str, module: nn.Module) -> list[Tensor]:
@@ -60,25 +70,53 @@ def drop_gradients(name: str, module: nn.Module) -> list[Tensor]:
     return trainable  # type: ignore[return-value]
 
 
+Scores = tuple[Tensor, ...]
+
+
 class Eager:
-    """The passes, op by op."""
+    """The passes, op by op.
+
+    Args:
+        generator, critic, constraint, backend: the trainer's.
+        amp: what autocast computes in, or None.
+        pack: samples to a score.
+        share: what the gradients are multiplied by beside the loss scale: this rank's share of the batch.
+    """
 
     def __init__(
-        self, generator: nn.Module, critic: nn.Module, constraint: WeightClip | GradientPenalty, backend: Backend
-    ) -> None:
+        self, generator: nn.Module, critic: nn.Module, constraint: WeightClip | GradientPenalty, backend: Backend, *,
+        amp: torch.dtype | None = None, pack: int = 1, share: float = 1.0,
+    ) -> None:  # fmt: skip
         self._generator, self._critic, self._constraint, self._backend = generator, critic, constraint, backend
+        self._amp, self._pack, self._share = amp, pack, share
+        self._device_type = next(critic.parameters()).device.type
         self._constants: dict[tuple[Any, ...], Tensor] = {}
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._amp is None else torch.autocast(self._device_type, self._amp)
+
+    def score(self, samples: Tensor, *cond: Any) -> Tensor:
+        """The critic's scores."""
+        with self._autocast():
+            scores: Tensor = self._critic(samples, *cond)
+        return scores
+
+    def samples(self, z: Any, *cond: Any) -> Tensor:
+        """The generator's samples."""
+        with self._autocast():
+            samples: Tensor = self._generator(z, *cond)
+        return samples
 
     @torch.no_grad()
     def generate(self, z: Any, cond: tuple[Any, ...]) -> Tensor:
         """Fake samples, without a graph through the generator."""
-        fake: Tensor = self._generator(z, *cond)
-        return fake
+        return self.samples(z, *cond)
 
     def critic(
-        self, real: Tensor, fake: Tensor, x: Tensor | None, cond: tuple[Any, ...], *, together: bool, weight: float
-    ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the critic's loss; return (score statistics [4], penalty statistics [4] or None).
+        self, real: Tensor, fake: Tensor, x: Tensor | None, cond: tuple[Any, ...], *,
+        together: bool, weight: float, scale: Tensor | None = None,
+    ) -> tuple[Scores, Tensor | None]:  # fmt: skip
+        """Gradients of the critic's loss; return ((real scores, fake scores), penalty statistics [4] or None).
 
         Args:
             real, fake: samples [N, ...], without a graph.
@@ -86,54 +124,72 @@ class Eager:
             cond: further arguments of the critic.
             together: whether real and fake samples go through the critic in one batch.
             weight: of the penalty.
+            scale: of the gradients, 0-d, or None for 1.
         """
         parameters = drop_gradients("critic", self._critic)
         with torch.enable_grad():
             roots, seeds, scores = self._scores(real, fake, cond, together)
+            if scale is not None:
+                seeds = [seed * scale for seed in seeds]
             # A backward pass of its own, which frees what the forward pass has kept before the penalty needs as much.
             torch.autograd.backward(roots, seeds, inputs=parameters)
             del roots
             if x is None:
                 return scores, None
             assert isinstance(self._constraint, GradientPenalty)
-            gradients = functional.input_gradient(self._critic, x.requires_grad_(), cond, self._ones_like)
+            seeds_like: Callable[[Tensor], Tensor] = self._ones_like
+            if scale is not None:
+                scale = scale / (len(x) // self._pack)  # as scores are in the loss; float16 holds no 65536
+                seeds_like = scale.to(torch.float16).expand_as
+            gradients = functional.input_gradient(self.score, x.requires_grad_(), cond, seeds_like, self._pack)
+            unscaled = gradients.detach()
+            weight *= self._share
+            if scale is not None:
+                unscaled = unscaled / scale
+                weight *= len(x) // self._pack
             penalty, cotangent = functional.penalty_cotangent(
-                gradients, self._constraint.kind, self._constraint.target, weight, self._backend
+                _packed(unscaled, self._pack), self._constraint.kind, self._constraint.target, weight, self._backend
             )
             if gradients.requires_grad:
-                torch.autograd.backward([gradients], [cotangent], inputs=parameters)
+                torch.autograd.backward([gradients], [cotangent.view(gradients.shape)], inputs=parameters)
         return scores, penalty
 
-    def generator(self, z: Any, cond: tuple[Any, ...], batch: int) -> Tensor:
-        """Gradients of the generator's loss, which is returned."""
+    def _ones_like(self, x: Tensor) -> Tensor:
+        return self._constant(x, 1.0)
+
+    def generator(
+        self, z: Any, cond: tuple[Any, ...], batch: int, dtype: torch.dtype | None = None, scale: Tensor | None = None
+    ) -> Scores:
+        """Gradients of the generator's loss; return (fake scores,). ``dtype`` is the samples' where the critic has them
+        in another than the generator's.
+        """
         parameters = drop_gradients("generator", self._generator)
         with torch.enable_grad(), _frozen(self._critic):
-            fake = self._generator(z, *cond)
+            fake = self.samples(z, *cond)
             functional.check_samples("generator: its output", fake, parameters[0].device)
-            scores = self._critic(fake, *cond)
-            functional.check_scores("critic", scores, batch)
+            scores = self.score(fake.to(dtype or fake.dtype), *cond)
+            functional.check_scores("critic", scores, batch, self._pack)
             if not scores.requires_grad:
                 raise ValueError(NO_GRAPH)
-            loss = functional.generator_loss(scores.detach(), backend=self._backend)
-            torch.autograd.backward([scores], [self._constant(scores, -1 / scores.numel())], inputs=parameters)
-        return loss
+            seed = self._constant(scores, -self._share / scores.numel())
+            torch.autograd.backward([scores], [seed if scale is None else seed * scale], inputs=parameters)
+        return (scores.detach(),)
 
     def _scores(
         self, real: Tensor, fake: Tensor, cond: tuple[Any, ...], together: bool
-    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """(roots of the backward pass, their cotangents, score statistics)."""
-        batch = len(real)
+    ) -> tuple[list[Tensor], list[Tensor], Scores]:
+        """(roots of the backward pass, their cotangents, scores)."""
         if together:
-            both = scores_of_both(self._critic, real, fake, cond)
-            count = both.numel() // 2
-            statistics = functional.score_statistics(both[:batch], both[batch:], self._backend)
-            return [both], [self._constant(both, -1 / count, 1 / count)], statistics
-        real_scores, fake_scores = self._critic(real, *cond), self._critic(fake, *cond)
-        functional.check_scores("critic", real_scores, batch)
-        statistics = functional.score_statistics(real_scores, fake_scores, self._backend)
-        count = real_scores.numel()
-        seeds = [self._constant(real_scores, -1 / count), self._constant(fake_scores, 1 / count)]
-        return [real_scores, fake_scores], seeds, statistics
+            both = scores_of_both(self.score, real, fake, cond, self._pack)
+            value = self._share / (both.numel() // 2)
+            real_scores, fake_scores = both.detach().tensor_split(2)
+            return [both], [self._constant(both, -value, value)], (real_scores, fake_scores)
+        real_scores, fake_scores = self.score(real, *cond), self.score(fake, *cond)
+        functional.check_scores("critic", real_scores, len(real), self._pack)
+        functional.check_like("critic: its output", fake_scores, "that for real samples", real_scores, shape=True)
+        value = self._share / real_scores.numel()
+        seeds = [self._constant(real_scores, -value), self._constant(fake_scores, value)]
+        return [real_scores, fake_scores], seeds, (real_scores.detach(), fake_scores.detach())
 
     def _constant(self, like: Tensor, value: float, second_half: float | None = None) -> Tensor:
         """A constant shaped like ``like``, made once; ``second_half`` is the value of the later half of the batch."""
@@ -145,9 +201,6 @@ class Eager:
                 constant[len(constant) // 2 :] = second_half
             self._constants[key] = constant  # for good: a graph may read it
         return constant
-
-    def _ones_like(self, x: Tensor) -> Tensor:
-        return self._constant(x, 1.0)
 
 
 State = tuple[dict[str, Tensor], dict[str, Tensor]]  # what is differentiated, and all else a module holds
@@ -168,10 +221,8 @@ class Compiled(Eager):
     A parameter without influence gets a gradient of zeros here, where the eager pass leaves it None.
     """
 
-    def __init__(
-        self, generator: nn.Module, critic: nn.Module, constraint: WeightClip | GradientPenalty, backend: Backend
-    ) -> None:
-        super().__init__(generator, critic, constraint, backend)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self._forms: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def _call(self, trace: Callable[..., Any], shape: Any, *args: Any, **options: Any) -> Any:
@@ -197,24 +248,28 @@ class Compiled(Eager):
 
     @torch.no_grad()
     def critic(
-        self, real: Tensor, fake: Tensor, x: Tensor | None, cond: tuple[Any, ...], *, together: bool, weight: float
-    ) -> tuple[Tensor, Tensor | None]:
+        self, real: Tensor, fake: Tensor, x: Tensor | None, cond: tuple[Any, ...], *,
+        together: bool, weight: float, scale: Tensor | None = None,
+    ) -> tuple[Scores, Tensor | None]:  # fmt: skip
         drop_gradients("critic", self._critic)
         state = _state(self._critic)
         gradients, scores, penalty = self._call(
-            self._trace_critic, real.shape, state, real, fake, x, cond, together=together, weight=weight
+            self._trace_critic, real.shape, state, real, fake, x, cond, scale, together=together, weight=weight
         )
         self._hand_over(state[0], gradients)
         return scores, None if x is None else penalty
 
     @torch.no_grad()
-    def generator(self, z: Any, cond: tuple[Any, ...], batch: int) -> Tensor:
+    def generator(
+        self, z: Any, cond: tuple[Any, ...], batch: int, dtype: torch.dtype | None = None, scale: Tensor | None = None
+    ) -> Scores:
         drop_gradients("generator", self._generator)
         state = _state(self._generator)
-        loss: Tensor
-        gradients, loss = self._call(self._trace_generator, batch, state, _state(self._critic), z, cond, batch)
+        gradients, scores = self._call(
+            self._trace_generator, batch, state, _state(self._critic), z, cond, scale, batch=batch, dtype=dtype
+        )
         self._hand_over(state[0], gradients)
-        return loss
+        return (scores,)
 
     @staticmethod
     def _hand_over(parameters: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
@@ -224,44 +279,51 @@ class Compiled(Eager):
             p.grad = gradients[name]
 
     def _trace_samples(self, z: Any, cond: tuple[Any, ...]) -> Any:
-        return self._generator(z, *cond)
+        return self.samples(z, *cond)
 
     def _trace_critic(
-        self, state: State, real: Tensor, fake: Tensor, x: Tensor | None, cond: tuple[Any, ...], *,
-        together: bool, weight: float,
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:  # fmt: skip
-        def loss(trained: dict[str, Tensor], rest: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        self, state: State, real: Tensor, fake: Tensor, x: Tensor | None, cond: tuple[Any, ...], scale: Tensor | None,
+        *, together: bool, weight: float,
+    ) -> tuple[dict[str, Tensor], Scores, Tensor]:  # fmt: skip
+        factor = self._share if scale is None else self._share * scale
+
+        def loss(trained: dict[str, Tensor], rest: dict[str, Tensor]) -> tuple[Tensor, Any]:
             def forward(samples: Tensor, rest: dict[str, Tensor], cond: tuple[Any, ...] = cond) -> Tensor:
-                return functional_call(self._critic, (trained, rest), (samples, *cond))  # type: ignore[no-any-return]
+                with self._autocast():
+                    return functional_call(self._critic, (trained, rest), (samples, *cond))  # type: ignore[no-any-return]
 
             if together:
-                both = scores_of_both(lambda samples, *cond: forward(samples, rest, cond), real, fake, cond)
-                real_scores, fake_scores = both[: len(real)], both[len(real) :]
+                both = scores_of_both(lambda samples, *cond: forward(samples, rest, cond), real, fake, cond, self._pack)
+                real_scores, fake_scores = both[: len(both) // 2], both[len(both) // 2 :]
             else:
                 real_scores, fake_scores = forward(real, rest), forward(fake, rest)
-                functional.check_scores("critic", real_scores, len(real))
-            scores = reference.score_statistics(real_scores, fake_scores)
+                functional.check_scores("critic", real_scores, len(real), self._pack)
+            scores = (real_scores.detach(), fake_scores.detach())
+            total = reference.score_statistics(real_scores, fake_scores)[3]
             if x is None:
-                return scores[3], (scores.detach(), scores.detach())
+                return total * factor, (scores, scores[0])
             assert isinstance(self._constraint, GradientPenalty)
-            gradients = functional.traced_input_gradient(forward, x, rest)
+            gradients = functional.traced_input_gradient(forward, x, rest, self._pack, scale)
             penalty, _ = reference.penalty_cotangent(
-                gradients, kind=self._constraint.kind, target=self._constraint.target
+                _packed(gradients, self._pack), kind=self._constraint.kind, target=self._constraint.target
             )
-            return scores[3] + weight * penalty[0], (scores.detach(), penalty.detach())
+            return (total + weight * penalty[0]) * factor, (scores, penalty.detach())
 
         gradients, (scores, penalty) = grad(loss, has_aux=True)(*state)
         return gradients, scores, penalty
 
     def _trace_generator(
-        self, state: State, critic_state: State, z: Any, cond: tuple[Any, ...], batch: int
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        def loss(trained: dict[str, Tensor], rest: dict[str, Tensor], critic_state: State) -> tuple[Tensor, Tensor]:
-            fake = functional_call(self._generator, (trained, rest), (z, *cond))
-            scores = functional_call(self._critic, critic_state, (fake, *cond))
-            functional.check_scores("critic", scores, batch)
-            value = reference.generator_loss(scores)
-            return value, value.detach()
+        self, state: State, critic_state: State, z: Any, cond: tuple[Any, ...], scale: Tensor | None, *,
+        batch: int, dtype: torch.dtype | None,
+    ) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
+        factor = self._share if scale is None else self._share * scale
 
-        gradients, value = grad(loss, has_aux=True)(*state, critic_state)
-        return gradients, value
+        def loss(trained: dict[str, Tensor], rest: dict[str, Tensor], critic_state: State) -> tuple[Tensor, Tensor]:
+            with self._autocast():
+                fake = functional_call(self._generator, (trained, rest), (z, *cond))
+                scores = functional_call(self._critic, critic_state, (fake.to(dtype or fake.dtype), *cond))
+            functional.check_scores("critic", scores, batch, self._pack)
+            return -reference.score_statistics(scores, scores)[1] * factor, scores.detach()
+
+        gradients, scores = grad(loss, has_aux=True)(*state, critic_state)
+        return gradients, scores

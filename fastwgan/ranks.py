@@ -83,7 +83,7 @@ class Ranks:
         for tensors in by_dtype.values():
             flat = torch.cat([x.reshape(-1) for x in tensors])
             dist.all_reduce(flat)
-            parts = flat.split([x.numel() for x in tensors])
+            parts = torch.split(flat, [x.numel() for x in tensors])
             torch._foreach_copy_(tensors, [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)])
         return table
 

@@ -15,16 +15,20 @@ from itertools import islice
 from types import NoneType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastwgan import checkpoint, functional, mixing, passes
 from fastwgan.backend import Backend, resolve
 from fastwgan.constraints import GradientPenalty, WeightClip
 from fastwgan.graphs import Graphs, device_problem
+from fastwgan.guard import PATIENCE, Guard
 from fastwgan.metrics import Metrics
 from fastwgan.optim import Adam, RMSprop
+from fastwgan.ranks import Ranks, unwrapped
+from fastwgan.streams import process_streams, set_process_streams, stream_seed
 
 __all__ = ["Trainer", "warmup_schedule"]
 
@@ -83,6 +87,13 @@ def _take_over(optimizer: torch.optim.Optimizer, backend: Backend) -> torch.opti
     taken._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
     taken._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
     taken.register_step_post_hook(_Called(optimizer))
+
+    def follow(loaded: torch.optim.Optimizer) -> None:
+        """What is loaded into the caller's object later, which gets groups and state of its own by that, is ours."""
+        taken.load_state_dict(loaded.state_dict())
+        loaded.param_groups, loaded.state = taken.param_groups, taken.state
+
+    optimizer.register_load_state_dict_post_hook(follow)
     return taken
 
 
@@ -102,11 +113,6 @@ class _Called:
         self._optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
-def stream_seed(seed: int, stream: int) -> int:
-    """A seed for one of several random streams that are to be independent though they come from one ``seed``."""
-    return int(np.random.SeedSequence((seed, stream)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
 def _momentum(optimizer: torch.optim.Optimizer) -> float:
     return max(float(max(g.get("momentum", 0), g.get("betas", (0,))[0])) for g in optimizer.param_groups)
 
@@ -117,11 +123,14 @@ class Trainer:
     Args:
         generator: maps latents z (and conditions) to samples [N, ...].
         critic: maps samples [N, ...] (and conditions) to scores [N, ...].
-        latent: width of a standard normal z [N, latent], or a callable (batch_size, device) -> z.
+        latent: width of a standard normal z [N, latent], or a callable (batch_size, device) -> z. With several
+            processes a callable has to draw other latents in each.
         constraint: :class:`WeightClip` (WGAN) or :class:`GradientPenalty` (WGAN-GP).
         critic_optimizer, generator_optimizer: any ``torch.optim.Optimizer``; a plain torch RMSprop or Adam is
             replaced by ours, sharing its groups and state. None takes the paper's: RMSprop at lr 5e-5 for
             WeightClip, Adam at lr 1e-4 and betas (0, 0.9) for GradientPenalty.
+        critic_scheduler, generator_scheduler: learning-rate schedulers of the given optimizers, or None. Each takes a
+            step after each of its network's, and is part of the state.
         n_critic: critic steps to a generator step, or a callable of the generator iteration, such as
             :func:`warmup_schedule`.
         seed: of the latents and of eps; int in [0, 2^63).
@@ -132,14 +141,31 @@ class Trainer:
         cuda_graph: whether steps are captured in CUDA graphs, after a few that are not, and replayed from then on.
             "auto" does so where it can be done, and warns once where it cannot on a GPU; True raises there. A capture
             keeps all Python numbers that a network's forward reads: if they change over time, say False.
-        amp, ema: not there yet; anything but the default raises NotImplementedError.
+        amp: torch.bfloat16 or torch.float16 to run the networks under autocast in it, or None. Weights, gradients,
+            penalty and statistics stay float32. With float16 each network has a loss scale, which starts at 65536, is
+            halved where gradients overflow (that step is left out) and doubled after 2000 steps without.
+        ema: decay in [0, 1) of a running average of the generator's weights, kept in its update's launch, or None.
+        pack: how many samples, one after the other in the batch, the critic gives one score for. The penalty is then
+            of a pack.
+        nonfinite: what to do about gradients that are infinite or NaN. They never enter a weight or an optimizer's
+            state: such a step is left out whole. "raise" raises FloatingPointError at the first, "skip" after
+            ``max_skipped`` in a row; so does "raise" with float16, where steps are left out to find a loss scale. On a
+            GPU the host does not wait for the verdict, so the error comes some steps late.
+        max_skipped: see ``nonfinite``.
+
+    Under ``torch.distributed`` every process gives its own part of each batch, all of one size, in the order of ranks.
+    Weights and seed are rank 0's, gradients are averaged, metrics are of the whole batch, and latents and eps are each
+    rank's part of what one process would draw: N ranks with batches B / N train as one does with batch B, but for
+    layers like BatchNorm, whose batch is the rank's own. Networks are passed without DistributedDataParallel, or in it.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, or they do not fit together.
         RuntimeError: ``backend="triton"`` or ``cuda_graph=True`` cannot be met; the message says why.
 
     Attributes:
-        critic_iterations, generator_iterations: steps taken so far.
+        critic_iterations, generator_iterations: steps taken so far, those left out included.
+        rank, world: of this process, and how many there are.
+        last_checkpoint: the path last saved to or loaded from, or None.
 
     Source: WGAN, arXiv 1701.07875, Algorithm 1; WGAN-GP, arXiv 1704.00028, Algorithm 1.
 
@@ -159,6 +185,8 @@ class Trainer:
         constraint: WeightClip | GradientPenalty = WeightClip(),  # noqa: B008 - it is frozen
         critic_optimizer: torch.optim.Optimizer | None = None,
         generator_optimizer: torch.optim.Optimizer | None = None,
+        critic_scheduler: LRScheduler | None = None,
+        generator_scheduler: LRScheduler | None = None,
         n_critic: int | Callable[[int], int] = 5,
         seed: int = 0,
         backend: Backend = "auto",
@@ -166,10 +194,10 @@ class Trainer:
         cuda_graph: bool | str = "auto",
         compile: bool = False,
         ema: float | None = None,
+        pack: int = 1,
+        nonfinite: str = "raise",
+        max_skipped: int = PATIENCE,
     ) -> None:
-        for name, value, default in (("amp", amp, None), ("ema", ema, None)):
-            if value != default:
-                raise NotImplementedError(f"{name}: expected {default!r}; other values are not there yet")
         if not isinstance(compile, bool):
             raise TypeError(f"compile: expected a bool, got {type(compile).__name__}")
         if not (isinstance(cuda_graph, bool) or cuda_graph == "auto"):
@@ -177,6 +205,8 @@ class Trainer:
         for name, module in (("generator", generator), ("critic", critic)):
             if not isinstance(module, nn.Module):
                 raise TypeError(f"{name}: expected an nn.Module, got {type(module).__name__}")
+        generator, critic = unwrapped("generator", generator), unwrapped("critic", critic)
+        for name, module in (("generator", generator), ("critic", critic)):
             if not any(p.requires_grad for p in module.parameters()):
                 raise ValueError(f"{name}: expected trainable parameters, got none")
         if {id(p) for p in generator.parameters()} & {id(p) for p in critic.parameters()}:
@@ -194,6 +224,18 @@ class Trainer:
         if not callable(n_critic):
             self._check_count("n_critic", n_critic)
         functional.check_seed("seed", seed)
+        self._check_count("pack", pack)
+        self._check_count("max_skipped", max_skipped)
+        if nonfinite not in ("raise", "skip"):
+            raise ValueError(f"nonfinite: expected 'raise' or 'skip', got {nonfinite!r}")
+        if ema is not None and functional.check_number("ema", ema, minimum=0) >= 1:
+            raise ValueError(f"ema: expected a number in [0, 1), got {ema}")
+        if amp not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"amp: expected None, torch.bfloat16 or torch.float16, got {amp!r}")
+        dtypes = {p.dtype for module in (generator, critic) for p in module.parameters() if p.is_floating_point()}
+        if amp is not None and dtypes != {torch.float32}:
+            got = ", ".join(sorted(map(str, dtypes)))
+            raise ValueError(f"amp: expected networks whose parameters are float32, got {got}")
 
         self.generator, self.critic = generator, critic
         self.constraint = constraint
@@ -202,7 +244,12 @@ class Trainer:
         self.backend: Backend = backend
         self.latent = latent
         self.n_critic = n_critic
-        self.seed = seed
+        self.last_checkpoint: str | None = None
+        self._amp, self._pack = amp, pack
+        self._ranks = Ranks()
+        self.rank, self.world = self._ranks.rank, self._ranks.world
+        self._ranks.broadcast_([x for m in (generator, critic) for x in (*m.parameters(), *m.buffers())])
+        self.seed = seed = self._ranks.same(seed, self.device)
         self.critic_iterations = 0
         self.generator_iterations = 0
         self._critic_steps_due = 0  # taken since the last generator step
@@ -215,10 +262,22 @@ class Trainer:
         self._fakes: Tensor | None = None  # made ahead for the coming critic steps
         self._fakes_versions: list[int] = []  # of the generator's tensors when they were made
         kind = passes.Compiled if compile else passes.Eager
-        self._passes = kind(generator, critic, constraint, backend)
+        self._passes = kind(generator, critic, constraint, backend, amp=amp, pack=pack, share=1 / self.world)
+        limit = 0 if nonfinite == "raise" and amp != torch.float16 else max_skipped - 1
+        self._critic_guard, self._generator_guard = (
+            Guard(name, module, backend, limit=limit, scaled=amp == torch.float16)
+            for name, module in (("critic", critic), ("generator", generator))
+        )
+        self._sample_dtype: torch.dtype | None = None  # of real samples, as last seen
 
         self.critic_optimizer = self._optimizer("critic_optimizer", critic_optimizer, critic)
         self.generator_optimizer = self._optimizer("generator_optimizer", generator_optimizer, generator)
+        self.critic_scheduler = self._scheduler("critic_scheduler", critic_scheduler, critic_optimizer)
+        self.generator_scheduler = self._scheduler("generator_scheduler", generator_scheduler, generator_optimizer)
+        self._decay = ema
+        self._averages: dict[Tensor, Tensor] = {}
+        if ema is not None:
+            self._start_averages()
         self._graphs = self._make_graphs(cuda_graph)
         if isinstance(constraint, WeightClip):
             self._clipped = constraint.clipped(critic)
@@ -263,6 +322,25 @@ class Trainer:
             raise ValueError(f"{name}: expected parameters of its own network only, got others")
         return _take_over(optimizer, self.backend)
 
+    @staticmethod
+    def _scheduler(
+        name: str, scheduler: LRScheduler | None, optimizer: torch.optim.Optimizer | None
+    ) -> LRScheduler | None:
+        if scheduler is None:
+            return None
+        if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
+            got = type(scheduler).__name__
+            raise TypeError(f"{name}: expected a torch.optim.lr_scheduler that takes steps without a metric, got {got}")
+        if optimizer is None or scheduler.optimizer is not optimizer:
+            raise ValueError(f"{name}: expected a scheduler of {name.replace('scheduler', 'optimizer')}, got another's")
+        return scheduler
+
+    def _start_averages(self) -> None:
+        """Running averages of the generator's weights as they are, in the precision that updates are computed in."""
+        for p in filter(torch.is_floating_point, self.generator.parameters()):
+            wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+            self._averages[p] = p.detach().to(wide, copy=True)
+
     def _assign_clip(self, bound: float) -> None:
         """Have each group of our optimizers that holds no exclusions clamp what it updates."""
         if not isinstance(self.critic_optimizer, (RMSprop, Adam)):
@@ -289,6 +367,8 @@ class Trainer:
                 problem = problem or "the torch backend passes learning rates as numbers, which a graph would keep"
             if _hooks(optimizer):
                 problem = problem or f"{name} has step hooks, which a graph would not call"
+        if self.world > 1 and self._ranks.backend != "nccl":
+            problem = problem or f"{self._ranks.backend} cannot be captured"
         if problem is None:
             self._device_offset = torch.zeros((), dtype=torch.int64, device=self.device)
             networks = (self.generator, self.critic)
@@ -318,15 +398,31 @@ class Trainer:
         Raises:
             TypeError, ValueError: ``real`` or a network's output cannot be used. No weight is changed then.
         """
-        functional.check_samples("real", real, self.device)
+        self._check_real(real)
         return self._critic_step(real, None, cond)
+
+    def _check_real(self, real: Tensor) -> None:
+        functional.check_samples("real", real, self.device)
+        if len(real) % self._pack:
+            raise ValueError(f"real: expected a multiple of pack={self._pack} samples, got {len(real)}")
 
     def _critic_step(self, real: Tensor, fake: Tensor | None, cond: tuple[Any, ...]) -> Metrics:
         weight = self._penalty_weight(self.critic_iterations)
         z = self._given_latents(len(real)) if fake is None else None
-        scores, penalty, saturation = self._run(self._critic_work, weight, real, fake, z, *cond)
-        self._count_critic_step(len(real), weight)
-        return Metrics(scores=scores, penalty=penalty, weight=weight, saturation=saturation)
+        outputs = self._run(self._critic_work, weight, real, fake, z, *cond)
+        return self._critic_step_done(outputs, len(real), weight)
+
+    def _critic_step_done(self, outputs: tuple[Tensor | None, ...], batch: int, weight: float) -> Metrics:
+        scores, penalty, nonfinite, saturation = outputs
+        assert nonfinite is not None
+        self.critic_iterations += 1
+        self._critic_steps_due += 1
+        if weight and isinstance(self.constraint, GradientPenalty) and self.constraint.at == "interpolates":
+            self._eps_offset += batch // self._pack * self.world
+        if self.critic_scheduler is not None:
+            self.critic_scheduler.step()
+        self._critic_guard.watch(self.critic_iterations, self.last_checkpoint)
+        return Metrics(scores=scores, penalty=penalty, weight=weight, saturation=saturation, nonfinite=(nonfinite,))
 
     def generator_step(self, batch_size: int, *cond: Any) -> Metrics:
         """Update the generator once.
@@ -342,21 +438,34 @@ class Trainer:
             TypeError, ValueError: an argument or a network's output cannot be used. No weight is changed then.
         """
         self._check_count("batch_size", batch_size)
-        (loss,) = self._run(self._generator_work, batch_size, self._given_latents(batch_size), *cond)
-        self._count_generator_step()
-        return Metrics(generator_loss=loss)
+        if batch_size % self._pack:
+            raise ValueError(f"batch_size: expected a multiple of pack={self._pack}, got {batch_size}")
+        z = self._given_latents(batch_size)
+        return self._generator_step_done(self._run(self._generator_work, batch_size, self._sample_dtype, z, *cond))
+
+    def _generator_step_done(self, outputs: tuple[Tensor | None, ...]) -> Metrics:
+        loss, nonfinite = outputs
+        assert loss is not None
+        assert nonfinite is not None
+        self.generator_iterations += 1
+        self._critic_steps_due = 0
+        self._fakes = None
+        if self.generator_scheduler is not None:
+            self.generator_scheduler.step()
+        self._generator_guard.watch(self.generator_iterations, self.last_checkpoint)
+        return Metrics(generator_loss=loss[0], nonfinite=(nonfinite,))
 
     def step(self, real: Tensor, *cond: Any) -> Metrics:
         """A critic step, and then a generator step if ``n_critic`` critic steps have been taken since the last.
 
         Args, Returns, Raises: as :meth:`critic_step`; ``generator_loss`` is set when a generator step was due.
         """
-        functional.check_samples("real", real, self.device)
+        self._check_real(real)
         left = self._critic_steps_left()
         fake = None if cond else self._fake_made_ahead(len(real), left)
         metrics = self._critic_step(real, fake, cond)
         if left <= 1:
-            metrics.generator_loss = self.generator_step(len(real), *cond).generator_loss
+            metrics.include(self.generator_step(len(real), *cond))
         return metrics
 
     def iteration(self, batches: Iterable[Any]) -> list[Metrics]:
@@ -381,22 +490,21 @@ class Trainer:
                 f"step, got {len(parts)}"
             )
         for real, *_ in parts:
-            functional.check_samples("real", real, self.device)
+            self._check_real(real)
         unconditional = all(len(part) == 1 for part in parts)
         looking = self.critic_iterations < PROBED_STEPS or (unconditional and self._generator_is_unknown())
-        if self._graphs is None or looking or callable(self.latent) or len(parts) > AHEAD:
+        uneven = self.world > 1 and len({len(real) for real, *_ in parts}) > 1
+        stepwise = looking or callable(self.latent) or self.critic_scheduler is not None or uneven
+        if self._graphs is None or stepwise or len(parts) > AHEAD:
             return [self.step(*part) for part in parts]
 
         sizes = tuple(len(part) for part in parts)
         weights = tuple(self._penalty_weight(self.critic_iterations + i) for i in range(len(parts)))
-        outputs = self._run(self._iteration_work, weights, sizes, *(x for part in parts for x in part))
+        outputs = iter(self._run(self._iteration_work, weights, sizes, *(x for part in parts for x in part)))
         metrics = []
-        for i, (weight, (real, *_)) in enumerate(zip(weights, parts, strict=True)):
-            scores, penalty, saturation = outputs[3 * i : 3 * i + 3]
-            metrics.append(Metrics(scores=scores, penalty=penalty, weight=weight, saturation=saturation))
-            self._count_critic_step(len(real), weight)
-        metrics[-1].generator_loss = outputs[-1]
-        self._count_generator_step()
+        for weight, (real, *_) in zip(weights, parts, strict=True):
+            metrics.append(self._critic_step_done(tuple(islice(outputs, 4)), len(real), weight))
+        metrics[-1].include(self._generator_step_done(tuple(outputs)))
         return metrics
 
     def fit(self, batches: Iterable[Any], steps: int, **options: Any) -> int:
@@ -406,28 +514,36 @@ class Trainer:
         return fit(self, batches, steps, **options)
 
     @torch.no_grad()
-    def sample(self, n: int, *cond: Any) -> Tensor:
+    def sample(self, n: int, *cond: Any, ema: bool = False) -> Tensor:
         """n samples of the generator in evaluation mode. Training goes on as if it had not been called.
 
         Args:
             n: number of samples.
             cond: conditions, passed on to the generator.
+            ema: whether the generator is to have the running averages of its weights.
 
         Returns:
             Samples [n, ...] on the networks' device.
 
         Raises:
-            TypeError, ValueError: ``n`` is not an int >= 1.
+            TypeError, ValueError: ``n`` is not an int >= 1, or there are no averages.
         """
         self._check_count("n", n)
+        if ema and self._decay is None:
+            raise ValueError("ema: expected a trainer that was made with ema=, got one without")
         with _evaluating(self.generator), mixing.random_kept(self.device):
             seed = int(torch.randint(2**62, (), generator=self._sample_random, device=self.device))
             if self.device.type == "cuda":
                 torch.cuda.default_generators[self.device.index].manual_seed(seed)
             torch.default_generator.manual_seed(seed)
-            z = self.latent(n, self.device) if callable(self.latent) else self._draw(n, self._sample_random)
-            fake: Tensor = self.generator(z, *cond)
+            z = self.latent(n, self.device) if callable(self.latent) else self._normal(n, self._sample_random)
+            fake: Tensor
+            fake = functional_call(self.generator, self.averages(), (z, *cond)) if ema else self.generator(z, *cond)
             return fake
+
+    def averages(self) -> dict[str, Tensor]:
+        """The running averages of the generator's weights by name, in the weights' dtypes; empty without ``ema``."""
+        return {name: self._averages[p].to(p.dtype) for name, p in self._averaged()}
 
     # Inside a step
 
@@ -450,26 +566,69 @@ class Trainer:
     def _critic_work(
         self, weight: float, real: Tensor, fake: Tensor | None, z: Any, *cond: Any
     ) -> tuple[Tensor | None, ...]:
-        """The device's part of a critic step: (score statistics, penalty statistics, saturation)."""
+        """The device's part of a critic step: (score statistics, penalty statistics, nonfinite, saturation)."""
         if fake is None:
             if not callable(self.latent):
-                z = self._draw(len(real), self._latent_random)
+                z = self._draw(len(real))
             fake = self._passes.generate(z, cond)
         functional.check_samples("generator: its output", fake, self.device)
+        if self._amp is not None:
+            real = real.float()
+        self._sample_dtype = real.dtype
+        if real.dtype == next(self.critic.parameters()).dtype:  # else it is real samples that do not fit
+            fake = fake.to(real.dtype)
         functional.check_like("generator: its output", fake, "real", real, shape=True)
         together = self._forward_at_once(real, fake, cond)
         x = self._penalised(real, fake) if weight else None
-        scores, penalty = self._passes.critic(real, fake, x, cond, together=together, weight=weight)
-        self.critic_optimizer.step()
-        return scores, penalty, self._clamp() if isinstance(self.constraint, WeightClip) else None
+        guard = self._critic_guard
+        both, penalty = self._passes.critic(real, fake, x, cond, together=together, weight=weight, scale=guard.scale)
+        scores, penalty, nonfinite = self._check(guard, both, penalty)
+        self._update(self.critic_optimizer, guard)
+        return scores, penalty, nonfinite, self._clamp() if isinstance(self.constraint, WeightClip) else None
 
-    def _generator_work(self, batch: int, z: Any, *cond: Any) -> tuple[Tensor | None, ...]:
-        """The device's part of a generator step: (loss,)."""
+    def _generator_work(self, batch: int, dtype: torch.dtype | None, z: Any, *cond: Any) -> tuple[Tensor | None, ...]:
+        """The device's part of a generator step: ([loss], nonfinite)."""
         if not callable(self.latent):
-            z = self._draw(batch, self._latent_random)
-        loss = self._passes.generator(z, cond, batch)
-        self.generator_optimizer.step()
-        return (loss,)
+            z = self._draw(batch)
+        guard = self._generator_guard
+        scores = self._passes.generator(z, cond, batch, dtype, guard.scale)
+        loss, _, nonfinite = self._check(guard, scores, None)
+        self._update(self.generator_optimizer, guard)
+        return loss, nonfinite
+
+    def _check(
+        self, guard: Guard, scores: tuple[Tensor, ...], penalty: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Add up what the ranks have, and set the guard's gate: (score statistics, penalty statistics, nonfinite)."""
+        if self.world == 1:
+            statistics, nonfinite = guard.check(scores)
+            return statistics, penalty, nonfinite
+        own = functional.score_statistics(scores[0], scores[-1], self.backend)
+        measured = self._ranks.sum_(guard.gradients(), own if penalty is None else torch.cat((own, penalty)))
+        statistics = measured[:, :4].mean(0)
+        if penalty is not None:
+            means, least, greatest = measured[:, 4:6].mean(0), measured[:, 6].amin(), measured[:, 7].amax()
+            penalty = torch.cat((means, least[None], greatest[None]))
+        _, nonfinite = guard.check()
+        return statistics if len(scores) == 2 else -statistics[:1], penalty, nonfinite
+
+    def _update(self, optimizer: torch.optim.Optimizer, guard: Guard) -> None:
+        """A step of the optimizer and of the averages, unless the guard says no."""
+        averages = self._averages if guard is self._generator_guard else {}
+        averaged: set[Tensor] = set()
+        if isinstance(optimizer, (RMSprop, Adam)):
+            optimizer.gate, optimizer.averages, optimizer.decay = guard.gate, averages, self._decay or 0.0
+            optimizer.step()
+            averaged = {p for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        else:
+            skip, factor = guard.gate.tolist()  # any optimizer may come, so the host has to know
+            if not skip:
+                if factor != 1:
+                    torch._foreach_mul_(guard.gradients(), factor)
+                optimizer.step()
+        for p, average in averages.items():
+            if p not in averaged:
+                average.lerp_(p.detach().to(average.dtype), (1 - guard.gate[0]).mul(1 - (self._decay or 0.0)))
 
     def _iteration_work(
         self, weights: tuple[float, ...], sizes: tuple[int, ...], *flat: Any
@@ -480,14 +639,15 @@ class Trainer:
         fakes: Sequence[Tensor | None] = [None] * len(parts)
         counts = [len(real) for real, *_ in parts]
         if set(sizes) == {1} and self._generator_keeps_samples_apart(counts[0]):
-            fakes = torch.split(self._passes.generate(self._draw(sum(counts), self._latent_random), ()), counts)
+            z = self._draw(sum(counts), batches=len(counts))
+            fakes = torch.split(self._passes.generate(z, ()), counts)
         outputs: list[Tensor | None] = []
         for weight, (real, *cond), fake in zip(weights, parts, fakes, strict=True):
             outputs += self._critic_work(weight, real, fake, None, *cond)
             if weight:
-                self._device_offset += len(real)
+                self._device_offset += len(real) // self._pack * self.world
         _, *cond = parts[-1]
-        return *outputs, *self._generator_work(counts[-1], None, *cond)
+        return *outputs, *self._generator_work(counts[-1], self._sample_dtype, None, *cond)
 
     def _penalty_weight(self, iteration: int) -> float:
         """What the penalty is multiplied by in a critic step; 0 where there is none."""
@@ -503,27 +663,23 @@ class Trainer:
             due = self._check_count("n_critic: its result", due(self.generator_iterations))
         return max(1, due - self._critic_steps_due)
 
-    def _count_critic_step(self, batch: int, weight: float) -> None:
-        self.critic_iterations += 1
-        self._critic_steps_due += 1
-        if weight and isinstance(self.constraint, GradientPenalty) and self.constraint.at == "interpolates":
-            self._eps_offset += batch
-
-    def _count_generator_step(self) -> None:
-        self.generator_iterations += 1
-        self._critic_steps_due = 0
-        self._fakes = None
-
     # Latents and fake samples
 
     def _given_latents(self, n: int) -> Any:
         """The caller's latents; None where they are drawn in the step."""
         return self.latent(n, self.device) if callable(self.latent) else None
 
-    def _draw(self, n: int, random: torch.Generator) -> Tensor:
+    def _normal(self, n: int, random: torch.Generator) -> Tensor:
         assert isinstance(self.latent, int)
         dtype = next(self.generator.parameters()).dtype
         return torch.randn(n, self.latent, generator=random, device=self.device, dtype=dtype)
+
+    def _draw(self, n: int, batches: int = 1) -> Tensor:
+        """The next n latents, for so many batches; with several ranks this one's of what all draw."""
+        z = self._normal(n * self.world, self._latent_random)
+        if self.world == 1:
+            return z
+        return z.view(batches, self.world, n // batches, -1)[:, self.rank].reshape(n, -1)
 
     def _fake_made_ahead(self, batch: int, steps: int) -> Tensor | None:
         """A batch out of one forward pass for the critic steps up to the next generator step; None if that is unsound.
@@ -536,7 +692,8 @@ class Trainer:
             apart = self._generator_keeps_samples_apart(batch)
             if not apart or steps < 2 or self._graphs is not None:  # a graph has the generator inside
                 return None
-            z = self._draw(min(steps, AHEAD) * batch, self._latent_random)
+            ahead = min(steps, AHEAD)
+            z = self._draw(ahead * batch, batches=ahead)
             self._fakes_versions = mixing.versions(self.generator)
             self._fakes = self._passes.generate(z, ())
             functional.check_samples("generator: its output", self._fakes, self.device)
@@ -559,17 +716,13 @@ class Trainer:
         if self._generator_is_unknown():
             self._generator_looks += self._critic_steps_due == 0  # the generator is another in each iteration
             random = torch.Generator(self.device).manual_seed(0)
-            z, *others = (self._draw(batch, random) for _ in range(3))
-            writes = False
+            z, *others = (self._normal(batch, random) for _ in range(3))
 
             def forward(other: Tensor) -> Tensor:
-                nonlocal writes
-                before = mixing.versions(self.generator)
-                samples: Tensor = self.generator(torch.cat((z, other)))
-                writes |= mixing.versions(self.generator) != before  # as spectral normalisation does in each pass
-                return samples[:batch]
+                return self._passes.samples(torch.cat((z, other)))[:batch]
 
-            self._one_generation = mixing.same_beside(self.generator, forward, others, self.device) and not writes
+            apart = mixing.same_beside(self.generator, forward, others, self.device)
+            self._one_generation = self._ranks.all(apart, self.device)
         return self._one_generation
 
     def _forward_at_once(self, real: Tensor, fake: Tensor, cond: tuple[Any, ...]) -> bool:
@@ -583,9 +736,12 @@ class Trainer:
         if self._one_forward and self.critic_iterations < PROBED_STEPS:
 
             def forward(other: Tensor) -> Tensor:
-                return passes.scores_of_both(self.critic, real, other, cond)[: len(real)]
+                return passes.scores_of_both(self._passes.score, real, other, cond, self._pack)[
+                    : len(real) // self._pack
+                ]
 
-            self._one_forward = mixing.same_beside(self.critic, forward, (fake, 1 - 2 * fake), self.device)
+            apart = mixing.same_beside(self.critic, forward, (fake, 1 - 2 * fake), self.device)
+            self._one_forward = self._ranks.all(apart, self.device)
         return self._one_forward
 
     def _penalised(self, real: Tensor, fake: Tensor) -> Tensor:
@@ -593,7 +749,10 @@ class Trainer:
         assert isinstance(self.constraint, GradientPenalty)
         if self.constraint.at == "interpolates":
             offset = self._eps_offset if self._graphs is None else self._device_offset
-            x = functional.interpolate(real.detach(), fake, seed=self.seed, offset=offset, backend=self.backend)
+            if self.rank:
+                offset = offset + self.rank * (len(real) // self._pack)
+            pairs = (x if self._pack == 1 else x.reshape(-1, self._pack, *x.shape[1:]) for x in (real.detach(), fake))
+            x = functional.interpolate(*pairs, seed=self.seed, offset=offset, backend=self.backend).view(real.shape)
         else:
             x = real if self.constraint.at == "real" else fake
         return x.detach()
@@ -617,7 +776,12 @@ class Trainer:
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a bit-identical continuation needs, as a copy that later steps do not change."""
+        """Everything that a bit-identical continuation needs, as a copy that later steps do not change.
+
+        With several ranks, what is a rank's own (random streams of the process) is this one's only; :meth:`save` and
+        :meth:`fit` have all ranks'.
+        """
+        schedulers = (self.generator_scheduler, self.critic_scheduler)
         state = {
             "generator": self.generator.state_dict(),
             "critic": self.critic.state_dict(),
@@ -631,17 +795,29 @@ class Trainer:
             "one_forward": self._one_forward,
             "one_generation": self._one_generation,
             "generator_looks": self._generator_looks,
-            "fakes": self._fakes,
             "optimizers": self._optimizer_names(),
+            "schedulers": [None if scheduler is None else scheduler.state_dict() for scheduler in schedulers],
+            "guards": [guard.state_dict() for guard in (self._generator_guard, self._critic_guard)],
+            "ema": None if self._decay is None else {n: self._averages[p] for n, p in self._averaged()},
             "random": {
                 "device": self.device.type,
                 "latent": self._latent_random.get_state(),
                 "sample": self._sample_random.get_state(),
-                "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             },
+            "world": self.world,
+            "ranks": {self.rank: {"fakes": self._fakes, **process_streams(self.device)}},
         }
         return copy.deepcopy(state)
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """:meth:`state_dict` with what is each rank's own. All ranks have to call it."""
+        state = self.state_dict()
+        for part in self._ranks.gather(state["ranks"]):
+            state["ranks"].update(part)
+        return state
+
+    def _averaged(self) -> list[tuple[str, Tensor]]:
+        return [(name, p) for name, p in self.generator.named_parameters() if p in self._averages]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state from :meth:`state_dict`, PyTorch's global random state included.
@@ -659,6 +835,8 @@ class Trainer:
         if state_dict["optimizers"] != self._optimizer_names():
             expected, got = self._optimizer_names(), state_dict["optimizers"]
             raise ValueError(f"state_dict: expected the optimizers {expected}, got {got}")
+        if state_dict["ema"] is not None and self._decay is None:
+            raise ValueError("state_dict: has running averages of weights; expected a trainer made with ema=")
         functional.check_seed("state_dict: seed", state_dict["seed"])
         for name in ("critic_iterations", "generator_iterations", "critic_steps_due", "eps_offset", "generator_looks"):
             functional.check_seed(f"state_dict: {name}", state_dict[name])
@@ -691,29 +869,49 @@ class Trainer:
         self._one_forward = bool(state["one_forward"])
         self._one_generation = bool(state["one_generation"])
         self._generator_looks = int(state["generator_looks"])
-        self._fakes = None if state["fakes"] is None else state["fakes"].to(self.device, copy=True)
-        self._fakes_versions = mixing.versions(self.generator)
-        random = state["random"]
+        for scheduler, kept in zip((self.generator_scheduler, self.critic_scheduler), state["schedulers"], strict=True):
+            if scheduler is not None and kept is not None:
+                scheduler.load_state_dict(copy.deepcopy(kept))
+        for guard, kept in zip((self._generator_guard, self._critic_guard), state["guards"], strict=True):
+            guard.load_state_dict(kept)
+        for name, p in self._averaged():
+            self._averages[p].copy_(p if state["ema"] is None else state["ema"][name])
+        self._restore_streams(state)
+
+    def _restore_streams(self, state: dict[str, Any]) -> None:
+        self._fakes = None
+        random, own = state["random"], state["ranks"].get(self.rank)
         if random["device"] != self.device.type:
             warnings.warn(
                 f"state_dict: saved on {random['device']} and loaded on {self.device.type}, whose random numbers "
                 "differ: training goes on with fresh random streams",
-                stacklevel=4,
+                stacklevel=5,
             )
             return
         self._latent_random.set_state(random["latent"].cpu())
         self._sample_random.set_state(random["sample"].cpu())
-        torch.set_rng_state(random["torch"].cpu())
-        if random["cuda"] is not None:
-            torch.cuda.set_rng_state(random["cuda"].cpu(), self.device)
+        if own is None or state["world"] != self.world:
+            warnings.warn(
+                f"state_dict: saved by {state['world']} processes, has the random streams of ranks "
+                f"{sorted(state['ranks'])}; those of rank {self.rank} of {self.world} go on as they are",
+                stacklevel=5,
+            )
+            return
+        set_process_streams(own, self.device)
+        self._fakes = None if own["fakes"] is None else own["fakes"].to(self.device, copy=True)
+        self._fakes_versions = mixing.versions(self.generator)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write :meth:`state_dict` to ``path``, whole or not at all.
+        """Write the state to ``path``, whole or not at all. All ranks have to call it; rank 0 writes.
 
         Raises:
             OSError: the file cannot be written. A file that was there before is untouched.
         """
-        checkpoint.save(path, {"trainer": self.state_dict()})
+        state = self.full_state_dict()
+        if self.rank == 0:
+            checkpoint.save(path, {"trainer": state})
+        self._ranks.barrier()
+        self.last_checkpoint = os.fspath(path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take up what :meth:`save` wrote.
@@ -726,3 +924,4 @@ class Trainer:
         if "trainer" not in content:
             raise ValueError(f"path: {path} holds no trainer")
         self.load_state_dict(content["trainer"])
+        self.last_checkpoint = os.fspath(path)

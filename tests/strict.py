@@ -9,14 +9,14 @@
 memory, and tells which addresses it asked for.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 import triton.language as tl
-from fastwgan.kernels import update
+from fastwgan.kernels import guard, update
 from triton.runtime import interpreter
 
 POISON = 97
@@ -26,7 +26,8 @@ _Builder, _Executor, Handle = interpreter.InterpreterBuilder, interpreter.GridEx
 _load, _store, _atomic = _Builder.create_masked_load, _Builder.create_masked_store, _Builder.create_atomic_rmw
 _set_grid_dim, _set_grid_idx = _Builder.set_grid_dim, _Builder.set_grid_idx
 _run, _init_args, _restore_args = _Executor.__call__, _Executor._init_args_hst, _Executor._restore_args_dev
-_launch_update, _convert_float = update.Update.launch, interpreter._convert_float
+_launch_update, _launch_guard = update.Update.launch, guard.Guard.launch
+_convert_float = interpreter._convert_float
 
 
 class _Launch:
@@ -155,10 +156,23 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> None:
 def _update(
     self: Any, algorithm: str, params: Any, grads: Any, states: Any, steps: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    tensors = (*params, *(grads or ()), *(x for state in states for x in state), *(steps or ()))
+    averages = kwargs.get("averages")
+    tensors = (*params, *(grads or ()), *(x for state in states for x in state), *(steps or ()), *(averages or ()))
+    with _reached_by_address(tensors):
+        return _launch_update(self, algorithm, params, grads, states, steps, *args, **kwargs)
+
+
+def _guard(self: Any, gradients: Any, *args: Any) -> Any:
+    with _reached_by_address(gradients):
+        return _launch_guard(self, gradients, *args)
+
+
+@contextmanager
+def _reached_by_address(tensors: Iterable[Any]) -> Iterator[None]:
+    """A launch reaches these, which are none of its arguments."""
     _state.by_address = tuple(x for x in tensors if x is not None and x.data_ptr() >> REGION == 0)
     try:
-        return _launch_update(self, algorithm, params, grads, states, steps, *args, **kwargs)
+        yield
     finally:
         _state.by_address = ()
 
@@ -171,7 +185,7 @@ def install() -> None:
     _Builder.create_minnumf = lambda self, x, y: self.binary_op(x, y, np.fmin)
     _Builder.set_grid_dim, _Builder.set_grid_idx = _grid_dim, _grid_idx
     _Executor.__call__, _Executor._init_args_hst, _Executor._restore_args_dev = _call, _args, _restore
-    update.Update.launch = _update
+    update.Update.launch, guard.Guard.launch = _update, _guard
 
 
 @contextmanager

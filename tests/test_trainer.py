@@ -169,7 +169,7 @@ def test_lean_budgets(name):
     with count_kernels() as counts:
         trainer.critic_step(real)
     assert sum(counts.values()) <= budget, counts
-    assert counts["_scores_kernel"] == counts["_update_kernel"] == 1
+    assert counts["_guard_kernel"] == counts["_update_kernel"] == 1
     assert counts["_penalty_kernel"] == counts["_interpolate_kernel"] == isinstance(constraint, GradientPenalty)
 
 
@@ -206,7 +206,7 @@ def test_generator_step_computes_no_critic_weight_gradient():
     with count_kernels() as counts:
         trainer.generator_step(8)
     assert all(p.grad is None and p.requires_grad for p in critic.parameters())
-    assert counts["_scores_kernel"] == counts["_update_kernel"] == 1
+    assert counts["_guard_kernel"] == counts["_update_kernel"] == 1
     # G: forward addmm, weight and bias gradients. D: two layers forward, two input gradients, no more.
     assert counts["addmm"] == 3
     assert counts["mm"] == 3
@@ -269,7 +269,7 @@ def test_real_and_fake_share_a_forward_only_where_samples_do_not_mix():
         (critic_with(BatchStd(), zeroed(nn.Linear(11, 1))), [8, 8]),
         (critic_with(DetachedMean(), nn.Linear(10, 1)), [8, 8]),
         (critic_with(nn.Linear(10, 4), OwnBatchNorm(), nn.Linear(4, 1)), [8, 8]),
-        (critic_with(nn.utils.parametrizations.spectral_norm(nn.Linear(10, 4)), nn.Linear(4, 1)), [16]),
+        (critic_with(nn.utils.parametrizations.spectral_norm(nn.Linear(10, 4)), nn.Linear(4, 1)), [8, 8]),
         (critic_with(nn.Linear(10, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)), [8, 8]),
         (critic_with(nn.Linear(10, 4), nn.BatchNorm1d(4).eval(), nn.Linear(4, 1)), [16]),
     ):
@@ -382,7 +382,7 @@ def test_looking_for_mixing_leaves_no_trace():
     before, random = copy.deepcopy(critic.state_dict()), torch.get_rng_state()
     real = torch.randn(8, 10)
     random = torch.get_rng_state()
-    assert trainer._forward_at_once(real, torch.randn(8, 10, generator=torch.Generator()), ())
+    assert not trainer._forward_at_once(real, torch.randn(8, 10, generator=torch.Generator()), ())
     assert_same_state(critic.state_dict(), before)
     assert torch.equal(torch.get_rng_state(), random)
 
@@ -483,7 +483,7 @@ def test_metrics_are_device_tensors_of_their_own_step(device):
     before = first.as_dict()
     second = trainer.step(torch.randn(8, 10, device=device))
     assert first.as_dict() == before
-    assert set(before) == {"critic_loss", "wasserstein", "real_score", "fake_score", "saturation"}
+    assert set(before) == {"critic_loss", "wasserstein", "real_score", "fake_score", "saturation", "nonfinite"}
     assert set(second.as_dict()) == set(before) | {"generator_loss"}
     for value in (second.wasserstein, second.saturation, second.generator_loss):
         assert value.dim() == 0
@@ -618,9 +618,12 @@ def test_warnings_once_each():
 # State
 
 RESUME = """
-import json, sys, torch
+import json, random, sys
+import numpy, torch
 from torch import nn
 from fastwgan import GradientPenalty, Trainer, WeightClip, models
+random.seed(0)
+numpy.random.seed(0)
 constraint = {"clip": WeightClip(), "penalty": GradientPenalty()}[sys.argv[1]]
 torch.manual_seed(0)
 critic = nn.Sequential(nn.Linear(10, 16), nn.LeakyReLU(0.2), nn.Dropout(0.3), nn.Linear(16, 1))
@@ -631,6 +634,7 @@ start, stop, load, save = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.a
 if load != "-":
     trainer.load(load)
 for i in range(start, stop):
+    random.random(), numpy.random.rand()
     trainer.step(data[i])
     if i % 7 == 0:
         trainer.sample(3)
@@ -793,11 +797,11 @@ BAD_ARGUMENTS = [
     ({"critic_optimizer": torch.optim.SGD(G.parameters(), lr=1)}, ValueError, "critic_optimizer"),
     ({"critic_optimizer": RMSprop(D.parameters(), clip=0.5)}, ValueError, "critic_optimizer"),
     ({"constraint": WeightClip(exclude="nothing.*")}, ValueError, "exclude"),
-    ({"amp": torch.float16}, NotImplementedError, "amp"),
+    ({"amp": torch.float64}, ValueError, "amp"),
     ({"cuda_graph": "yes"}, ValueError, "cuda_graph"),
     ({"cuda_graph": True}, RuntimeError, "cuda_graph"),
     ({"compile": 1}, TypeError, "compile"),
-    ({"ema": 0.999}, NotImplementedError, "ema"),
+    ({"ema": 1.0}, ValueError, "ema"),
 ]
 
 
