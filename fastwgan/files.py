@@ -28,6 +28,7 @@ GRAY = {"1", "L", "LA"}  # Pillow's modes
 DEEP = ("I", "F")  # what the names of its modes of more than 8 bits begin with
 IDX_IMAGES = 0x00000803  # unsigned bytes, three dimensions
 IDX_NAMES = ("train-images-idx3-ubyte", "train-images-idx3-ubyte.gz")
+TOGETHER = 16  # files that a thread looks through at a time
 ROUNDING = 1e-3  # how far beyond [-1, 1] a float image may be
 
 
@@ -58,19 +59,21 @@ def _decode(path: Path) -> Any:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow raises many kinds on a foreign or truncated file
-        reason = str(error).replace(str(path), path.name).replace(repr(str(path)), path.name)
-        raise BadDataError(f"{reason or type(error).__name__}") from error
+        raise BadDataError(str(error).replace(str(path), path.name) or type(error).__name__) from error
     if upright.mode.startswith(DEEP):
         raise BadDataError(f"expected 8 bits to a channel, got Pillow's mode {upright.mode}")
     return upright
 
 
-def _mode(path: Path) -> tuple[str, str]:
-    """(a file's mode, "") or ("", why it cannot be used)."""
-    try:
-        return _decode(path).mode, ""
-    except BadDataError as error:
-        return "", str(error)
+def _modes(paths: list[Path]) -> list[tuple[str, str]]:
+    """For each file (its mode, "") or ("", why it cannot be used)."""
+    modes = []
+    for path in paths:
+        try:
+            modes.append((_decode(path).mode, ""))
+        except BadDataError as error:
+            modes.append(("", str(error)))
+    return modes
 
 
 class ImageFolder:
@@ -97,7 +100,7 @@ class ImageFolder:
     def __init__(
         self, path: Path | str, size: int = FOLDER_SIZE, channels: int | None = None, workers: int = 1
     ) -> None:
-        import PIL  # noqa: F401 - its absence is no fault of the files
+        from PIL import Image
 
         root = Path(path)
         _check_size(size)
@@ -106,8 +109,10 @@ class ImageFolder:
         if not root.is_dir():
             raise BadDataError(f"path: expected a directory of images, got {root}")
         found = _image_files(root)
+        Image.init()  # else the first threads to meet a rare format race for it, and some find it unknown
+        parts = [found[i : i + TOGETHER] for i in range(0, len(found), TOGETHER)]
         with ThreadPoolExecutor(max(1, workers)) as pool:
-            modes = list(pool.map(_mode, found))
+            modes = [mode for part in pool.map(_modes, parts) for mode in part]
         self.unusable = [(p, problem) for p, (_, problem) in zip(found, modes, strict=True) if problem]
         if len(self.unusable) == len(found):
             first = f"; {self.unusable[0][0].name}: {self.unusable[0][1]}" if found else ""

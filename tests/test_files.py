@@ -281,9 +281,14 @@ def test_idx_is_padded_to_a_power_of_two(tmp_path):
 
 
 def test_small_idx_images_stay_as_they_are(tmp_path):
-    (tmp_path / "x").write_bytes(idx(DIGITS))
+    narrow = DIGITS[:, :, :5]
+    (tmp_path / "x").write_bytes(idx(narrow))
     samples = files.read_idx(tmp_path / "x")
-    assert torch.equal(samples[ALL], scaled(DIGITS))
+    assert samples.shape == (1, 8, 5)
+    assert torch.equal(samples[ALL], scaled(narrow))
+    padded = files.read_idx(tmp_path / "x", 8)[ALL]
+    assert torch.equal(padded[..., 1:6], scaled(narrow))
+    assert (padded[..., [0, 6, 7]] == -1).all()
     assert files.read_idx(tmp_path / "x", 32)[ALL].shape == (20, 1, 32, 32)
 
 
