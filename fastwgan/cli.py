@@ -106,12 +106,18 @@ def _recipe(shape: tuple[int, ...]) -> Recipe:
     return IMAGES
 
 
+def _known(name: str) -> bool:
+    """Whether ``name`` is one of :data:`DATA`, or KIND:PATH with one of :data:`fastwgan.files.KINDS`."""
+    kind, _, path = name.partition(":")
+    return name in DATA or (kind in files.KINDS and bool(path))
+
+
 @dataclass(frozen=True)
 class Config:
     """What a run is, kept in its checkpoint; a resumed run has to be the same one.
 
     Attributes:
-        data: one of :data:`DATA`, or KIND:PATH with one of :data:`fastwgan.files.KINDS`.
+        data: what ``--data`` named.
         shape: of a sample, which decides the networks; the data need not be there to rebuild them.
         size, channels: what was asked of the files.
     """
@@ -131,7 +137,7 @@ class Config:
         config = content.get("config")
         if not isinstance(config, dict) or config.keys() != cls.__dataclass_fields__.keys():
             raise ValueError(f"{path} was not written by fastwgan train")
-        if config["constraint"] not in CONSTRAINTS or len(config["shape"]) not in (1, 3):
+        if not _known(config["data"]) or config["constraint"] not in CONSTRAINTS or len(config["shape"]) not in (1, 3):
             raise ValueError(f"{path} is of a run that this version does not know: {config}")
         return cls(**config)
 
@@ -382,8 +388,7 @@ def _int(minimum: int, maximum: int) -> Callable[[str], int]:
 
 def _data(text: str) -> str:
     """An argument type: the name of a data set, or KIND:PATH."""
-    kind, _, path = text.partition(":")
-    if text not in DATA and not (kind in files.KINDS and path):
+    if not _known(text):
         names = ", ".join((*DATA, *(f"{kind}:PATH" for kind in files.KINDS)))
         raise argparse.ArgumentTypeError(f"expected one of {names}, got {text!r}")
     return text

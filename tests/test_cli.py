@@ -218,8 +218,11 @@ def test_files_in_the_way_and_foreign_checkpoints(tmp_path, capsys):
     (tmp_path / "x.npy").mkdir()
     checkpoint.save(tmp_path / "foreign.pt", {"config": {"name": "x"}})
     fastwgan("train", "--steps", 5, "--out", tmp_path / "run")
+    content = checkpoint.load(tmp_path / "run" / "last.pt")
+    checkpoint.save(tmp_path / "later.pt", content | {"config": content["config"] | {"data": "zip:x.zip"}})
     for args in (
         ("train", "--steps", "5", "--out", tmp_path / "file"),
+        ("sample", "--checkpoint", tmp_path / "later.pt", "--out", tmp_path / "y.npy"),
         ("sample", "--checkpoint", tmp_path / "foreign.pt", "--out", tmp_path / "y.npy"),
         ("sample", "--checkpoint", tmp_path / "run" / "last.pt", "--out", tmp_path / "x.npy"),
     ):
