@@ -1,12 +1,13 @@
 """The command line: fastwgan train | sample | bench | info."""
 
 import argparse
+import math
 import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 import fastwgan
-from fastwgan import checkpoint, data, functional, models
+from fastwgan import checkpoint, data, files, functional, models
 from fastwgan.backend import triton_problem
 from fastwgan.baselines import IMPLEMENTATIONS
 from fastwgan.bench import PRECISIONS
@@ -26,9 +27,11 @@ from fastwgan.streams import stream_seed
 from fastwgan.trainer import Trainer
 from fastwgan.workloads import WORKLOADS
 
-DATA = ("digits", *data.TOYS)
+DATA = ("digits", *data.TOYS)  # beside files.KINDS, each as KIND:PATH
 CONSTRAINTS = ("clip", "penalty")
 MOST = 1_000_000  # samples in a batch or a file
+AT_ONCE = 500  # samples that one forward pass makes for a file
+REPORTED = 10  # unusable files that are named
 
 # What takes a random stream of its own from --seed; the trainer takes 0 and 1.
 ORDER, PICTURE, SAMPLES = 2, 3, 4
@@ -58,11 +61,10 @@ class _Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Networks and numbers that work for a data set on a CPU in about a minute."""
+    """Networks and numbers that work for samples of a kind, on a CPU."""
 
     latent: int
     width: int
-    hidden: int
     penalty_weight: float
     penalty_lr: float
     betas: tuple[float, float]
@@ -71,23 +73,60 @@ class Recipe:
     batch_size: int
     n_critic: int
     steps: int
+    hidden: int = 0  # layers of an MLP; 0 is a DCGAN
 
 
-DIGITS = Recipe(
+SMALL_IMAGES = Recipe(
     latent=64, width=256, hidden=2, penalty_weight=10.0, penalty_lr=1e-3, betas=(0.0, 0.9),
     clip_bound=0.05, clip_lr=2e-4, batch_size=64, n_critic=3, steps=20_000,
 )  # fmt: skip
-TOY = Recipe(
+IMAGES = Recipe(
+    latent=100, width=32, penalty_weight=10.0, penalty_lr=2e-4, betas=(0.0, 0.9),
+    clip_bound=0.01, clip_lr=5e-5, batch_size=64, n_critic=5, steps=20_000,
+)  # fmt: skip
+POINTS = Recipe(
     latent=2, width=256, hidden=3, penalty_weight=0.1, penalty_lr=5e-4, betas=(0.5, 0.9),
     clip_bound=0.1, clip_lr=2e-4, batch_size=256, n_critic=5, steps=6_000,
 )  # fmt: skip
 
 
+def _recipe(shape: tuple[int, ...]) -> Recipe:
+    """The recipe for samples of a shape.
+
+    Raises:
+        ValueError: they are images that no recipe makes.
+    """
+    if len(shape) == 1:
+        return replace(POINTS, latent=min(max(POINTS.latent, shape[0]), SMALL_IMAGES.latent))
+    _, height, width = shape
+    if max(height, width) <= files.AS_THEY_ARE:
+        return SMALL_IMAGES
+    if height != width or height not in files.SIZES:
+        sides = f"{files.AS_THEY_ARE}x{files.AS_THEY_ARE} at most, or square with a side of {files.SIZES[2:]}"
+        raise ValueError(f"--data: expected images of {sides}, got {height}x{width}; --size brings them there")
+    return IMAGES
+
+
+def _known(name: str) -> bool:
+    """Whether ``name`` is one of :data:`DATA`, or KIND:PATH with one of :data:`fastwgan.files.KINDS`."""
+    kind, _, path = name.partition(":")
+    return name in DATA or (kind in files.KINDS and bool(path))
+
+
 @dataclass(frozen=True)
 class Config:
-    """What a run is, kept in its checkpoint; a resumed run has to be the same one."""
+    """What a run is, kept in its checkpoint; a resumed run has to be the same one.
+
+    Attributes:
+        data: what ``--data`` named.
+        shape: of a sample, which decides the networks; the data need not be there to rebuild them.
+        size, channels: what was asked of the files.
+    """
 
     data: str
+    shape: tuple[int, ...]
+    size: int | None
+    channels: int | None
     constraint: str
     batch_size: int
     n_critic: int
@@ -99,32 +138,39 @@ class Config:
         config = content.get("config")
         if not isinstance(config, dict) or config.keys() != cls.__dataclass_fields__.keys():
             raise ValueError(f"{path} was not written by fastwgan train")
-        if config["data"] not in DATA or config["constraint"] not in CONSTRAINTS:
+        if not _known(config["data"]) or config["constraint"] not in CONSTRAINTS or len(config["shape"]) not in (1, 3):
             raise ValueError(f"{path} is of a run that this version does not know: {config}")
         return cls(**config)
 
-
-def _recipe(name: str) -> Recipe:
-    return DIGITS if name == "digits" else TOY
-
-
-def _generator(name: str) -> nn.Sequential:
-    recipe = _recipe(name)
-    hidden = [recipe.width] * recipe.hidden
-    if name == "digits":
-        return models.mlp([recipe.latent, *hidden, 64], shape=(1, 8, 8), tanh=True)
-    return models.mlp([recipe.latent, *hidden, 2])
+    def check(self, given: dict[str, Any], out: Path) -> None:
+        """Raise ValueError where one of the given options is not this run's."""
+        known = asdict(self) | {"size": self.shape[-1], "channels": self.shape[0]}
+        for field, value in given.items():
+            if known[field] != value:
+                option = "--" + field.replace("_", "-")
+                raise ValueError(f"{option}: the run in {out} has {known[field]}, got {value}")
 
 
-def _critic(name: str) -> nn.Sequential:
-    recipe = _recipe(name)
-    return models.mlp([64 if name == "digits" else 2, *[recipe.width] * recipe.hidden, 1], slope=0.2)
+def _generator(shape: tuple[int, ...]) -> nn.Sequential:
+    recipe = _recipe(shape)
+    if not recipe.hidden:
+        return models.dcgan_generator(recipe.latent, channels=shape[0], width=recipe.width, size=shape[-1])
+    sizes = [recipe.latent, *[recipe.width] * recipe.hidden, math.prod(shape)]
+    return models.mlp(sizes) if len(shape) == 1 else models.mlp(sizes, shape=shape, tanh=True)
+
+
+def _critic(shape: tuple[int, ...], constraint: str) -> nn.Sequential:
+    recipe = _recipe(shape)
+    if not recipe.hidden:  # a penalty takes each sample's gradient by itself, and BatchNorm mixes them
+        norm = constraint == "clip"
+        return models.dcgan_critic(channels=shape[0], width=recipe.width, norm=norm, size=shape[-1])
+    return models.mlp([math.prod(shape), *[recipe.width] * recipe.hidden, 1], slope=0.2)
 
 
 def _trainer(config: Config, device: torch.device, backend: Any) -> Trainer:
-    recipe = _recipe(config.data)
+    recipe = _recipe(config.shape)
     torch.manual_seed(config.seed)
-    generator, critic = _generator(config.data).to(device), _critic(config.data).to(device)
+    generator, critic = _generator(config.shape).to(device), _critic(config.shape, config.constraint).to(device)
     constraint: WeightClip | GradientPenalty
     optimizers: list[torch.optim.Optimizer]
     if config.constraint == "clip":
@@ -141,21 +187,58 @@ def _trainer(config: Config, device: torch.device, backend: Any) -> Trainer:
     )  # fmt: skip
 
 
-def _batches(config: Config, device: torch.device) -> data.ShuffledBatches | data.SampledBatches:
-    if config.data == "digits":
-        samples, _ = data.digits()
-        return data.ShuffledBatches(samples.to(device), config.batch_size, stream_seed(config.seed, ORDER))
-    return data.SampledBatches(data.TOYS[config.data], config.batch_size, stream_seed(config.seed, ORDER), device)
+def _samples(
+    name: str, size: int | None, channels: int | None, workers: int
+) -> tuple[data.Samples | None, tuple[int, ...]]:
+    """(the samples of a data set, None if they are drawn afresh; the shape of one)."""
+    kind, _, path = name.partition(":")
+    if path:
+        found = files.read(kind, Path(path).expanduser(), size=size, channels=channels, workers=workers)
+        if isinstance(found, files.ImageFolder):
+            _report(found)
+        return found, found.shape
+    for option, value in (("--size", size), ("--channels", channels)):
+        if value is not None:
+            raise ValueError(f"{option}: is for images in files, got {value} for {name}")
+    if name in data.TOYS:
+        return None, (2,)
+    images, _ = data.digits()
+    return images, tuple(images.shape[1:])
 
 
-def _draw(name: str, samples: torch.Tensor, path: Path, seed: int) -> None:
+def _report(folder: files.ImageFolder) -> None:
+    """Name what was left out, on stderr."""
+    for path, reason in folder.unusable[:REPORTED]:
+        print(f"fastwgan: skipped {path}: {' '.join(reason.split())}", file=sys.stderr)
+    if len(folder.unusable) > REPORTED:
+        print(f"fastwgan: skipped {len(folder.unusable) - REPORTED} more files", file=sys.stderr)
+
+
+def _batches(
+    config: Config, samples: data.Samples | None, device: torch.device, workers: int
+) -> data.ShuffledBatches | data.SampledBatches:
+    seed = stream_seed(config.seed, ORDER)
+    if samples is None:
+        return data.SampledBatches(data.TOYS[config.data], config.batch_size, seed, device)
+    if isinstance(samples, torch.Tensor):
+        return data.ShuffledBatches(samples.to(device), config.batch_size, seed)
+    return data.ShuffledBatches(samples, config.batch_size, seed, workers=workers)
+
+
+def _draw(config: Config, generated: torch.Tensor, path: Path, seed: int, samples: data.Samples | None = None) -> None:
+    """A picture of generated samples; points lie over as many real ones, where there are any."""
     from fastwgan import pictures
 
-    if name == "digits":
-        pictures.image_grid(samples, path)
-    else:
-        real = data.TOYS[name](len(samples), torch.Generator().manual_seed(stream_seed(seed, PICTURE)))
-        pictures.points(samples, real, path)
+    if len(config.shape) == 3:
+        pictures.image_grid(generated, path)
+        return
+    real = None
+    if config.data in data.TOYS:
+        random = torch.Generator().manual_seed(stream_seed(seed, PICTURE))
+        real = data.TOYS[config.data](len(generated), random)
+    elif samples is not None:
+        real = samples[torch.linspace(0, len(samples) - 1, min(len(samples), len(generated))).long()]
+    pictures.points(generated, real, path)
 
 
 def _device(name: str | None) -> torch.device:
@@ -170,32 +253,35 @@ def _device(name: str | None) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
-def _prepare(args: argparse.Namespace) -> tuple[Config, Path, Trainer, Any]:
-    """The run that the arguments name, new or resumed: (what it is, its directory, trainer, batches)."""
-    name = args.data or "digits"
-    recipe = _recipe(name)
-    given = {field: getattr(args, field) for field in Config.__dataclass_fields__ if getattr(args, field) is not None}
-    defaults = asdict(Config(name, "penalty", recipe.batch_size, recipe.n_critic, seed=0))
-    config = Config(**(defaults | given))
-    out = args.out or Path("runs") / f"{config.data}-{config.constraint}"
+def _prepare(args: argparse.Namespace) -> tuple[Config, Path, Trainer, data.Samples | None, Any]:
+    """The run that the arguments name, new or resumed: (what it is, its directory, trainer, samples, batches)."""
+    options = Config.__dataclass_fields__.keys() - {"shape"}
+    given = {field: getattr(args, field) for field in options if getattr(args, field) is not None}
+    out = args.out or Path("runs") / f"{_short(args.data or 'digits')}-{args.constraint or 'penalty'}"
     last = out / "last.pt"
     device = _device(args.device)
     content = None
     if args.resume:
         content = checkpoint.load(last)
         config = Config.of(content, last)
-        for field, value in given.items():
-            if getattr(config, field) != value:
-                option = "--" + field.replace("_", "-")
-                raise ValueError(f"{option}: the run in {out} has {getattr(config, field)}, got {value}")
+        config.check(given, out)
+        samples, shape = _samples(config.data, config.size, config.channels, args.workers)
+        if shape != config.shape:
+            raise ValueError(f"--data: the run in {out} has samples of shape {config.shape}, {config.data} now {shape}")
     elif last.exists():
         raise ValueError(f"--out: {out} holds a run; go on with it by --resume, or name another directory")
-    trainer, batches = _trainer(config, device, args.backend), _batches(config, device)
+    else:
+        name = args.data or "digits"
+        samples, shape = _samples(name, args.size, args.channels, args.workers)
+        recipe = _recipe(shape)
+        default = Config(name, shape, None, None, "penalty", recipe.batch_size, recipe.n_critic, seed=0)
+        config = replace(default, **given)
+    trainer, batches = _trainer(config, device, args.backend), _batches(config, samples, device, args.workers)
     if content is not None:
         trainer.load_state_dict(content["trainer"])
         batches.load_state_dict(content["data"])
     out.mkdir(parents=True, exist_ok=True)
-    return config, out, trainer, batches
+    return config, out, trainer, samples, batches
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -204,11 +290,12 @@ def _train(args: argparse.Namespace) -> int:
 
         from fastwgan import pictures
 
-        config, out, trainer, batches = _prepare(args)
-    steps = max(0, (args.steps or _recipe(config.data).steps) - trainer.critic_iterations)
+        config, out, trainer, samples, batches = _prepare(args)
+    steps = max(0, (args.steps or _recipe(config.shape).steps) - trainer.critic_iterations)
     done = fit(trainer, batches, steps, out=out, config=asdict(config), progress=True)
 
-    _draw(config.data, trainer.sample(100 if config.data == "digits" else 2000), out / "samples.png", config.seed)
+    count = 2000 if len(config.shape) == 1 else 100
+    _draw(config, trainer.sample(count), out / "samples.png", config.seed, samples)
     pictures.curves(out / "metrics.csv", out / "curves.png")
     state = f"step {trainer.critic_iterations} ({trainer.generator_iterations} generator steps)"
     if done < steps:
@@ -224,17 +311,18 @@ def _sample(args: argparse.Namespace) -> int:
             raise ValueError(f"--out: expected a name ending in .npy or .png, got {args.out}")
         content = checkpoint.load(args.checkpoint)
         config = Config.of(content, args.checkpoint)
-        generator = _generator(config.data)
+        generator = _generator(config.shape)
         generator.load_state_dict(content["trainer"]["generator"])
     generator.eval()
     random = torch.Generator().manual_seed(stream_seed(args.seed, SAMPLES))
+    latents = torch.randn(args.count, _recipe(config.shape).latent, generator=random)
     with torch.no_grad():
-        samples = generator(torch.randn(args.count, _recipe(config.data).latent, generator=random))
+        samples = torch.cat([generator(z) for z in torch.split(latents, AT_ONCE)])
     if args.out.suffix == ".npy":
         np.save(args.out, samples.numpy())
     else:
         with _problems():
-            _draw(config.data, samples, args.out, args.seed)
+            _draw(config, samples, args.out, args.seed)
     print(f"{args.count} samples of shape {tuple(samples.shape[1:])}: {args.out}")
     return 0
 
@@ -299,6 +387,20 @@ def _int(minimum: int, maximum: int) -> Callable[[str], int]:
     return parse
 
 
+def _data(text: str) -> str:
+    """An argument type: the name of a data set, or KIND:PATH."""
+    if not _known(text):
+        names = ", ".join((*DATA, *(f"{kind}:PATH" for kind in files.KINDS)))
+        raise argparse.ArgumentTypeError(f"expected one of {names}, got {text!r}")
+    return text
+
+
+def _short(name: str) -> str:
+    """A name for a directory from one of --data: of a file its stem."""
+    kind, _, path = name.partition(":")
+    return Path(path).expanduser().resolve().stem or kind if path else kind
+
+
 def _minutes(text: str) -> float:
     """An argument type: a number above zero."""
     try:
@@ -315,9 +417,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastwgan {fastwgan.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train on a small data set; Ctrl-C saves and ends it")
+    train = commands.add_parser("train", help="train on a data set; Ctrl-C saves and ends it")
     train.set_defaults(run=_train)
-    train.add_argument("--data", choices=DATA, help="default: digits")
+    train.add_argument(
+        "--data", type=_data, metavar="DATA",
+        help=f"{', '.join(DATA)}; folder:PATH, all images under a directory; npy:PATH, points as floats [N, D], or "
+        "images of three or four dimensions, uint8 or floats in [-1, 1]; idx:PATH, MNIST's format, gzipped or not, "
+        "28x28 padded to 32x32; default: digits",
+    )  # fmt: skip
+    train.add_argument(
+        "--size", type=int, choices=files.SIZES,
+        help=f"scale images in files to so many pixels square; default: a folder's to {files.FOLDER_SIZE}",
+    )  # fmt: skip
+    train.add_argument(
+        "--channels", type=int, choices=(1, 3), help="of a folder's images, gray or RGB; default: as the first is"
+    )
+    train.add_argument(
+        "--workers", type=_int(0, 64), default=2, help="threads that read files, which changes no number; default: 2"
+    )
     train.add_argument("--constraint", choices=CONSTRAINTS, help="WGAN or WGAN-GP; default: penalty")
     train.add_argument("--steps", type=_int(1, 10**15), help="critic steps in all, resumed ones included")
     train.add_argument("--batch-size", type=_int(1, MOST), help="real samples in a critic step")
@@ -366,7 +483,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (_UserError, OSError) as error:
+    except (_UserError, files.BadDataError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

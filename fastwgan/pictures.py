@@ -32,18 +32,23 @@ def image_grid(images: Tensor, path: Path) -> None:
 
 
 def points(generated: Tensor, real: Tensor | None, path: Path) -> None:
-    """Write generated points [N, 2] over real ones [M, 2]."""
+    """Write generated points [N, D] over real ones [M, D]: their first two coordinates, or a histogram of the one."""
     figure = Figure(figsize=(6, 6), dpi=110, layout="constrained")
     axes = figure.add_subplot()
-    if real is not None:
-        x, y = real.float().cpu().T.numpy()
-        axes.scatter(x, y, s=6, c="0.75", linewidths=0, label=f"real ({len(real)})")
-    label = f"generated ({len(generated)})"
-    x, y = generated.float().cpu().T.numpy()
-    axes.scatter(x, y, s=6, c="tab:orange", alpha=0.6, linewidths=0, label=label)
-    axes.set_aspect("equal")
+    clouds = [] if real is None else [(real, f"real ({len(real)})", "0.75", 1.0)]
+    clouds.append((generated, f"generated ({len(generated)})", "tab:orange", 0.6))
+    for cloud, label, color, alpha in clouds:
+        columns = cloud.float().cpu().T.numpy()
+        if len(columns) == 1:
+            axes.hist(columns[0], bins=100, density=True, color=color, alpha=alpha, label=label)
+        else:
+            axes.scatter(columns[0], columns[1], s=6, c=color, alpha=alpha, linewidths=0, label=label)
     axes.set_xlabel("x")
-    axes.set_ylabel("y")
+    if generated.shape[1] == 1:
+        axes.set_ylabel("density")
+    else:
+        axes.set_aspect("equal")
+        axes.set_ylabel("y")
     axes.legend(loc="upper right", markerscale=2)
     figure.savefig(path)
 

@@ -1,16 +1,21 @@
 """The command line end to end, as a user runs it: in processes of its own, kernels not interpreted."""
 
 import csv
+import gzip
 import os
 import re
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
@@ -149,6 +154,17 @@ def test_info_says_which_backend_and_why():
 
 BAD = [
     ("train", "--data", "mnist"),
+    ("train", "--data", "folder"),
+    ("train", "--data", "npy:"),
+    ("train", "--data", "zip:x.zip"),
+    ("train", "--data", "folder:nowhere"),
+    ("train", "--data", "npy:nowhere.npy"),
+    ("train", "--data", "idx:nowhere"),
+    ("train", "--data", "digits", "--size", "32"),
+    ("train", "--data", "swissroll", "--channels", "1"),
+    ("train", "--data", "folder:nowhere", "--size", "48"),
+    ("train", "--data", "folder:nowhere", "--channels", "4"),
+    ("train", "--workers", "-1"),
     ("train", "--steps", "0"),
     ("train", "--steps", "many"),
     ("train", "--batch-size", "-3"),
@@ -202,8 +218,11 @@ def test_files_in_the_way_and_foreign_checkpoints(tmp_path, capsys):
     (tmp_path / "x.npy").mkdir()
     checkpoint.save(tmp_path / "foreign.pt", {"config": {"name": "x"}})
     fastwgan("train", "--steps", 5, "--out", tmp_path / "run")
+    content = checkpoint.load(tmp_path / "run" / "last.pt")
+    checkpoint.save(tmp_path / "later.pt", content | {"config": content["config"] | {"data": "zip:x.zip"}})
     for args in (
         ("train", "--steps", "5", "--out", tmp_path / "file"),
+        ("sample", "--checkpoint", tmp_path / "later.pt", "--out", tmp_path / "y.npy"),
         ("sample", "--checkpoint", tmp_path / "foreign.pt", "--out", tmp_path / "y.npy"),
         ("sample", "--checkpoint", tmp_path / "run" / "last.pt", "--out", tmp_path / "x.npy"),
     ):
@@ -217,3 +236,210 @@ def test_explicit_triton_without_a_gpu_is_refused(tmp_path):
     message = fastwgan("train", "--backend", "triton", "--device", "cpu", "--out", tmp_path / "run", code=2).stderr
     assert "Triton needs a GPU tensor" in message
     assert message.count("\n") == 1
+
+
+# Data in files. 60 real digits in each, and a few steps on them.
+
+
+def digit_pixels(side):
+    """uint8 [60, side, side]."""
+    images = data.digits()[0][:60, 0].add(1).mul(127.5).byte().numpy()
+    return np.stack([np.asarray(Image.fromarray(image).resize((side, side))) for image in images])
+
+
+def write_folder(path):
+    path.mkdir()
+    for i, image in enumerate(digit_pixels(12)):
+        Image.fromarray(image).convert("RGB").save(path / f"{i:02}.{'jpg' if i % 2 else 'png'}")
+
+
+def write_idx(path):
+    images = digit_pixels(28)
+    path.write_bytes(gzip.compress(struct.pack(">4I", 0x803, *images.shape) + images.tobytes()))
+
+
+def write_points(path):
+    np.save(path, digit_pixels(8).reshape(60, 64)[:, :20] / 127.5 - 1)
+
+
+def write_line(path):
+    np.save(path, np.linspace(-1, 1, 60)[:, None])
+
+
+def write_array(path):
+    np.save(path, np.stack([digit_pixels(8)] * 3, axis=-1))
+
+
+def write_floats(path):
+    np.save(path, digit_pixels(20).astype(np.float32) / 127.5 - 1)
+
+
+FILES = {  # how to write, where, options, the shape of a sample
+    "folder": (write_folder, "folder:pictures", (), (3, 32, 32)),
+    "gray-folder": (write_folder, "folder:pictures", ("--size", 16, "--channels", 1), (1, 16, 16)),
+    "idx": (write_idx, "idx:digits.gz", (), (1, 32, 32)),
+    "points": (write_points, "npy:points.npy", (), (20,)),
+    "line": (write_line, "npy:line.npy", (), (1,)),
+    "array": (write_array, "npy:digits.npy", (), (3, 8, 8)),
+    "floats": (write_floats, "npy:digits.npy", ("--size", 32), (1, 32, 32)),
+}
+
+
+def write(name):
+    """Write the files in the current directory; the options that train on them, their place and the shape."""
+    writer, where, options, shape = FILES[name]
+    place = where.partition(":")[2]
+    writer(Path(place))
+    common = ("train", "--data", where, "--batch-size", 6, "--backend", "torch", *options)
+    return common, Path(place), shape
+
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("constraint", ["clip", "penalty"])
+@pytest.mark.parametrize("name", FILES)
+def test_files_train_and_sample_without_them(name, constraint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    common, place, shape = write(name)
+    in_process(*common, "--constraint", constraint, "--steps", 8)
+    out = tmp_path / "runs" / f"{place.stem}-{constraint}"
+    assert capsys.readouterr().err == ""
+    for picture in ("samples.png", "curves.png"):
+        assert_png(out / picture)
+    remove(place)
+    for i, suffix in enumerate(("png", "npy", "npy")):
+        sample = ("sample", "--checkpoint", out / "last.pt", "--count", 7, "--out")
+        in_process(*sample, f"{i}.{suffix}")
+    assert_png(tmp_path / "0.png")
+    samples = np.load("1.npy")
+    assert samples.shape == (7, *shape)
+    assert np.isfinite(samples).all()
+    assert samples.std(0).max() > 0
+    assert np.array_equal(samples, np.load("2.npy"))
+
+
+def assert_same_run(a, b):
+    a, b = (checkpoint.load(path / "last.pt") for path in (a, b))
+    for net in ("generator", "critic"):
+        assert a["trainer"][net].keys() == b["trainer"][net].keys()
+        for name, value in a["trainer"][net].items():
+            assert torch.equal(value, b["trainer"][net][name]), name
+    assert a["config"] == b["config"]
+
+
+@pytest.mark.parametrize("name", ["folder", "idx", "points", "array"])
+def test_resume_on_files_is_bit_identical_for_any_number_of_workers(name, tmp_path, monkeypatch):
+    """14 steps, past an epoch of 10, against 9 and 5 more."""
+    monkeypatch.chdir(tmp_path)
+    common, *_ = write(name)
+    in_process(*common, "--steps", 14, "--workers", 0, "--out", "straight")
+    in_process(*common, "--steps", 9, "--workers", 3, "--out", "halves")
+    in_process("train", "--resume", "--steps", 14, "--workers", 1, "--out", "halves", "--backend", "torch")
+    assert_same_run(tmp_path / "straight", tmp_path / "halves")
+
+
+def refused(capsys, *args):
+    """The one line that a command ends with."""
+    with pytest.raises(SystemExit) as error:
+        cli.main([str(arg) for arg in args])
+    assert error.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    return message
+
+
+def test_a_run_goes_on_with_its_own_samples_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    common, place, _ = write("gray-folder")
+    in_process(*common, "--steps", 3, "--out", "run")
+    resume = ("train", "--resume", "--out", "run", "--steps", 4)
+    assert "--size: the run in run has 16, got 32" in refused(capsys, *resume, "--size", 32)
+    assert "--channels: the run in run has 1, got 3" in refused(capsys, *resume, "--channels", 3)
+    assert "--data: the run in run has folder:pictures, got digits" in refused(capsys, *resume, "--data", "digits")
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    (place / "00.png").unlink()
+    assert "expected one of 59 samples, got 60" in refused(capsys, *resume)
+    remove(place)
+    assert "expected a directory of images" in refused(capsys, *resume)
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+    write_folder(place)
+    in_process(*resume, "--size", 16, "--channels", 1)
+
+
+def test_an_array_of_another_shape_does_not_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    common, place, _ = write("points")
+    in_process(*common, "--steps", 3, "--out", "run")
+    np.save(place, np.zeros((60, 5)))
+    assert "samples of shape (20,), npy:points.npy now (5,)" in refused(
+        capsys, "train", "--resume", "--out", "run", "--steps", 4
+    )
+
+
+def test_unusable_images_are_reported_and_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    common, place, _ = write("gray-folder")
+    (place / "00.png").write_bytes((place / "00.png").read_bytes()[:-30])
+    (place / "01.jpg").write_text("text")
+    in_process(*common, "--steps", 2, "--out", "few")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1] for line in lines] == [f"skipped {place / name}" for name in ("00.png", "01.jpg")]
+    for i in range(11):
+        (place / f"x{i}.png").write_text("text")
+    in_process(*common, "--steps", 2, "--out", "many")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == cli.REPORTED + 1
+    assert lines[-1] == "fastwgan: skipped 3 more files"
+    assert_same_run(tmp_path / "few", tmp_path / "many")
+
+
+def test_bad_files_end_it_with_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "x.png").write_text("text")
+    write_idx(tmp_path / "whole.gz")
+    (tmp_path / "cut.gz").write_bytes((tmp_path / "whole.gz").read_bytes()[:-50])
+    (tmp_path / "labels").write_bytes(struct.pack(">2I", 0x801, 60) + bytes(60))
+    np.save("objects.npy", np.array([[1, "a"]], dtype=object), allow_pickle=True)
+    np.save("large.npy", np.zeros((9, 20, 20), np.uint8))
+    np.save("points.npy", np.zeros((9, 2)))
+    np.save("nan.npy", np.full((9, 2), np.nan))
+    np.save("range.npy", np.full((9, 8, 8), 255.0))
+    there = sorted(tmp_path.iterdir())
+    for where, message in {
+        "folder:empty": "expected images in empty",
+        "folder:text": "x.png: cannot identify image file",
+        "folder:labels": "expected a directory",
+        "idx:cut.gz": "is damaged",
+        "idx:labels": "got 0x00000801",
+        "idx:empty": "no train-images-idx3-ubyte",
+        "npy:objects.npy": "no usable npy file",
+        "npy:labels": "no usable npy file",
+        "npy:large.npy": "got 20x20; --size brings them there",
+        "npy:points.npy --size 32": "holds points",
+        "idx:whole.gz --channels 3": "is for a folder",
+    }.items():
+        assert message in refused(capsys, "train", "--data", *where.split(), "--steps", 2)
+    assert sorted(tmp_path.iterdir()) == there
+    for where, message in {"npy:nan.npy": "are not finite", "npy:range.npy": "got 255 to 255"}.items():
+        assert message in refused(capsys, "train", "--data", where, "--steps", 2)
+
+
+def test_values_that_spoil_a_run_leave_it_saved(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    array = np.random.default_rng(0).normal(size=(60, 2))
+    array[30] = np.nan
+    np.save("x.npy", array)
+    common = ("train", "--batch-size", 1, "--backend", "torch", "--out", "run")
+    message = refused(capsys, *common, "--data", "npy:x.npy", "--steps", 60)
+    assert "sample 30 of x.npy has values that are not finite" in message
+    reached = checkpoint.load("run/last.pt")["trainer"]["critic_iterations"]
+    assert 0 < reached < 60
+    array[30] = 0
+    np.save("x.npy", array)
+    in_process(*common, "--resume", "--steps", 60)
+    in_process(*common[:-1], "straight", "--data", "npy:x.npy", "--steps", 60)
+    assert_same_run(tmp_path / "run", tmp_path / "straight")

@@ -1,0 +1,319 @@
+"""Samples in the user's files: a folder of images, a .npy array, MNIST's idx format. Read when they are asked for.
+
+Each kind is a class of :class:`fastwgan.data.Samples` whose ``shape`` is one sample's: (D,) for points, (C, H, W) for
+images. Samples are float32, images in [-1, 1].
+"""
+
+import gzip
+import os
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+
+__all__ = ["KINDS", "SIZES", "ArrayImages", "BadDataError", "ImageFolder", "Points", "read", "read_idx", "read_npy"]
+
+KINDS = ("folder", "npy", "idx")
+SIZES = (8, 16, 32, 64, 128, 256)  # of square images; what the convolutional networks can make
+FOLDER_SIZE = 32  # what a CPU can train on
+AS_THEY_ARE = 16  # images that are no larger go into an MLP, which takes any height and width
+
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+GRAY = {"1", "L", "LA"}  # Pillow's modes
+DEEP = ("I", "F")  # what the names of its modes of more than 8 bits begin with
+IDX_IMAGES = 0x00000803  # unsigned bytes, three dimensions
+IDX_NAMES = ("train-images-idx3-ubyte", "train-images-idx3-ubyte.gz")
+TOGETHER = 16  # files that a thread looks through at a time
+ROUNDING = 1e-3  # how far beyond [-1, 1] a float image may be
+
+
+class BadDataError(ValueError):
+    """A file does not hold what it should; some of them come to light only when the sample's turn comes."""
+
+
+# A folder of images
+
+
+def _image_files(root: Path) -> list[Path]:
+    def fail(error: OSError) -> None:
+        raise error  # os.walk would leave out what it cannot list
+
+    paths = [Path(at, name) for at, _, names in os.walk(root, onerror=fail) for name in names]
+    return sorted((p for p in paths if p.suffix.lower() in SUFFIXES), key=lambda p: p.relative_to(root).as_posix())
+
+
+def _decode(path: Path) -> Any:
+    """The Pillow image of a file, upright.
+
+    Raises:
+        BadDataError: it cannot be read, or has more than 8 bits to a channel, which Pillow would clip.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+    except Exception as error:  # Pillow raises many kinds on a foreign or truncated file
+        raise BadDataError(str(error).replace(str(path), path.name) or type(error).__name__) from error
+    if upright.mode.startswith(DEEP):
+        raise BadDataError(f"expected 8 bits to a channel, got Pillow's mode {upright.mode}")
+    return upright
+
+
+def _modes(paths: list[Path]) -> list[tuple[str, str]]:
+    """For each file (its mode, "") or ("", why it cannot be used)."""
+    modes = []
+    for path in paths:
+        try:
+            modes.append((_decode(path).mode, ""))
+        except BadDataError as error:
+            modes.append(("", str(error)))
+    return modes
+
+
+class ImageFolder:
+    """All image files under a directory, in the order of their names; the shorter side scaled to ``size``, the middle
+    of the longer one kept, transparency dropped.
+
+    Every file is decoded once at the start, which finds those that cannot be, and then whenever its turn comes.
+
+    Args:
+        path: of the directory.
+        size: height and width of the samples, one of :data:`SIZES`.
+        channels: 3 for RGB, 1 for gray; None takes what the first usable image is.
+        workers: threads that look through the files.
+
+    Attributes:
+        shape: (channels, size, size).
+        unusable: the files that were left out, each with the reason.
+
+    Raises:
+        ValueError: there is no such directory, or no usable image in it, or an argument is none of its values.
+        ImportError: Pillow is not installed.
+    """
+
+    def __init__(
+        self, path: Path | str, size: int = FOLDER_SIZE, channels: int | None = None, workers: int = 1
+    ) -> None:
+        from PIL import Image
+
+        root = Path(path)
+        _check_size(size)
+        if channels not in (None, 1, 3):
+            raise ValueError(f"channels: expected 1 or 3, got {channels}")
+        if not root.is_dir():
+            raise BadDataError(f"path: expected a directory of images, got {root}")
+        found = _image_files(root)
+        Image.init()  # else the first threads to meet a rare format race for it, and some find it unknown
+        parts = [found[i : i + TOGETHER] for i in range(0, len(found), TOGETHER)]
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            modes = [mode for part in pool.map(_modes, parts) for mode in part]
+        self.unusable = [(p, problem) for p, (_, problem) in zip(found, modes, strict=True) if problem]
+        if len(self.unusable) == len(found):
+            first = f"; {self.unusable[0][0].name}: {self.unusable[0][1]}" if found else ""
+            raise BadDataError(f"path: expected images in {root}, got {len(found)} files that could be one{first}")
+        self._paths = [p for p, (_, problem) in zip(found, modes, strict=True) if not problem]
+        if channels is None:
+            channels = 1 if next(mode for mode, problem in modes if not problem) in GRAY else 3
+        self.shape = (channels, size, size)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def _pixels(self, path: Path) -> np.ndarray:
+        from PIL import ImageOps
+
+        channels, *size = self.shape
+        try:
+            image = _decode(path).convert("L" if channels == 1 else "RGB")
+        except BadDataError as error:  # it was all right at the start
+            raise BadDataError(f"path: {path} has become unusable ({error})") from error
+        return np.asarray(ImageOps.fit(image, (size[0], size[1]))).reshape(*size, channels)
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        pixels = torch.from_numpy(np.stack([self._pixels(self._paths[i]) for i in indices.tolist()]))
+        return pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
+
+
+# Arrays
+
+
+def _check_size(size: int | None) -> None:
+    if size is not None and size not in SIZES:
+        raise ValueError(f"size: expected one of {', '.join(map(str, SIZES))}, got {size}")
+
+
+def _floats(array: np.ndarray, indices: Tensor, path: Path) -> Tensor:
+    """Rows of an array as float32, all of them finite."""
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is reported as such
+        rows = torch.from_numpy(np.ascontiguousarray(array[indices.numpy()], np.float32))
+    bad = ~rows.isfinite().flatten(1).all(1)
+    if bad.any():
+        raise BadDataError(f"path: sample {int(indices[bad][0])} of {path} has values that are not finite in float32")
+    return rows
+
+
+class Points:
+    """The rows of a floating-point array [N, D], as they are. Well-behaved ones are of about unit size.
+
+    Attributes:
+        shape: (D,).
+    """
+
+    def __init__(self, array: np.ndarray, path: Path) -> None:
+        self._array, self._path = array, path
+        self.shape = array.shape[1:]
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        return _floats(self._array, indices, self._path)
+
+
+class ArrayImages:
+    """Images [N, H, W], [N, C, H, W] or [N, H, W, C] of an array, C being 1 or 3.
+
+    Args:
+        array: uint8, which is scaled to [-1, 1], or floats, which have to lie there. With 1 or 3 both in second and in
+            last place, the second is C.
+        path: for messages.
+        size: height and width of the samples, one of :data:`SIZES`: the shorter side is scaled to it, the middle of
+            the longer one kept. None leaves them as they are.
+        padded: first put black round images, up to the next square of a power of two. They keep their pixels so: 28x28
+            becomes 32x32. With no ``size``, those up to 16x16 stay as they are.
+
+    Attributes:
+        shape: (C, H, W).
+    """
+
+    def __init__(self, array: np.ndarray, path: Path, size: int | None = None, *, padded: bool = False) -> None:
+        if array.ndim == 3:
+            array = array[:, None]
+        elif array.shape[1] not in (1, 3):
+            array = np.moveaxis(array, -1, 1)
+        self._array, self._path, self._size = array, path, size
+        channels, height, width = array.shape[1:]
+        self._pad = (0, 0, 0, 0)
+        if padded and (size is not None or max(height, width) > AS_THEY_ARE):
+            side = 1 << (max(height, width) - 1).bit_length()
+            left, top = (side - width) // 2, (side - height) // 2
+            self._pad = (left, side - width - left, top, side - height - top)
+            height = width = side
+        self.shape = (channels, height, width) if size is None else (channels, size, size)
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        images = _floats(self._array, indices, self._path)
+        if self._array.dtype == np.uint8:
+            images = images / 127.5 - 1
+        elif images.abs().max() > 1 + ROUNDING:
+            least, most = images.aminmax()
+            raise BadDataError(f"path: expected float images in [-1, 1], got {least:g} to {most:g} in {self._path}")
+        images = pad(images, self._pad, value=-1.0)
+        return images if images.shape[1:] == self.shape else _fitted(images, self.shape[-1])
+
+
+def _fitted(images: Tensor, size: int) -> Tensor:
+    """Images [N, C, H, W] with the shorter side scaled to ``size`` and the middle of the longer one kept."""
+    scale = size / min(images.shape[-2:])
+    height, width = (max(size, round(side * scale)) for side in images.shape[-2:])
+    images = interpolate(images, (height, width), mode="bilinear", antialias=True, align_corners=False)
+    top, left = (height - size) // 2, (width - size) // 2
+    return images[..., top : top + size, left : left + size].contiguous()
+
+
+def read_npy(path: Path | str, size: int | None = None) -> Points | ArrayImages:
+    """The samples of a .npy file, which is mapped into memory and not read.
+
+    Args:
+        path: of the file: floats [N, D] are points; uint8, or floats in [-1, 1], of three or four dimensions are
+            images, as :class:`ArrayImages` takes them.
+        size: of images; None leaves them as they are.
+
+    Raises:
+        ValueError: it is no such file, or ``size`` is given for points.
+        FileNotFoundError: there is none.
+    """
+    path = Path(path)
+    _check_size(size)
+    if not path.is_file():
+        raise FileNotFoundError(f"path: no file at {path}")
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")  # of numpy.load, the part that takes .npy and no pickles
+    except (ValueError, EOFError, SyntaxError, TypeError) as error:  # the header is an expression
+        raise BadDataError(f"path: {path} is no usable npy file ({error})") from error
+    got = f"{array.dtype} {list(array.shape)} in {path}"
+    floats = np.issubdtype(array.dtype, np.floating)
+    if not array.size:
+        raise BadDataError(f"path: expected samples, got none: {got}")
+    if array.ndim == 2 and floats:
+        if size is not None:
+            raise ValueError(f"size: is for images, and {path} holds points")
+        return Points(array, path)
+    image = array.ndim == 3 or (array.ndim == 4 and (array.shape[1] in (1, 3) or array.shape[3] in (1, 3)))
+    if not image or not (floats or array.dtype == np.uint8):
+        wanted = "floats [N, D], or uint8 or floats [N, H, W], [N, C, H, W] or [N, H, W, C] with C 1 or 3"
+        raise BadDataError(f"path: expected {wanted}, got {got}")
+    return ArrayImages(array, path, size)
+
+
+def read_idx(path: Path | str, size: int | None = None) -> ArrayImages:
+    """Gray images in the format of MNIST's files, gzipped or not: 28x28 is padded to 32x32.
+
+    Args:
+        path: of the file, or of a directory that has MNIST's training images under their own name.
+        size: that the padded images are scaled to; None leaves them.
+
+    Raises:
+        ValueError: it is no such file, or not whole.
+        FileNotFoundError: there is none.
+    """
+    path = Path(path)
+    _check_size(size)
+    if path.is_dir():
+        there = [path / name for name in IDX_NAMES if (path / name).is_file()]
+        if not there:
+            raise FileNotFoundError(f"path: no {' or '.join(IDX_NAMES)} in {path}")
+        path = there[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"path: no file at {path}")
+    content = path.read_bytes()
+    if content.startswith(b"\x1f\x8b"):
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise BadDataError(f"path: {path} is damaged ({error})") from error
+    magic = int.from_bytes(content[:4], "big")
+    if len(content) < 16 or magic != IDX_IMAGES:
+        wanted = f"an idx file of images, which begins with 0x{IDX_IMAGES:08x}"
+        raise BadDataError(f"path: expected {wanted}, got 0x{magic:08x} and {len(content)} bytes in {path}")
+    n, height, width = (int(side) for side in np.frombuffer(content, ">u4", 3, 4))
+    if len(content) - 16 != n * height * width:
+        needed = f"{n} images of {height}x{width} after 16 bytes"
+        raise BadDataError(f"path: expected {needed} in {path}, got {len(content) - 16} bytes there")
+    if not n * height * width:
+        raise BadDataError(f"path: expected images, got {n} of {height}x{width} in {path}")
+    return ArrayImages(np.frombuffer(content, np.uint8, offset=16).reshape(n, height, width), path, size, padded=True)
+
+
+def read(
+    kind: str, path: Path | str, *, size: int | None = None, channels: int | None = None, workers: int = 0
+) -> ImageFolder | Points | ArrayImages:
+    """The samples of one of :data:`KINDS` at ``path``; ``channels`` and ``workers`` are for a folder.
+
+    Raises:
+        ValueError, OSError: as the kind's own function does.
+    """
+    if kind == "folder":
+        return ImageFolder(path, size or FOLDER_SIZE, channels, workers)
+    if channels is not None:
+        raise ValueError(f"channels: is for a folder of images, got {channels} for {kind}:{path}")
+    return read_npy(path, size) if kind == "npy" else read_idx(path, size)
