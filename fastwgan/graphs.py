@@ -88,7 +88,7 @@ class Capture:
         return outputs, graph.replay
 
 
-CONSTANTS = (bool, int, float, str, type(None))
+CONSTANTS = (bool, int, float, str, type(None), torch.dtype)
 
 
 def _signature(x: Any, device: torch.device) -> Hashable:
