@@ -91,10 +91,10 @@ class Guard:
         Raises:
             FloatingPointError: they were.
         """
+        if kernels is not None and kernels.arrival.capturing(self._device):
+            return
         if self._device.type == "cpu":
             self._judge(step, self._tally, checkpoint)
-            return
-        if torch.cuda.is_current_stream_capturing():
             return
         if self._reading is not None:
             of, tally, event = self._reading
