@@ -165,6 +165,7 @@ class Trainer:
     Attributes:
         critic_iterations, generator_iterations: steps taken so far, those left out included.
         rank, world: of this process, and how many there are.
+        ema: the decay of the running average, or None.
         last_checkpoint: the path last saved to or loaded from, or None.
 
     Source: WGAN, arXiv 1701.07875, Algorithm 1; WGAN-GP, arXiv 1704.00028, Algorithm 1.
@@ -274,7 +275,7 @@ class Trainer:
         self.generator_optimizer = self._optimizer("generator_optimizer", generator_optimizer, generator)
         self.critic_scheduler = self._scheduler("critic_scheduler", critic_scheduler, critic_optimizer)
         self.generator_scheduler = self._scheduler("generator_scheduler", generator_scheduler, generator_optimizer)
-        self._decay = ema
+        self.ema = ema
         self._averages: dict[Tensor, Tensor] = {}
         if ema is not None:
             self._start_averages()
@@ -529,7 +530,7 @@ class Trainer:
             TypeError, ValueError: ``n`` is not an int >= 1, or there are no averages.
         """
         self._check_count("n", n)
-        if ema and self._decay is None:
+        if ema and self.ema is None:
             raise ValueError("ema: expected a trainer that was made with ema=, got one without")
         with _evaluating(self.generator), mixing.random_kept(self.device):
             seed = int(torch.randint(2**62, (), generator=self._sample_random, device=self.device))
@@ -617,7 +618,7 @@ class Trainer:
         averages = self._averages if guard is self._generator_guard else {}
         averaged: set[Tensor] = set()
         if isinstance(optimizer, (RMSprop, Adam)):
-            optimizer.gate, optimizer.averages, optimizer.decay = guard.gate, averages, self._decay or 0.0
+            optimizer.gate, optimizer.averages, optimizer.decay = guard.gate, averages, self.ema or 0.0
             optimizer.step()
             averaged = {p for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
         else:
@@ -628,7 +629,7 @@ class Trainer:
                 optimizer.step()
         for p, average in averages.items():
             if p not in averaged:
-                average.lerp_(p.detach().to(average.dtype), (1 - guard.gate[0]).mul(1 - (self._decay or 0.0)))
+                average.lerp_(p.detach().to(average.dtype), (1 - guard.gate[0]).mul(1 - (self.ema or 0.0)))
 
     def _iteration_work(
         self, weights: tuple[float, ...], sizes: tuple[int, ...], *flat: Any
@@ -798,7 +799,7 @@ class Trainer:
             "optimizers": self._optimizer_names(),
             "schedulers": [None if scheduler is None else scheduler.state_dict() for scheduler in schedulers],
             "guards": [guard.state_dict() for guard in (self._generator_guard, self._critic_guard)],
-            "ema": None if self._decay is None else {n: self._averages[p] for n, p in self._averaged()},
+            "ema": None if self.ema is None else {n: self._averages[p] for n, p in self._averaged()},
             "random": {
                 "device": self.device.type,
                 "latent": self._latent_random.get_state(),
@@ -835,7 +836,7 @@ class Trainer:
         if state_dict["optimizers"] != self._optimizer_names():
             expected, got = self._optimizer_names(), state_dict["optimizers"]
             raise ValueError(f"state_dict: expected the optimizers {expected}, got {got}")
-        if state_dict["ema"] is not None and self._decay is None:
+        if state_dict["ema"] is not None and self.ema is None:
             raise ValueError("state_dict: has running averages of weights; expected a trainer made with ema=")
         functional.check_seed("state_dict: seed", state_dict["seed"])
         for name in ("critic_iterations", "generator_iterations", "critic_steps_due", "eps_offset", "generator_looks"):

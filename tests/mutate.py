@@ -19,6 +19,7 @@ TABLE = Path(__file__).with_name("mutants.md")
 RUN = "test_functional.py test_kernels.py test_optim.py test_memory.py test_matrix.py test_determinism.py"
 CODE = "test_compiled.py"  # compiles for GPUs, which takes minutes
 GRAPHS = "test_recording.py test_graphs.py"
+GUARD = "test_guard.py test_ema.py"
 
 
 class Fault(NamedTuple):
@@ -101,6 +102,9 @@ FAULTS = [
     Fault("new hyper-parameters not uploaded", "table", "if rows != self._rows:", "if self._rows is None:"),
     Fault("table allocated within a capture", "table", "table = spares.pop()", "table = torch.empty_like(host, device=device)"),
     Fault("table of a capture filled in it", "table", "    if capturing(out.device):\n        _pending", "    if False:\n        _pending", GRAPHS),
+    Fault("least norm taken for the greatest", "penalty", "greatest = tl.maximum(greatest, each)", "greatest = tl.minimum(greatest, each)"),
+    Fault("lanes past the end among the least", "penalty", 'tl.where(valid, each, float("inf"))', "each"),
+    Fault("extremes hide NaN", "penalty", "tl.where(defined, tl.max(greatest, axis=0), average)", "tl.max(greatest, axis=0)"),
     # update
     Fault("clamp before the update", "update", "    p = tl.maximum(p, -bound, propagate_nan=tl.PropagateNan.ALL)\n    p = tl.minimum(p, bound, propagate_nan=tl.PropagateNan.ALL).to(DTYPE)\n", "    old = tl.load(p_ptr, mask).to(acc)\n    p = (p - old + tl.minimum(tl.maximum(old, -bound), bound)).to(DTYPE)\n"),
     Fault("clamp swallows NaN", "update", "p = tl.maximum(p, -bound, propagate_nan=tl.PropagateNan.ALL)", "p = tl.maximum(p, -bound)"),
@@ -108,7 +112,7 @@ FAULTS = [
     Fault("eps inside the root", "update", "sqrt(variance) + eps", "sqrt(variance + eps)"),
     Fault("gradient not squared", "update", "beta2_c * g * g", "beta2_c * g"),
     Fault("sign of the step", "update", "p -= lr * change", "p += lr * change"),
-    Fault("maximize ignored", "update", "g = sign * tl.load", "g = tl.load"),
+    Fault("maximize ignored", "update", "g = sign * factor", "g = factor"),
     Fault("decay of an infinite weight", "update", "if decay != 0:", "if decay == decay:"),
     Fault("centered variance below zero", "update", "tl.maximum(s - m * m, 0, propagate_nan=tl.PropagateNan.ALL)", "s - m * m"),
     Fault("momentum overwritten", "update", "change += tl.load(hyper_ptr + table.MOMENTUM)", "change = tl.load(hyper_ptr + table.MOMENTUM)"),
@@ -125,6 +129,35 @@ FAULTS = [
     Fault("new numbers not for replays", "update", "captured.\"\"\"\n        self._hyper.set(hyper)", "captured.\"\"\"", GRAPHS),
     Fault("first group's numbers for all", "update", "tl.load(row_ptr + table.HYPER_ROW) *", "0 * tl.load(row_ptr + table.HYPER_ROW) *"),
     Fault("float32 state in float64", "update", "p = tl.load(p_ptr, mask).to(acc)", "p = tl.load(p_ptr, mask).to(tl.float32).to(acc)"),
+    Fault("gate ignored", "update", "tl.where(skip, 0, tl.load(row_ptr + table.NUMEL))", "tl.load(row_ptr + table.NUMEL)", GUARD),
+    Fault("steps left out are counted", "update", "tl.where(skip, 0, tensors)", "tensors", GUARD),
+    Fault("factor ignored", "update", "g = sign * factor * tl.load", "g = sign * tl.load", GUARD),
+    Fault("average of the weights before", "update", "tl.load(e_ptr, mask), p.to(acc),", "tl.load(e_ptr, mask), tl.load(p_ptr, mask).to(acc) * 0 + p.to(acc) * 2,", GUARD),
+    Fault("average's decay for its complement", "update", "hyper_ptr + table.KEPT), tl.load(hyper_ptr + table.KEPT_C)", "hyper_ptr + table.KEPT_C), tl.load(hyper_ptr + table.KEPT)", GUARD),
+    Fault("average not stored", "update", "        tl.store(e_ptr, e, mask)\n", "", GUARD),
+    Fault("saturation of a step left out", "update", 'tl.where(skip, float("nan"), share)', "share", GUARD),
+    # guard
+    Fault("infinity taken for finite", "guard", 'tl.abs(g) < float("inf")', 'tl.abs(g) <= float("inf")', GUARD),
+    Fault("NaN taken for finite", "guard", 'tl.where(tl.abs(g) < float("inf"), 0, 1)', 'tl.where(tl.abs(g) == float("inf"), 1, 0)', GUARD),
+    Fault("-infinity taken for finite", "guard", "tl.abs(g) <", "g <", GUARD),
+    Fault("lanes past the end looked at", "guard", "mask = lanes < numel - start", "mask = lanes < numel", GUARD),
+    Fault("tail of a gradient left out", "guard", "(start + BLOCK <= numel)", "(start <= numel)", GUARD),
+    Fault("chunks counted, not elements", "guard", "tally_ptr + COUNT, found.to(tl.int64)", "tally_ptr + COUNT, (found > 0).to(tl.int64)", GUARD),
+    Fault("last tensor for the first", "guard", "tl.atomic_max(tally_ptr + REACHED, tensors - tl.load(row_ptr + table.HYPER_ROW)", "tl.atomic_max(tally_ptr + REACHED, 1 + tl.load(row_ptr + table.HYPER_ROW)", GUARD),
+    Fault("count not put back", "guard", "            tl.store(tally_ptr + COUNT, 0)\n", "", GUARD),
+    Fault("first tensor not put back", "guard", "            tl.store(tally_ptr + REACHED, 0)\n", "", GUARD),
+    Fault("a good step does not end a row", "guard", "tl.load(tally_ptr + IN_A_ROW) + 1, 0)", "tl.load(tally_ptr + IN_A_ROW) + 1, tl.load(tally_ptr + IN_A_ROW))", GUARD),
+    Fault("every step counted as left out", "guard", "tl.load(tally_ptr + SKIPPED) + skip.to(tl.int64)", "tl.load(tally_ptr + SKIPPED) + 1", GUARD),
+    Fault("gate always open", "guard", "tl.store(gate_ptr, skip.to(tl.float32))", "tl.store(gate_ptr, 0.0)", GUARD),
+    Fault("scale for its inverse", "guard", "divide(tl.full([], 1, tl.float32), scale)", "scale", GUARD),
+    Fault("scale not halved", "guard", "tl.where(skip, 0.5 * scale,", "tl.where(skip, scale,", GUARD),
+    Fault("scale not doubled", "guard", "tl.where(grown, 2 * scale, scale)", "scale", GUARD),
+    Fault("scale doubled a step late", "guard", "served >= GROWTH_INTERVAL", "served > GROWTH_INTERVAL", GUARD),
+    Fault("an overflow does not end the scale's service", "guard", "tl.where(skip | grown, 0, served)", "tl.where(grown, 0, served)", GUARD),
+    Fault("fake scores for real ones", "guard", "mean_a = _mean(partial_ptr, a_numel", "mean_a = _mean(partial_ptr + (MAX_PROGRAMS if FORM == 'critic' else 0), a_numel", GUARD),
+    Fault("guard's generator loss negated", "guard", "tl.store(stats_ptr, -mean_a)", "tl.store(stats_ptr, mean_a)", GUARD),
+    Fault("blocks of scores left out", "guard", "range(program * BLOCK, numel, stride)", "range(program * BLOCK, numel, 2 * stride)", GUARD),
+    Fault("verdict before the last dtype", "guard", "        if FINAL:\n", "        if True:\n", GUARD),
 ]  # fmt: skip
 
 
@@ -154,7 +187,7 @@ def caught_by(fault: Fault) -> str:
         (tree / "fastwgan" / "kernels").symlink_to("../kernels")
         plant(fault, tree)
         env = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        for suite in sorted((RUN, GRAPHS, CODE), key=lambda suite: suite != fault.first):
+        for suite in sorted((RUN, GUARD, GRAPHS, CODE), key=lambda suite: suite != fault.first):
             command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--deselect"]
             command.append("tests/test_compiled.py::test_generated_code_is_the_committed")  # which any change fails
             files = [f"tests/{name}" for name in suite.split()]

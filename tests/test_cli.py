@@ -19,7 +19,7 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
-from fastwgan import checkpoint, cli, data
+from fastwgan import checkpoint, cli, data, runs
 
 ENV = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
@@ -70,7 +70,7 @@ def test_digits_with_defaults_come_close_to_held_out_ones(tmp_path):
 
 
 @pytest.mark.parametrize("constraint", ["clip", "penalty"])
-@pytest.mark.parametrize("name", cli.DATA)
+@pytest.mark.parametrize("name", runs.DATA)
 def test_every_data_set_trains_and_samples(name, constraint, tmp_path):
     out = tmp_path / "run"
     options = ("--steps", 60, "--batch-size", 32, "--backend", "torch", "--out", out)
@@ -390,7 +390,7 @@ def test_unusable_images_are_reported_and_left_out(tmp_path, monkeypatch, capsys
         (place / f"x{i}.png").write_text("text")
     in_process(*common, "--steps", 2, "--out", "many")
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == cli.REPORTED + 1
+    assert len(lines) == runs.REPORTED + 1
     assert lines[-1] == "fastwgan: skipped 3 more files"
     assert_same_run(tmp_path / "few", tmp_path / "many")
 
