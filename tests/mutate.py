@@ -112,7 +112,7 @@ FAULTS = [
     Fault("eps inside the root", "update", "sqrt(variance) + eps", "sqrt(variance + eps)"),
     Fault("gradient not squared", "update", "beta2_c * g * g", "beta2_c * g"),
     Fault("sign of the step", "update", "p -= lr * change", "p += lr * change"),
-    Fault("maximize ignored", "update", "g = sign * factor", "g = factor"),
+    Fault("maximize ignored", "update", "g = sign * factor * tl.load", "g = factor * tl.load"),
     Fault("decay of an infinite weight", "update", "if decay != 0:", "if decay == decay:"),
     Fault("centered variance below zero", "update", "tl.maximum(s - m * m, 0, propagate_nan=tl.PropagateNan.ALL)", "s - m * m"),
     Fault("momentum overwritten", "update", "change += tl.load(hyper_ptr + table.MOMENTUM)", "change = tl.load(hyper_ptr + table.MOMENTUM)"),
