@@ -145,7 +145,7 @@ def fit(
             device once, or once in 100 steps.
         tensorboard: log to TensorBoard as well (needs tensorboard).
         sample_every: steps between pictures ``samples/step-00002000.png`` of the same latents; the last step has one.
-        draw: (samples [sample_count, ...], path) -> None, writes such a picture.
+        draw: (samples [sample_count, ...], path) -> None, writes such a picture. The generator takes no conditions.
         sample_count: samples in a picture.
         save_every: steps between checkpoints; the last step always writes one.
         keep: checkpoints to keep. With more than 1, the newest are there as ``step-000002000.pt``, too.
@@ -196,11 +196,11 @@ def fit(
             checkpoint.save_newest(directory, content, step=trainer.critic_iterations, keep=keep)
 
     @contextmanager
-    def saved_on_error() -> Iterator[None]:
+    def saved_on(*errors: type[BaseException]) -> Iterator[None]:
         """For what may fail while the trainer is between steps."""
         try:
             yield
-        except BaseException:
+        except errors:
             if done:
                 save()
             raise
@@ -236,20 +236,21 @@ def fit(
 
         stream = _endless(batches)
         while done < steps and not stop.is_set():
-            with saved_on_error():
+            with saved_on(BaseException):
                 parts = _parts(next(stream), trainer.device)
-            metrics = trainer.step(*parts)
+            with saved_on(TypeError, ValueError):  # the batch cannot be used; no weight has changed
+                metrics = trainer.step(*parts)
             done += 1
-            with saved_on_error():
+            with saved_on(BaseException):
                 row = trainer.critic_iterations % log_every == 0
                 advise(interval.add(metrics, last=row))
                 if row:
                     report()
                 if sample_every is not None and trainer.critic_iterations % sample_every == 0:
                     picture()
-            if trainer.critic_iterations % save_every == 0 and done < steps:
+            if trainer.critic_iterations % save_every == 0 and done < steps and not stop.is_set():
                 save()
-        with saved_on_error():
+        with saved_on(BaseException):
             if interval:
                 advise(interval.read())
                 report()

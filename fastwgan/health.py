@@ -71,8 +71,8 @@ class Health:
             if bad >= NONFINITE:
                 advice.setdefault(
                     "finite",
-                    f"{bad} of the last {len(self._window)} steps had gradients or scores that were infinite or NaN: "
-                    "lower the learning rates, and look for such numbers in the data",
+                    f"{bad} of {len(self._window)} steps had gradients or scores that were infinite or NaN: lower the "
+                    "learning rates, and look for such numbers in the data",
                 )
             if len(self._window) == WINDOW:
                 if not self._first:

@@ -84,11 +84,20 @@ class Interval:
         return values
 
 
+def _is_row(row: Mapping[str | None, Any]) -> bool:
+    """Whether a row has all columns, no more, and numbers where they are needed."""
+    try:
+        int(row["step"]), float(row["seconds"])
+    except (KeyError, TypeError, ValueError):
+        return False
+    return None not in row and None not in row.values()
+
+
 def _rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """The columns and complete rows of a log; what a killed process left without a line's end is no row."""
     text = path.read_bytes().decode(errors="replace") if path.exists() else ""
     reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
-    rows = [row for row in reader if None not in row and None not in row.values() and row.get("step", "").isdigit()]
+    rows = [row for row in reader if _is_row(row)]
     return list(reader.fieldnames or ()), rows
 
 
@@ -105,7 +114,7 @@ class CSVLog:
         columns, rows = _rows(path)
         kept = [row for row in rows if int(row["step"]) <= start]
         columns = [*COLUMNS, *(name for name in columns if name not in COLUMNS)]
-        self._seconds = float(kept[-1].get("seconds") or 0) if kept else 0.0
+        self._seconds = float(kept[-1]["seconds"]) if kept else 0.0
         with written(path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
@@ -169,7 +178,7 @@ class Progress:
         told = [f"{(step - before) / max(self._last[1] - then, 1e-9):.1f} it/s"]
         for name, label in (("wasserstein", "W"), ("penalty", "penalty"), ("saturation", "saturation")):
             if name in values:
-                told.append(f"{label} {values[name]:.3f}")
+                told.append(f"{label} {values[name]:.4g}")
         self._bar.update(self._task, completed=step, values="  ".join(told))
 
     def close(self) -> None:
