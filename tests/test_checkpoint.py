@@ -217,7 +217,7 @@ def test_foreign_files_are_refused(trainer, tmp_path):
 
 
 class Tied(nn.Module):
-    """A tied layer, views of one storage, an expanded buffer and one without elements."""
+    """A tied layer, views of one storage, an expanded buffer and two without elements."""
 
     def __init__(self):
         super().__init__()
@@ -227,6 +227,7 @@ class Tied(nn.Module):
         self.left, self.right = nn.Parameter(flat[:4].view(2, 2)), nn.Parameter(flat[2:])
         self.register_buffer("spread", torch.ones(1).expand(3))
         self.register_buffer("nothing", torch.empty(0))
+        self.register_buffer("nought", torch.empty(0))
 
 
 def test_tied_weights_are_written_once(tmp_path):

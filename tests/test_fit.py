@@ -296,6 +296,7 @@ def test_pictures_are_of_the_same_latents_and_disturb_nothing(tmp_path):
     assert [path.name for path, _ in drawn] == names
     assert all(samples.shape == (5, 10) for _, samples in drawn)
     assert not torch.equal(drawn[0][1], drawn[1][1])  # the generator has learnt
+    assert torch.equal(plain.sample(2), watched.sample(2))
     fit(watched, stream(), 0, out=tmp_path / "run", sample_every=3, draw=draw, sample_count=5)
     assert torch.equal(drawn[-1][1], drawn[-2][1])  # and has not
     assert same(plain.state_dict(), watched.state_dict())

@@ -26,6 +26,7 @@ def advice(constraint, *steps, count=4 * WINDOW, chunk=50):
         (GradientPenalty(), PENALISED),
         (GradientPenalty(), {"generator_loss": 1.0}),  # values may be missing
         (GradientPenalty(target=100.0), PENALISED | {"gradient_norm": 90.0, "gradient_norm_max": 1000.0}),
+        (GradientPenalty(target=0.0), PENALISED),
         (GradientPenalty(kind="one-sided"), PENALISED | {"gradient_norm": 0.01}),
         (GradientPenalty(kind="zero-centered"), PENALISED | {"gradient_norm": 40.0, "gradient_norm_max": 900.0}),
         (GradientPenalty(kind="power"), PENALISED | {"gradient_norm": 1e-3}),
