@@ -1,16 +1,59 @@
 """Checkpoints: one file, written whole or not at all, read without executing anything."""
 
 import os
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.utils.serialization import config as serialization
 
 FORMAT = "fastwgan"
 VERSION = 1
+LAST = "last.pt"
 
-__all__ = ["load", "save"]
+__all__ = ["clean", "export_safetensors", "load", "save", "save_newest", "written"]
+
+
+def _sync(path: Path, flags: int) -> None:
+    """Have what was written to a file, or the names in a directory, on disk."""
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def written(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """The name of a temporary file to write, which becomes ``path`` once it is complete and on disk.
+
+    What was at ``path`` stays until then, and for good where the block raises.
+    """
+    path = Path(path).resolve()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        _sync(temporary, os.O_RDWR)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the new name, too, is to be on disk
+        _sync(path.parent, os.O_RDONLY)
+
+
+def clean(directory: Path) -> None:
+    """Remove the temporary files that a killed run left in ``directory``."""
+    for path in directory.iterdir():
+        if re.fullmatch(r"\..+\.(pt|csv)\.\d+", path.name):
+            path.unlink(missing_ok=True)
 
 
 def _plain(value: Any, name: str) -> Any:
@@ -37,24 +80,43 @@ def save(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
         TypeError: something in ``content`` could not be loaded again.
         OSError: the file cannot be written. A file that was there before is untouched.
     """
-    path = Path(path).resolve()
     plain = _plain({"format": FORMAT, "version": VERSION, **content}, "content")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(plain, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the new name, too, is to be on disk
-        directory = os.open(path.parent, os.O_RDONLY)
+    checksums = serialization.patch("save.compute_crc32", True)  # type: ignore[attr-defined] # load() looks at them
+    with written(path) as temporary, checksums:
         try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+            with temporary.open("wb") as file:
+                torch.save(plain, file)
+        except RuntimeError as error:  # a full disk shows as one, raised while torch handles the OSError
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def save_newest(directory: Path, content: dict[str, Any], *, step: int, keep: int) -> None:
+    """Write ``content`` to ``directory``/last.pt and, unless ``keep`` is 1, have the ``keep`` newest there by step.
+
+    Those are named as step-000002000.pt; the newest is the same file as last.pt. At every moment last.pt is the newest
+    but one or the newest. Older ones go only after that; those of later steps, as of a run that was taken up again
+    from further back, stay until they are overwritten or old.
+
+    Raises:
+        TypeError, OSError: as :func:`save`.
+    """
+    last = directory / LAST
+    if keep == 1:
+        save(last, content)
+        return
+    newest = directory / f"step-{step:09d}.pt"
+    save(newest, content)
+    with written(last) as temporary:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(newest, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(newest, temporary)
+    steps = [int(m[1]) for m in (re.fullmatch(r"step-(\d{9,})\.pt", p.name) for p in directory.iterdir()) if m]
+    for old in sorted(s for s in steps if s <= step)[:-keep]:
+        (directory / f"step-{old:09d}.pt").unlink()
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -64,14 +126,59 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> di
         FileNotFoundError: there is no such file.
         ValueError: it is not a checkpoint of this library, is damaged, or was written by a newer version.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileNotFoundError(f"path: no checkpoint at {path}")
+    if not Path(path).is_file():
+        raise ValueError(f"path: expected a file, got the directory {path}")
     try:
+        with zipfile.ZipFile(path) as archive:  # as which torch writes it, but it looks at no checksum
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of its part {damaged} is wrong")
         content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch.load raises many kinds on a foreign or truncated file
+    except Exception as error:  # a foreign or truncated file raises many kinds
         raise ValueError(f"path: {path} is not a readable checkpoint ({type(error).__name__}: {error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"path: {path} was not written by fastwgan")
-    if content.get("version") != VERSION:
-        raise ValueError(f"path: {path} has format version {content.get('version')}, expected {VERSION}")
+    version = content.get("version")
+    if version != VERSION:
+        newer = isinstance(version, int) and version > VERSION
+        hint = "; a newer fastwgan wrote it" if newer else ""
+        raise ValueError(f"path: {path} has format version {version}, expected {VERSION}{hint}")
     return content
+
+
+def export_safetensors(module: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a module's weights and buffers for other programs, whole or not at all. Needs safetensors.
+
+    Tied weights are written once, as ``safetensors.torch.load_model`` takes them; the other names are in the metadata.
+
+    Args:
+        module: such as ``trainer.generator``.
+        path: the file, by custom ``*.safetensors``.
+
+    Raises:
+        TypeError: ``module`` is none, or its state has more than tensors.
+        OSError: the file cannot be written. A file that was there before is untouched.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    names: dict[Any, str] = {}
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"module: expected tensors only in its state, got {type(value).__name__} as {name}")
+        same = names.setdefault((value.data_ptr(), value.shape, value.stride(), value.dtype), name)
+        if same != name and value.numel():
+            tied[name] = same
+        else:
+            tensors[name] = value.to("cpu", copy=True, memory_format=torch.contiguous_format)  # views made apart
+    with written(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=tied)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error

@@ -1,23 +1,28 @@
-"""The loop round a Trainer: batches in, progress, a log and checkpoints out."""
+"""The loop round a Trainer: batches in, progress, logs, pictures and checkpoints out."""
 
-import csv
 import signal
 import threading
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
 
 from fastwgan import checkpoint
-from fastwgan.metrics import Metrics
-from fastwgan.trainer import Trainer
+from fastwgan.health import Health, HealthWarning
+from fastwgan.logs import CSVLog, Interval, Progress, TensorBoardLog
+from fastwgan.trainer import Trainer, stream_seed
 
 __all__ = ["fit"]
 
-COLUMNS = ("step", "generator_step", "seconds", *Metrics.NAMES)
+GRID = 5  # the random stream of the sample grids' latents; the trainer and the command line take those before
+
+Callback = Callable[[Trainer, dict[str, float]], object]
 
 
 @contextmanager
@@ -40,6 +45,22 @@ def _interruptible() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
+def _check_batches(batches: object) -> None:
+    """Refuse what would be iterated sample by sample, which a network may well take for batches."""
+    if isinstance(batches, (Tensor, np.ndarray)):
+        raise TypeError(
+            f"batches: expected an iterable of batches, got {type(batches).__name__}; put a single batch into a list, "
+            "or make batches of samples by torch.utils.data.DataLoader"
+        )
+    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+        raise TypeError(
+            f"batches: expected an iterable of batches, got the dataset {type(batches).__name__}, whose items are "
+            "single samples; torch.utils.data.DataLoader makes batches of them"
+        )
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        raise TypeError(f"batches: expected an iterable of batches, got {type(batches).__name__}")
+
+
 def _endless(batches: Iterable[Any]) -> Iterator[Any]:
     """The batches over and over, as a DataLoader's epochs."""
     while True:
@@ -48,71 +69,44 @@ def _endless(batches: Iterable[Any]) -> Iterator[Any]:
             empty = False
             yield batch
         if empty:
-            raise ValueError("batches: expected more batches, but the iterable has ended and cannot be started again")
+            raise ValueError(
+                "batches: expected more batches, but the iterable is empty, or has ended or been closed and cannot be "
+                "started again"
+            )
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    """The complete rows of a log; one that a killed process left half-written is no row."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [row for row in rows if None not in row.values() and row.get("step", "").isdigit() and row.get("seconds")]
+def _parts(batch: Any, device: torch.device) -> list[Any]:
+    """The samples and conditions of a batch, tensors and arrays as tensors on ``device``."""
+    parts = list(batch) if isinstance(batch, (tuple, list)) else [batch]
+    if not parts:
+        raise ValueError("batches: expected samples in each batch, got an empty one")
+    for i, part in enumerate(parts):
+        if isinstance(part, np.ndarray):
+            try:
+                parts[i] = torch.tensor(part, device=device)
+            except TypeError as error:
+                raise TypeError(f"batches: expected arrays of numbers, got one of dtype {part.dtype}") from error
+        elif isinstance(part, Tensor):
+            parts[i] = part.to(device, non_blocking=True)
+    return parts
 
 
-class _Log:
-    """DIR/metrics.csv. Rows past the step that a run starts from, left by one that was killed, are dropped."""
-
-    def __init__(self, path: Path, start: int) -> None:
-        kept = [row for row in _rows(path) if int(row["step"]) <= start]
-        self._seconds = float(kept[-1]["seconds"]) if kept else 0.0
-        rewritten = path.with_name(f".{path.name}")
-        with rewritten.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(kept)
-        rewritten.replace(path)
-        self._file = path.open("a", newline="")
-        self._writer = csv.DictWriter(self._file, COLUMNS, restval="")
-        self._begun = time.perf_counter()
-
-    def write(self, trainer: Trainer, values: dict[str, float]) -> None:
-        seconds = round(self._seconds + time.perf_counter() - self._begun, 3)
-        row = {"step": trainer.critic_iterations, "generator_step": trainer.generator_iterations, "seconds": seconds}
-        self._writer.writerow(row | values)
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+def _same_samples(trainer: Trainer, count: int) -> Tensor:
+    """Samples of the same latents each time; the stream that ``trainer.sample`` draws from stays where it is."""
+    random = trainer._sample_random
+    before = random.get_state()
+    random.manual_seed(stream_seed(trainer.seed, GRID))
+    try:
+        return trainer.sample(count)
+    finally:
+        random.set_state(before)
 
 
-class _Progress:
-    """A bar with steps per second and the Wasserstein estimate; nothing where ``shown`` is False."""
-
-    def __init__(self, shown: bool, start: int, total: int) -> None:
-        self._bar: Any = None
-        if shown:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
-                TextColumn("W {task.fields[wasserstein]}"), TimeRemainingColumn(),
-            )  # fmt: skip
-            self._bar.start()
-            self._task = self._bar.add_task("", total=total, completed=start, speed="- it/s", wasserstein="-")
-            self._last = (start, time.perf_counter())
-
-    def update(self, step: int, values: dict[str, float]) -> None:
-        if self._bar is not None:
-            before, then = self._last
-            self._last = (step, time.perf_counter())
-            speed = (step - before) / max(self._last[1] - then, 1e-9)
-            estimate = f"{values['wasserstein']:.3f}"
-            self._bar.update(self._task, completed=step, speed=f"{speed:.0f} it/s", wasserstein=estimate)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+def _check_count(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name}: expected an int >= {minimum}, got {value}")
 
 
 def fit(
@@ -123,81 +117,144 @@ def fit(
     out: Path | str | None = None,
     config: dict[str, Any] | None = None,
     log_every: int = 50,
+    tensorboard: bool = False,
+    sample_every: int | None = None,
+    draw: Callable[[Tensor, Path], None] | None = None,
+    sample_count: int = 64,
     save_every: int = 2000,
+    keep: int = 1,
+    callbacks: Sequence[Callback] = (),
     progress: bool = False,
 ) -> int:
     """Call ``trainer.step`` on ``steps`` batches.
 
-    Ctrl-C ends the loop after the step under way, with everything written.
+    Ctrl-C ends the loop after the step under way, with everything written. If the batches, a callback or ``draw``
+    raise, a checkpoint is left behind. A :class:`fastwgan.health.HealthWarning` tells when the numbers look like a
+    known kind of failure, each kind once.
 
     Args:
         trainer: the trainer; it goes on from where it is.
-        batches: an iterable of samples [N, ...], or of tuples (samples, *conditions), moved to the trainer's device.
-            It is started again when it ends. If it has ``state_dict``, as :mod:`fastwgan.data`'s have, its position
-            is saved.
+        batches: an iterable of samples [N, ...], or of tuples (samples, *conditions), whose tensors and arrays are
+            moved to the trainer's device. It is started again when it ends. If it has ``state_dict``, as
+            :mod:`fastwgan.data`'s have, its position is saved.
         steps: how many critic steps to take.
-        out: a directory for ``metrics.csv`` and the checkpoint ``last.pt``; None writes nothing.
+        out: a directory for ``metrics.csv``, the checkpoint ``last.pt``, and what else is asked for; None writes
+            nothing.
         config: numbers and strings to keep in the checkpoint.
-        log_every: steps between rows of the log, each of which waits for the device once.
+        log_every: steps between rows of the log, which are averages over these steps. Reading them waits for the
+            device once, or once in 100 steps.
+        tensorboard: log to TensorBoard as well (needs tensorboard).
+        sample_every: steps between pictures ``samples/step-00002000.png`` of the same latents; the last step has one.
+        draw: (samples [sample_count, ...], path) -> None, writes such a picture. The generator takes no conditions.
+        sample_count: samples in a picture.
         save_every: steps between checkpoints; the last step always writes one.
+        keep: checkpoints to keep. With more than 1, the newest are there as ``step-000002000.pt``, too.
+        callbacks: each is called as callback(trainer, averages) with every row of the log. The training ends, with
+            everything written, when one returns True.
         progress: show a progress bar (needs rich).
 
     Returns:
-        The steps taken: fewer than ``steps`` after Ctrl-C.
+        The steps taken: fewer than ``steps`` after Ctrl-C or when a callback has ended the training.
 
     Raises:
-        TypeError, ValueError: a number is out of range, ``out`` holds a run and the trainer is new, or the batches end
-            for good.
+        TypeError, ValueError: an argument is of the wrong type or out of range, ``out`` holds a run and the trainer is
+            new, or the batches end for good.
+        ImportError: an optional package is missing.
+        OSError: a file cannot be written. The last checkpoint is as it was.
     """
-    for name, value, minimum in (("steps", steps, 0), ("log_every", log_every, 1), ("save_every", save_every, 1)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-        if value < minimum:
-            raise ValueError(f"{name}: expected an int >= {minimum}, got {value}")
+    for name, value, minimum in (
+        ("steps", steps, 0), ("log_every", log_every, 1), ("save_every", save_every, 1), ("keep", keep, 1),
+        ("sample_count", sample_count, 1),
+    ):  # fmt: skip
+        _check_count(name, value, minimum)
+    if sample_every is not None:
+        _check_count("sample_every", sample_every, 1)
+    if (sample_every is None) != (draw is None):
+        raise ValueError("draw: expected together with sample_every, got one of them")
+    if out is None and (tensorboard or draw is not None):
+        raise ValueError("out: expected a directory for what tensorboard and draw write, got None")
+    _check_batches(batches)
+    if progress:
+        import rich  # noqa: F401 - a missing package shows before anything is written
+    if tensorboard:
+        import torch.utils.tensorboard  # noqa: F401
+
     start = trainer.critic_iterations
     directory = None if out is None else Path(out)
     if directory is not None:
-        if start == 0 and (directory / "last.pt").exists():
+        if start == 0 and (directory / checkpoint.LAST).exists():
             raise ValueError(f"out: {directory} holds a run, which a new one would overwrite")
         directory.mkdir(parents=True, exist_ok=True)
-    log = None if directory is None else _Log(directory / "metrics.csv", start)
-    bar = _Progress(progress, start, start + steps)
+        checkpoint.clean(directory)
+    interval, health = Interval(), Health(trainer.constraint)
+    done = 0
 
     def save() -> None:
         if directory is not None:
             data = batches.state_dict() if hasattr(batches, "state_dict") else None
             content = {"trainer": trainer.state_dict(), "data": data, "config": config}
-            checkpoint.save(directory / "last.pt", content)
+            checkpoint.save_newest(directory, content, step=trainer.critic_iterations, keep=keep)
 
-    done = 0
-    generator_loss: Tensor | None = None
-    try:
-        with _interruptible() as stop:
-            stream = _endless(batches)
-            while done < steps and not stop.is_set():
-                try:
-                    batch = next(stream)
-                except BaseException:
-                    if done:
-                        save()  # the batches failed, not the trainer
-                    raise
-                parts = batch if isinstance(batch, (tuple, list)) else (batch,)
-                metrics = trainer.step(
-                    *(x.to(trainer.device, non_blocking=True) if isinstance(x, Tensor) else x for x in parts)
-                )
-                done += 1
-                generator_loss = metrics.generator_loss if metrics.generator_loss is not None else generator_loss
-                if trainer.critic_iterations % log_every == 0 or done == steps or stop.is_set():
-                    metrics.generator_loss = generator_loss
-                    values = metrics.as_dict()
-                    bar.update(start + done, values)
-                    if log is not None:
-                        log.write(trainer, values)
-                if trainer.critic_iterations % save_every == 0 and done < steps:
-                    save()
-            save()
-    finally:
-        bar.close()
-        if log is not None:
-            log.close()
+    @contextmanager
+    def saved_on(*errors: type[BaseException]) -> Iterator[None]:
+        """For what may fail while the trainer is between steps."""
+        try:
+            yield
+        except errors:
+            if done:
+                save()
+            raise
+
+    def picture() -> None:
+        if directory is not None and draw is not None:
+            path = directory / "samples" / f"step-{trainer.critic_iterations:08d}.png"
+            path.parent.mkdir(exist_ok=True)
+            draw(_same_samples(trainer, sample_count), path)
+
+    def advise(values: list[dict[str, float]]) -> None:
+        for advice in health.watch(values):
+            warnings.warn(f"step {trainer.critic_iterations}: {advice}", HealthWarning, stacklevel=3)
+
+    with ExitStack() as stack:
+        logs: list[CSVLog | TensorBoardLog | Progress] = []
+        if directory is not None:
+            logs.append(stack.enter_context(closing(CSVLog(directory / "metrics.csv", start))))
+            if tensorboard:
+                logs.append(stack.enter_context(closing(TensorBoardLog(directory, start))))
+        if progress:
+            logs.append(stack.enter_context(closing(Progress(start, start + steps))))
+        stop = stack.enter_context(_interruptible())
+
+        def report() -> None:
+            values = interval.end()
+            for log in logs:
+                log.write(trainer.critic_iterations, trainer.generator_iterations, values)
+            for callback in callbacks:
+                answer = callback(trainer, dict(values))
+                if isinstance(answer, (bool, np.bool_)) and answer:
+                    stop.set()
+
+        stream = _endless(batches)
+        while done < steps and not stop.is_set():
+            with saved_on(BaseException):
+                parts = _parts(next(stream), trainer.device)
+            with saved_on(TypeError, ValueError):  # the batch cannot be used; no weight has changed
+                metrics = trainer.step(*parts)
+            done += 1
+            with saved_on(BaseException):
+                row = trainer.critic_iterations % log_every == 0
+                advise(interval.add(metrics, last=row))
+                if row:
+                    report()
+                if sample_every is not None and trainer.critic_iterations % sample_every == 0:
+                    picture()
+            if trainer.critic_iterations % save_every == 0 and done < steps and not stop.is_set():
+                save()
+        with saved_on(BaseException):
+            if interval:
+                advise(interval.read())
+                report()
+            if sample_every is not None and trainer.critic_iterations % sample_every:
+                picture()
+        save()
     return done

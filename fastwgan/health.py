@@ -1,0 +1,126 @@
+"""What goes wrong in WGAN training as its numbers show it, and what to do about it.
+
+The thresholds lie between what was measured, over windows of 500 steps, on training that works (``fastwgan train`` on
+all its data, both constraints) and on training made to fail (learning rates, bounds and weights off by 10 to 1000).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from fastwgan.constraints import GradientPenalty, WeightClip
+
+__all__ = ["Health", "HealthWarning"]
+
+# Steps that are judged together. A run's first window only counts non-finite steps: anything goes while it starts.
+WINDOW = 500
+
+# Steps of a window. Fewer are no fault of the training's: a loss scale finds its range by overflowing a few times.
+NONFINITE = 10
+
+# Share of steps in each of two windows in a row. Working runs: one window of at most 0.42, later ones 0.25; sign
+# changes 0.27. Critics that learn too slowly: 0.5 to 1; those whose learning rate is far too high change sign in 0.5.
+NEGATIVE, SIGN_CHANGES = 0.45, 0.4
+
+# Times the penalty's target. Working runs: a mean of 1.0 to 2.2 and no norm above 7.3, with penalties of a hundredth of
+# the usual weight. Where the penalty has lost its grip: means from 6.5 to 85,000, and norms from 23 up.
+STEEP_MEAN, STEEP_MAX = 6, 20
+
+# Times the target of a two-sided penalty, which pulls norms up as well. Working runs: above 1.0; slow ones 0.15. Other
+# penalties may rightly bring the norm near 0, though not to 0.
+FLAT_MEAN = 0.1
+
+# Mean share of weights on their bound. Working runs: up to 0.41. Near 1 the critic is the signs of its weights.
+SATURATION = 0.95
+
+
+class HealthWarning(UserWarning):
+    """The numbers of a training run look like a known kind of failure."""
+
+
+def _mean(steps: Sequence[Mapping[str, float]], name: str) -> float:
+    """The mean over the steps that have a finite value; NaN, which is neither above nor below anything, for none."""
+    values = [step[name] for step in steps if math.isfinite(step.get(name, math.nan))]
+    return sum(values) / len(values) if values else math.nan
+
+
+def _finite(step: Mapping[str, float]) -> bool:
+    return step.get("nonfinite", 0) == 0 and math.isfinite(step.get("wasserstein", 0))
+
+
+class Health:
+    """Looks at every step's values and gives each piece of advice once.
+
+    Args:
+        constraint: how the critic is kept Lipschitz, which is what its gradient norms are measured by.
+    """
+
+    def __init__(self, constraint: WeightClip | GradientPenalty) -> None:
+        self._constraint = constraint
+        self._window: list[Mapping[str, float]] = []
+        self._first = True
+        self._lagged = False  # in the window before
+        self._given: set[str] = set()
+
+    def watch(self, steps: Sequence[Mapping[str, float]]) -> list[str]:
+        """Take up the values of the next steps; return advice, a sentence each, that has not been given yet."""
+        advice: dict[str, str] = {}
+        for step in steps:
+            self._window.append(step)
+            bad = 0 if _finite(step) else sum(not _finite(step) for step in self._window)
+            if bad >= NONFINITE:
+                advice.setdefault(
+                    "finite",
+                    f"{bad} of {len(self._window)} steps had gradients or scores that were infinite or NaN: lower the "
+                    "learning rates, and look for such numbers in the data",
+                )
+            if len(self._window) == WINDOW:
+                if not self._first:
+                    advice = self._judge() | advice
+                self._first = False
+                self._window = []
+        new = {kind: text for kind, text in advice.items() if kind not in self._given}
+        self._given |= new.keys()
+        return list(new.values())
+
+    def _judge(self) -> dict[str, str]:
+        """Advice on a full window, by kind."""
+        advice = self._judge_norms() if isinstance(self._constraint, GradientPenalty) else self._judge_clip()
+        values = [step["wasserstein"] for step in self._window if "wasserstein" in step]
+        negative = sum(value < 0 for value in values) / max(1, len(values))
+        changes = sum(a * b < 0 for a, b in pairwise(values)) / max(1, len(values))
+        lags = negative > NEGATIVE or changes > SIGN_CHANGES
+        if lags and self._lagged and not advice:  # a more definite cause comes first
+            advice["lag"] = (
+                f"the Wasserstein estimate was negative in {negative:.0%} of the last {WINDOW} steps and changed its "
+                f"sign in {changes:.0%}, as when the critic does not keep ahead of the generator: raise n_critic or "
+                "the critic's learning rate (lower that one if its scores jump)"
+            )
+        self._lagged = lags
+        return advice
+
+    def _judge_norms(self) -> dict[str, str]:
+        assert isinstance(self._constraint, GradientPenalty)
+        kind, target = self._constraint.kind, self._constraint.target
+        mean = _mean(self._window, "gradient_norm")
+        most = max((step.get("gradient_norm_max", 0.0) for step in self._window), default=0.0)
+        if kind in ("two-sided", "one-sided") and (mean > STEEP_MEAN * target or most > STEEP_MAX * target) and target:
+            return {
+                "steep": f"the critic's gradient norm was {mean:.3g} on average and {most:.3g} at most, far above the "
+                f"penalty's target {target:g}: raise the penalty's weight or lower the critic's learning rate"
+            }
+        if mean <= (FLAT_MEAN * target if kind == "two-sided" else 0):
+            return {
+                "flat": f"the critic's gradient norm was {mean:.3g} on average, so the generator learns next to "
+                "nothing from it: raise the critic's learning rate or n_critic, and look for layers that died"
+            }
+        return {}
+
+    def _judge_clip(self) -> dict[str, str]:
+        share = _mean(self._window, "saturation")
+        if share > SATURATION:
+            return {
+                "saturation": f"{share:.0%} of the clipped weights lie on their bound, which leaves the critic little "
+                "but their signs: widen WeightClip's bound or lower the critic's learning rate"
+            }
+        return {}
