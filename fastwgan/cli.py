@@ -137,8 +137,8 @@ def _train_on(device: torch.device, args: argparse.Namespace) -> int:
 
     done = fit(
         trainer, batches, steps, out=out, config=asdict(config), save_every=args.save_every, keep=args.keep,
-        sample_every=args.sample_every, sample_count=count, draw=draw, tensorboard=args.tensorboard,
-        progress=trainer.rank == 0,
+        sample_every=args.sample_every, draw=draw if args.sample_every else None, sample_count=count,
+        tensorboard=args.tensorboard, progress=True,
     )  # fmt: skip
     if trainer.rank:
         return INTERRUPTED if done < steps else 0

@@ -16,7 +16,9 @@ from torch.utils.data import Dataset, IterableDataset
 from fastwgan import checkpoint
 from fastwgan.health import Health, HealthWarning
 from fastwgan.logs import CSVLog, Interval, Progress, TensorBoardLog
-from fastwgan.trainer import Trainer, stream_seed
+from fastwgan.passes import is_batched
+from fastwgan.streams import stream_seed
+from fastwgan.trainer import Trainer
 
 __all__ = ["fit"]
 
@@ -26,8 +28,10 @@ Callback = Callable[[Trainer, dict[str, float]], object]
 
 
 @contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, so that the step under way ends first. A second Ctrl-C interrupts at once."""
+def _interruptible(*, alone: bool) -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, so that the step under way ends first. A second Ctrl-C interrupts at once, but not
+    among several processes, to which their launcher sends a second signal of its own.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals
@@ -35,7 +39,8 @@ def _interruptible() -> Iterator[threading.Event]:
 
     def handle(signum: int, frame: Any) -> None:
         stop.set()
-        signal.signal(signal.SIGINT, before)
+        if alone:
+            signal.signal(signal.SIGINT, before)
 
     before = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, handle)
@@ -91,13 +96,19 @@ def _parts(batch: Any, device: torch.device) -> list[Any]:
     return parts
 
 
+def _whole_packs(parts: list[Any], pack: int) -> list[Any]:
+    """The batch without the samples at its end that fill no pack, as a short last batch has."""
+    n = len(parts[0]) if isinstance(parts[0], Tensor) and parts[0].dim() else 0
+    return parts if n % pack == 0 else [x[: n - n % pack] if is_batched(x, n) else x for x in parts]
+
+
 def _same_samples(trainer: Trainer, count: int) -> Tensor:
     """Samples of the same latents each time; the stream that ``trainer.sample`` draws from stays where it is."""
     random = trainer._sample_random
     before = random.get_state()
     random.manual_seed(stream_seed(trainer.seed, GRID))
     try:
-        return trainer.sample(count)
+        return trainer.sample(count, ema=trainer.ema is not None)
     finally:
         random.set_state(before)
 
@@ -132,11 +143,15 @@ def fit(
     raise, a checkpoint is left behind. A :class:`fastwgan.health.HealthWarning` tells when the numbers look like a
     known kind of failure, each kind once.
 
+    With several ranks every one calls this, on batches of its own. Rank 0 writes, draws, calls back and tells of
+    progress; the others have to name ``out`` as well. They agree on an early end, at the rows of the log. Where one
+    raises, the last checkpoint is the one before.
+
     Args:
         trainer: the trainer; it goes on from where it is.
         batches: an iterable of samples [N, ...], or of tuples (samples, *conditions), whose tensors and arrays are
-            moved to the trainer's device. It is started again when it ends. If it has ``state_dict``, as
-            :mod:`fastwgan.data`'s have, its position is saved.
+            moved to the trainer's device. It is started again when it ends. Samples at the end of a short batch that
+            fill no pack are left out. If it has ``state_dict``, as :mod:`fastwgan.data`'s have, its position is saved.
         steps: how many critic steps to take.
         out: a directory for ``metrics.csv``, the checkpoint ``last.pt``, and what else is asked for; None writes
             nothing.
@@ -184,16 +199,20 @@ def fit(
     if directory is not None:
         if start == 0 and (directory / checkpoint.LAST).exists():
             raise ValueError(f"out: {directory} holds a run, which a new one would overwrite")
-        directory.mkdir(parents=True, exist_ok=True)
-        checkpoint.clean(directory)
+        if trainer.rank == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            checkpoint.clean(directory)
     interval, health = Interval(), Health(trainer.constraint)
     done = 0
 
     def save() -> None:
-        if directory is not None:
-            data = batches.state_dict() if hasattr(batches, "state_dict") else None
-            content = {"trainer": trainer.state_dict(), "data": data, "config": config}
+        if directory is None:
+            return
+        data = batches.state_dict() if hasattr(batches, "state_dict") else None
+        content = {"trainer": trainer.full_state_dict(), "data": data, "config": config}
+        if trainer.rank == 0:
             checkpoint.save_newest(directory, content, step=trainer.critic_iterations, keep=keep)
+        trainer.last_checkpoint = str(directory / checkpoint.LAST)
 
     @contextmanager
     def saved_on(*errors: type[BaseException]) -> Iterator[None]:
@@ -201,43 +220,51 @@ def fit(
         try:
             yield
         except errors:
-            if done:
+            if done and trainer.world == 1:  # the others would have to help
                 save()
             raise
 
     def picture() -> None:
-        if directory is not None and draw is not None:
+        if directory is not None and draw is not None and trainer.rank == 0:
             path = directory / "samples" / f"step-{trainer.critic_iterations:08d}.png"
             path.parent.mkdir(exist_ok=True)
             draw(_same_samples(trainer, sample_count), path)
 
     def advise(values: list[dict[str, float]]) -> None:
-        for advice in health.watch(values):
+        for advice in health.watch(values) if trainer.rank == 0 else ():
             warnings.warn(f"step {trainer.critic_iterations}: {advice}", HealthWarning, stacklevel=3)
 
     with ExitStack() as stack:
         logs: list[CSVLog | TensorBoardLog | Progress] = []
-        if directory is not None:
+        if directory is not None and trainer.rank == 0:
             logs.append(stack.enter_context(closing(CSVLog(directory / "metrics.csv", start))))
             if tensorboard:
                 logs.append(stack.enter_context(closing(TensorBoardLog(directory, start))))
-        if progress:
+        if progress and trainer.rank == 0:
             logs.append(stack.enter_context(closing(Progress(start, start + steps))))
-        stop = stack.enter_context(_interruptible())
+        alone = trainer.world == 1
+        stop = stack.enter_context(_interruptible(alone=alone))
 
         def report() -> None:
             values = interval.end()
             for log in logs:
                 log.write(trainer.critic_iterations, trainer.generator_iterations, values)
-            for callback in callbacks:
+            for callback in callbacks if trainer.rank == 0 else ():
                 answer = callback(trainer, dict(values))
                 if isinstance(answer, (bool, np.bool_)) and answer:
                     stop.set()
 
+        def ended() -> bool:
+            if trainer.world > 1 and trainer.critic_iterations % log_every:
+                return False
+            return trainer.ranks.any(stop.is_set(), trainer.device)
+
         stream = _endless(batches)
-        while done < steps and not stop.is_set():
+        while done < steps and not ended():
             with saved_on(BaseException):
-                parts = _parts(next(stream), trainer.device)
+                parts = _whole_packs(_parts(next(stream), trainer.device), trainer.pack)
+            if is_batched(parts[0], 0):
+                continue
             with saved_on(TypeError, ValueError):  # the batch cannot be used; no weight has changed
                 metrics = trainer.step(*parts)
             done += 1
@@ -248,7 +275,7 @@ def fit(
                     report()
                 if sample_every is not None and trainer.critic_iterations % sample_every == 0:
                     picture()
-            if trainer.critic_iterations % save_every == 0 and done < steps and not stop.is_set():
+            if trainer.critic_iterations % save_every == 0 and done < steps and not (alone and stop.is_set()):
                 save()
         with saved_on(BaseException):
             if interval:

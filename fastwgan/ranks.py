@@ -52,6 +52,10 @@ class Ranks:
         dist.all_reduce(value, dist.ReduceOp.MIN)
         return bool(value)
 
+    def any(self, condition: bool, device: torch.device) -> bool:
+        """Whether a condition holds on some rank."""
+        return not self.all(not condition, device)
+
     def gather(self, content: Any) -> list[Any]:
         """What each rank has, which has to be picklable, on all ranks."""
         if self.world == 1:

@@ -165,6 +165,7 @@ class Trainer:
     Attributes:
         critic_iterations, generator_iterations: steps taken so far, those left out included.
         rank, world: of this process, and how many there are.
+        pack: samples to a score.
         ema: the decay of the running average, or None.
         last_checkpoint: the path last saved to or loaded from, or None.
 
@@ -246,11 +247,11 @@ class Trainer:
         self.latent = latent
         self.n_critic = n_critic
         self.last_checkpoint: str | None = None
-        self._amp, self._pack = amp, pack
-        self._ranks = Ranks()
-        self.rank, self.world = self._ranks.rank, self._ranks.world
-        self._ranks.broadcast_([x for m in (generator, critic) for x in (*m.parameters(), *m.buffers())])
-        self.seed = seed = self._ranks.same(seed, self.device)
+        self._amp, self.pack = amp, pack
+        self.ranks = Ranks()
+        self.rank, self.world = self.ranks.rank, self.ranks.world
+        self.ranks.broadcast_([x for m in (generator, critic) for x in (*m.parameters(), *m.buffers())])
+        self.seed = seed = self.ranks.same(seed, self.device)
         self.critic_iterations = 0
         self.generator_iterations = 0
         self._critic_steps_due = 0  # taken since the last generator step
@@ -368,8 +369,8 @@ class Trainer:
                 problem = problem or "the torch backend passes learning rates as numbers, which a graph would keep"
             if _hooks(optimizer):
                 problem = problem or f"{name} has step hooks, which a graph would not call"
-        if self.world > 1 and self._ranks.backend != "nccl":
-            problem = problem or f"{self._ranks.backend} cannot be captured"
+        if self.world > 1 and self.ranks.backend != "nccl":
+            problem = problem or f"{self.ranks.backend} cannot be captured"
         if problem is None:
             self._device_offset = torch.zeros((), dtype=torch.int64, device=self.device)
             networks = (self.generator, self.critic)
@@ -404,8 +405,8 @@ class Trainer:
 
     def _check_real(self, real: Tensor) -> None:
         functional.check_samples("real", real, self.device)
-        if len(real) % self._pack:
-            raise ValueError(f"real: expected a multiple of pack={self._pack} samples, got {len(real)}")
+        if len(real) % self.pack:
+            raise ValueError(f"real: expected a multiple of pack={self.pack} samples, got {len(real)}")
 
     def _critic_step(self, real: Tensor, fake: Tensor | None, cond: tuple[Any, ...]) -> Metrics:
         weight = self._penalty_weight(self.critic_iterations)
@@ -419,7 +420,7 @@ class Trainer:
         self.critic_iterations += 1
         self._critic_steps_due += 1
         if weight and isinstance(self.constraint, GradientPenalty) and self.constraint.at == "interpolates":
-            self._eps_offset += batch // self._pack * self.world
+            self._eps_offset += batch // self.pack * self.world
         if self.critic_scheduler is not None:
             self.critic_scheduler.step()
         self._critic_guard.watch(self.critic_iterations, self.last_checkpoint)
@@ -439,8 +440,8 @@ class Trainer:
             TypeError, ValueError: an argument or a network's output cannot be used. No weight is changed then.
         """
         self._check_count("batch_size", batch_size)
-        if batch_size % self._pack:
-            raise ValueError(f"batch_size: expected a multiple of pack={self._pack}, got {batch_size}")
+        if batch_size % self.pack:
+            raise ValueError(f"batch_size: expected a multiple of pack={self.pack}, got {batch_size}")
         z = self._given_latents(batch_size)
         return self._generator_step_done(self._run(self._generator_work, batch_size, self._sample_dtype, z, *cond))
 
@@ -605,7 +606,7 @@ class Trainer:
             statistics, nonfinite = guard.check(scores)
             return statistics, penalty, nonfinite
         own = functional.score_statistics(scores[0], scores[-1], self.backend)
-        measured = self._ranks.sum_(guard.gradients(), own if penalty is None else torch.cat((own, penalty)))
+        measured = self.ranks.sum_(guard.gradients(), own if penalty is None else torch.cat((own, penalty)))
         statistics = measured[:, :4].mean(0)
         if penalty is not None:
             means, least, greatest = measured[:, 4:6].mean(0), measured[:, 6].amin(), measured[:, 7].amax()
@@ -646,7 +647,7 @@ class Trainer:
         for weight, (real, *cond), fake in zip(weights, parts, fakes, strict=True):
             outputs += self._critic_work(weight, real, fake, None, *cond)
             if weight:
-                self._device_offset += len(real) // self._pack * self.world
+                self._device_offset += len(real) // self.pack * self.world
         _, *cond = parts[-1]
         return *outputs, *self._generator_work(counts[-1], self._sample_dtype, None, *cond)
 
@@ -723,7 +724,7 @@ class Trainer:
                 return self._passes.samples(torch.cat((z, other)))[:batch]
 
             apart = mixing.same_beside(self.generator, forward, others, self.device)
-            self._one_generation = self._ranks.all(apart, self.device)
+            self._one_generation = self.ranks.all(apart, self.device)
         return self._one_generation
 
     def _forward_at_once(self, real: Tensor, fake: Tensor, cond: tuple[Any, ...]) -> bool:
@@ -737,12 +738,10 @@ class Trainer:
         if self._one_forward and self.critic_iterations < PROBED_STEPS:
 
             def forward(other: Tensor) -> Tensor:
-                return passes.scores_of_both(self._passes.score, real, other, cond, self._pack)[
-                    : len(real) // self._pack
-                ]
+                return passes.scores_of_both(self._passes.score, real, other, cond, self.pack)[: len(real) // self.pack]
 
             apart = mixing.same_beside(self.critic, forward, (fake, 1 - 2 * fake), self.device)
-            self._one_forward = self._ranks.all(apart, self.device)
+            self._one_forward = self.ranks.all(apart, self.device)
         return self._one_forward
 
     def _penalised(self, real: Tensor, fake: Tensor) -> Tensor:
@@ -751,8 +750,8 @@ class Trainer:
         if self.constraint.at == "interpolates":
             offset = self._eps_offset if self._graphs is None else self._device_offset
             if self.rank:
-                offset = offset + self.rank * (len(real) // self._pack)
-            pairs = (x if self._pack == 1 else x.reshape(-1, self._pack, *x.shape[1:]) for x in (real.detach(), fake))
+                offset = offset + self.rank * (len(real) // self.pack)
+            pairs = (x if self.pack == 1 else x.reshape(-1, self.pack, *x.shape[1:]) for x in (real.detach(), fake))
             x = functional.interpolate(*pairs, seed=self.seed, offset=offset, backend=self.backend).view(real.shape)
         else:
             x = real if self.constraint.at == "real" else fake
@@ -813,7 +812,7 @@ class Trainer:
     def full_state_dict(self) -> dict[str, Any]:
         """:meth:`state_dict` with what is each rank's own. All ranks have to call it."""
         state = self.state_dict()
-        for part in self._ranks.gather(state["ranks"]):
+        for part in self.ranks.gather(state["ranks"]):
             state["ranks"].update(part)
         return state
 
@@ -911,7 +910,7 @@ class Trainer:
         state = self.full_state_dict()
         if self.rank == 0:
             checkpoint.save(path, {"trainer": state})
-        self._ranks.barrier()
+        self.ranks.barrier()
         self.last_checkpoint = os.fspath(path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
