@@ -516,13 +516,14 @@ class Trainer:
         return fit(self, batches, steps, **options)
 
     @torch.no_grad()
-    def sample(self, n: int, *cond: Any, ema: bool = False) -> Tensor:
+    def sample(self, n: int, *cond: Any, ema: bool = False, seed: int | None = None) -> Tensor:
         """n samples of the generator in evaluation mode. Training goes on as if it had not been called.
 
         Args:
             n: number of samples.
             cond: conditions, passed on to the generator.
             ema: whether the generator is to have the running averages of its weights.
+            seed: of the latents and of what the generator draws, the same samples each time; None draws new ones.
 
         Returns:
             Samples [n, ...] on the networks' device.
@@ -533,12 +534,18 @@ class Trainer:
         self._check_count("n", n)
         if ema and self.ema is None:
             raise ValueError("ema: expected a trainer that was made with ema=, got one without")
+        if seed is not None:
+            functional.check_seed("seed", seed)
         with _evaluating(self.generator), mixing.random_kept(self.device):
-            seed = int(torch.randint(2**62, (), generator=self._sample_random, device=self.device))
+            random = self._sample_random
+            if seed is None:
+                seed = int(torch.randint(2**62, (), generator=random, device=self.device))
+            else:
+                random = torch.Generator(self.device).manual_seed(seed)
             if self.device.type == "cuda":
                 torch.cuda.default_generators[self.device.index].manual_seed(seed)
             torch.default_generator.manual_seed(seed)
-            z = self.latent(n, self.device) if callable(self.latent) else self._normal(n, self._sample_random)
+            z = self.latent(n, self.device) if callable(self.latent) else self._normal(n, random)
             fake: Tensor
             fake = functional_call(self.generator, self.averages(), (z, *cond)) if ema else self.generator(z, *cond)
             return fake
