@@ -34,7 +34,9 @@ class Ranks:
         """Give all ranks the tensors of rank 0, in place."""
         if self.world > 1:
             for x in tensors:
-                dist.broadcast(x.detach(), 0)
+                whole = x.detach().clone(memory_format=torch.contiguous_format)  # gloo overruns tensors with gaps
+                dist.broadcast(whole, 0)
+                x.detach().copy_(whole)
 
     def same(self, number: int, device: torch.device) -> int:
         """Rank 0's number."""
