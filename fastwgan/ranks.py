@@ -66,11 +66,6 @@ class Ranks:
         dist.all_gather_object(contents, content)
         return contents
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.world > 1:
-            dist.barrier()
-
     def sum_(self, gradients: Sequence[Tensor], measured: Tensor) -> Tensor:
         """Add up the gradients of all ranks, in place; return what each rank measured.
 

@@ -908,9 +908,14 @@ class Trainer:
             OSError: the file cannot be written. A file that was there before is untouched.
         """
         state = self.full_state_dict()
-        if self.rank == 0:
-            checkpoint.save(path, {"trainer": state})
-        self.ranks.barrier()
+        failure: Exception | None = None
+        try:
+            if self.rank == 0:
+                checkpoint.save(path, {"trainer": state})
+        except Exception as error:  # the other ranks are to hear of it first
+            failure = error
+        for rank_0s in filter(None, self.ranks.gather(failure)):
+            raise failure or rank_0s
         self.last_checkpoint = os.fspath(path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
