@@ -828,6 +828,9 @@ class Trainer:
         """
         if not isinstance(state_dict, dict):
             raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
+        own = state["ranks"][self.rank]
+        if own["fakes"] is not None:
+            own["fakes"] = own["fakes"].cpu()  # another rank may not have this one's device
         before = self.state_dict()
         missing = sorted(before.keys() - state_dict.keys())
         if missing:
