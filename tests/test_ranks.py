@@ -601,5 +601,113 @@ def test_a_process_group_that_comes_too_late(monkeypatch):
         trainer.step(torch.randn(4, 10, dtype=F64))
 
 
+# By torchrun
+
+
+def torchrun(folder, text, *, processes=2):
+    """Run a script as so many processes, in a folder: (exit status, output, seconds)."""
+    (folder / "script.py").write_text(text)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
+    begun = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *launcher, "script.py"], check=False, cwd=folder, env=env, timeout=180, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    return done.returncode, done.stdout, time.perf_counter() - begun
+
+
+ACCELERATE = """
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from torch.utils.data import DataLoader, TensorDataset
+
+from fastwgan import GradientPenalty, Trainer, models
+
+loading = DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True)
+accelerator = Accelerator(cpu=True, dataloader_config=loading)
+torch.manual_seed(0)
+generator = models.mlp([6, 32, 10]).to(accelerator.device)
+critic = models.mlp([10, 32, 1], slope=0.2).to(accelerator.device)
+data = TensorDataset(torch.randn(64, 10))
+loader = accelerator.prepare(DataLoader(data, batch_size=16, shuffle=True))  # each process has its part of the 16
+
+trainer = Trainer(generator, critic, latent=6, constraint=GradientPenalty())
+for epoch in range(3):
+    for (real,) in loader:
+        trainer.step(real)
+trainer.save("last.pt")
+"""
+
+
+def test_accelerate(tmp_path):
+    """Its launching, its loader and its device; networks as they are, and in the wrapper that it prepares for them."""
+    double = "import torch\ntorch.set_default_dtype(torch.float64)\n"
+    kept = "torch.save([trainer.critic_iterations, trainer.critic.state_dict()], f'{trainer.rank} %s.pt')\n"
+    wrapping = "generator, critic = accelerator.prepare(generator, critic)\nprint(type(critic))\ntrainer ="
+    wrapped = ACCELERATE.replace("trainer =", wrapping)
+    states = {}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        text = "".join((double, ACCELERATE, kept % "plain", wrapped, kept % "wrapped"))
+        status, output, _ = torchrun(folder, text, processes=processes)
+        assert status == 0, output
+        assert ("DistributedDataParallel" in output) == (processes == 2)
+        for rank in range(processes):
+            for form in ("plain", "wrapped"):
+                steps, state = torch.load(folder / f"{rank} {form}.pt")
+                assert steps == 12
+                states[processes, rank, form] = state
+    for form in ("plain", "wrapped"):
+        same_on_all([states[2, 0, form], states[2, 1, form]])
+    for state in states.values():
+        torch.testing.assert_close(state, states[1, 0, "plain"], rtol=0, atol=1e-9)
+    generator, critic = models.mlp([6, 32, 10]).to(F64), models.mlp([10, 32, 1], slope=0.2).to(F64)
+    trainer = Trainer(generator, critic, latent=6, constraint=PENALTY)
+    with pytest.warns(UserWarning, match="^state_dict: saved by 2 processes"):
+        trainer.load(tmp_path / "2" / "last.pt")
+    same_on_all([trainer.critic.state_dict(), states[2, 0, "wrapped"]])
+
+
+DIES = """
+import os
+import signal
+
+import torch
+import torch.distributed as dist
+
+from fastwgan import Trainer, models
+
+dist.init_process_group("gloo")
+generator, critic = models.mlp([6, 16, 10]), models.mlp([10, 16, 1])
+trainer = Trainer(generator, critic, latent=6)
+
+
+def die(gradient):
+    if trainer.rank == 1 and trainer.critic_iterations == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+next(critic.parameters()).register_hook(die)
+for _ in range(1000):
+    trainer.step(torch.randn(8, 10))
+    trainer.save("last.pt")
+"""
+
+
+def test_a_rank_that_dies_ends_the_run(tmp_path):
+    status, output, seconds = torchrun(tmp_path, DIES)
+    assert status != 0
+    assert "SIGKILL" in output or "Signal 9" in output
+    assert seconds < 90
+    trainer = Trainer(models.mlp([6, 16, 10]), models.mlp([10, 16, 1]), latent=6)
+    with pytest.warns(UserWarning, match="^state_dict: saved by 2 processes"):
+        trainer.load(tmp_path / "last.pt")
+    assert trainer.critic_iterations == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "script.py"]
+
+
 if __name__ == "__main__":
     work(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
