@@ -13,7 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Ranks", "unwrapped"]
+__all__ = ["Ranks", "refuse_uneven", "unwrapped"]
+
+
+def _place() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    there = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
 
 
 class Ranks:
@@ -25,16 +31,43 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        there = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if there else 0
-        self.world = dist.get_world_size() if there else 1
-        self.backend = dist.get_backend() if there else "none"
+        self.rank, self.world = _place()
+
+    def backend(self, device: torch.device) -> str:
+        """What carries tensors of a device: "nccl", "gloo" or another; "none" for a single process."""
+        if self.world == 1:
+            return "none"
+        backends = dist.BackendConfig(dist.Backend(dist.get_backend_config())).get_device_backend_map()
+        return str(backends.get(device.type, "none"))
+
+    def check_current(self) -> None:
+        """Raise RuntimeError if there is another process group now, or one at last."""
+        now = _place()
+        if now != (self.rank, self.world):
+            raise RuntimeError(
+                f"Trainer: was made as rank {self.rank} of {self.world}, and this is rank {now[0]} of {now[1]} now: "
+                "make it after torch.distributed.init_process_group"
+            )
+
+    def agree(self, settings: dict[str, object]) -> None:
+        """Raise ValueError, on all ranks, naming a setting that they do not have in common."""
+        own = {name: "a callable" if callable(value) else str(value) for name, value in settings.items()}
+        for rank, others in enumerate(self.gather(own)):
+            for name in own | others:
+                mine, other = own.get(name, "none"), others.get(name, "none")
+                if mine != other:
+                    raise ValueError(
+                        f"{name}: expected the same on all ranks, got {mine} on rank {self.rank} and "
+                        f"{other} on rank {rank}"
+                    )
 
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         """Give all ranks the tensors of rank 0, in place."""
         if self.world > 1:
             for x in tensors:
-                dist.broadcast(x.detach(), 0)
+                whole = x.detach().clone(memory_format=torch.contiguous_format)  # gloo overruns tensors with gaps
+                dist.broadcast(whole, 0)
+                x.detach().copy_(whole)
 
     def same(self, number: int, device: torch.device) -> int:
         """Rank 0's number."""
@@ -64,11 +97,6 @@ class Ranks:
         dist.all_gather_object(contents, content)
         return contents
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.world > 1:
-            dist.barrier()
-
     def sum_(self, gradients: Sequence[Tensor], measured: Tensor) -> Tensor:
         """Add up the gradients of all ranks, in place; return what each rank measured.
 
@@ -90,6 +118,25 @@ class Ranks:
             parts = torch.split(flat, [x.numel() for x in tensors])
             torch._foreach_copy_(tensors, [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)])
         return table
+
+
+def refuse_uneven(name: str, sizes: Tensor, gradients: Sequence[Tensor]) -> None:
+    """See to it that no update is made of batches that are not of one size, whose gradients have no common weight.
+
+    Args:
+        name: of the argument that gave the batch.
+        sizes: [world], of the ranks' batches.
+        gradients: on a GPU, where looking at ``sizes`` would wait, one is made NaN, for the guard to find.
+
+    Raises:
+        ValueError: they are not, on a CPU.
+    """
+    if sizes.device.type == "cpu":
+        found = [int(size) for size in sizes]
+        if len(set(found)) > 1:
+            raise ValueError(f"{name}: expected batches of one size on all ranks, got scores of {found}")
+    else:
+        gradients[0].masked_fill_(sizes.amin() != sizes.amax(), torch.nan)
 
 
 def unwrapped(name: str, module: nn.Module) -> nn.Module:

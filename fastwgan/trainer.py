@@ -27,7 +27,7 @@ from fastwgan.graphs import Graphs, device_problem
 from fastwgan.guard import PATIENCE, Guard
 from fastwgan.metrics import Metrics
 from fastwgan.optim import Adam, RMSprop
-from fastwgan.ranks import Ranks, unwrapped
+from fastwgan.ranks import Ranks, refuse_uneven, unwrapped
 from fastwgan.streams import process_streams, set_process_streams, stream_seed
 
 __all__ = ["Trainer", "warmup_schedule"]
@@ -111,6 +111,12 @@ class _Called:
 
     def __call__(self, *_: Any) -> None:
         self._optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def _shapes(name: str, module: nn.Module) -> dict[str, object]:
+    """Of a module's parameters and buffers, with their dtypes and whether they are trained."""
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return {f"{name}.{key}": (tuple(x.shape), x.dtype, x.requires_grad) for key, x in tensors}
 
 
 def _momentum(optimizer: torch.optim.Optimizer) -> float:
@@ -250,6 +256,12 @@ class Trainer:
         self._amp, self.pack = amp, pack
         self.ranks = Ranks()
         self.rank, self.world = self.ranks.rank, self.ranks.world
+        settings = {
+            "constraint": constraint, "latent": latent, "n_critic": n_critic, "amp": amp, "ema": ema, "pack": pack,
+            "nonfinite": nonfinite, "max_skipped": max_skipped, "critic_optimizer": critic_optimizer,
+            "generator_optimizer": generator_optimizer,
+        }  # fmt: skip
+        self.ranks.agree({**_shapes("generator", generator), **_shapes("critic", critic), **settings})
         self.ranks.broadcast_([x for m in (generator, critic) for x in (*m.parameters(), *m.buffers())])
         self.seed = seed = self.ranks.same(seed, self.device)
         self.critic_iterations = 0
@@ -369,8 +381,8 @@ class Trainer:
                 problem = problem or "the torch backend passes learning rates as numbers, which a graph would keep"
             if _hooks(optimizer):
                 problem = problem or f"{name} has step hooks, which a graph would not call"
-        if self.world > 1 and self.ranks.backend != "nccl":
-            problem = problem or f"{self.ranks.backend} cannot be captured"
+        if self.world > 1 and (carrier := self.ranks.backend(self.device)) != "nccl":
+            problem = problem or f"{carrier} cannot be captured"
         if problem is None:
             self._device_offset = torch.zeros((), dtype=torch.int64, device=self.device)
             networks = (self.generator, self.critic)
@@ -562,6 +574,7 @@ class Trainer:
         A trainer's first steps look at the networks, which no graph could; after an optimizer has been replaced, or a
         step hook added, which no graph would call, steps run without.
         """
+        self.ranks.check_current()
         if self._graphs is None:
             return work(*args)
         self._device_offset.fill_(self._eps_offset)
@@ -613,7 +626,10 @@ class Trainer:
             statistics, nonfinite = guard.check(scores)
             return statistics, penalty, nonfinite
         own = functional.score_statistics(scores[0], scores[-1], self.backend)
-        measured = self.ranks.sum_(guard.gradients(), own if penalty is None else torch.cat((own, penalty)))
+        parts = [own] if penalty is None else [own, penalty]
+        gradients = guard.gradients()
+        measured = self.ranks.sum_(gradients, torch.cat((*parts, own.new_full((1,), scores[-1].numel()))))
+        refuse_uneven("real" if len(scores) == 2 else "batch_size", measured[:, -1], gradients)
         statistics = measured[:, :4].mean(0)
         if penalty is not None:
             means, least, greatest = measured[:, 4:6].mean(0), measured[:, 6].amin(), measured[:, 7].amax()
@@ -819,6 +835,9 @@ class Trainer:
     def full_state_dict(self) -> dict[str, Any]:
         """:meth:`state_dict` with what is each rank's own. All ranks have to call it."""
         state = self.state_dict()
+        own = state["ranks"][self.rank]
+        if own["fakes"] is not None:
+            own["fakes"] = own["fakes"].cpu()  # another rank may not have this one's device
         for part in self.ranks.gather(state["ranks"]):
             state["ranks"].update(part)
         return state
@@ -915,9 +934,14 @@ class Trainer:
             OSError: the file cannot be written. A file that was there before is untouched.
         """
         state = self.full_state_dict()
-        if self.rank == 0:
-            checkpoint.save(path, {"trainer": state})
-        self.ranks.barrier()
+        failure: Exception | None = None
+        try:
+            if self.rank == 0:
+                checkpoint.save(path, {"trainer": state})
+        except Exception as error:  # the other ranks are to hear of it first
+            failure = error
+        for rank_0s in filter(None, self.ranks.gather(failure)):
+            raise failure or rank_0s
         self.last_checkpoint = os.fspath(path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
