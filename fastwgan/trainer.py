@@ -399,17 +399,20 @@ class Trainer:
             TypeError, ValueError: ``real`` or a network's output cannot be used. No weight is changed then.
         """
         self._check_real(real)
-        return self._critic_step(real, None, cond)
+        return self._critic_step(real, 0, cond)
 
     def _check_real(self, real: Tensor) -> None:
         functional.check_samples("real", real, self.device)
         if len(real) % self._pack:
             raise ValueError(f"real: expected a multiple of pack={self._pack} samples, got {len(real)}")
 
-    def _critic_step(self, real: Tensor, fake: Tensor | None, cond: tuple[Any, ...]) -> Metrics:
+    def _critic_step(self, real: Tensor, ahead: int, cond: tuple[Any, ...]) -> Metrics:
+        """``ahead``: how many critic steps fake samples may be made for at once; 0 for fresh ones."""
         weight = self._penalty_weight(self.critic_iterations)
-        z = self._given_latents(len(real)) if fake is None else None
-        outputs = self._run(self._critic_work, weight, real, fake, z, *cond)
+        with self._undone_if_refused():
+            fake = self._fake_made_ahead(len(real), ahead) if ahead else None
+            z = self._given_latents(len(real)) if fake is None else None
+            outputs = self._run(self._critic_work, weight, real, fake, z, *cond)
         return self._critic_step_done(outputs, len(real), weight)
 
     def _critic_step_done(self, outputs: tuple[Tensor | None, ...], batch: int, weight: float) -> Metrics:
@@ -440,8 +443,10 @@ class Trainer:
         self._check_count("batch_size", batch_size)
         if batch_size % self._pack:
             raise ValueError(f"batch_size: expected a multiple of pack={self._pack}, got {batch_size}")
-        z = self._given_latents(batch_size)
-        return self._generator_step_done(self._run(self._generator_work, batch_size, self._sample_dtype, z, *cond))
+        with self._undone_if_refused():
+            z = self._given_latents(batch_size)
+            outputs = self._run(self._generator_work, batch_size, self._sample_dtype, z, *cond)
+        return self._generator_step_done(outputs)
 
     def _generator_step_done(self, outputs: tuple[Tensor | None, ...]) -> Metrics:
         loss, nonfinite = outputs
@@ -462,8 +467,7 @@ class Trainer:
         """
         self._check_real(real)
         left = self._critic_steps_left()
-        fake = None if cond else self._fake_made_ahead(len(real), left)
-        metrics = self._critic_step(real, fake, cond)
+        metrics = self._critic_step(real, 0 if cond else left, cond)
         if left <= 1:
             metrics.include(self.generator_step(len(real), *cond))
         return metrics
@@ -500,7 +504,8 @@ class Trainer:
 
         sizes = tuple(len(part) for part in parts)
         weights = tuple(self._penalty_weight(self.critic_iterations + i) for i in range(len(parts)))
-        outputs = iter(self._run(self._iteration_work, weights, sizes, *(x for part in parts for x in part)))
+        with self._undone_if_refused():
+            outputs = iter(self._run(self._iteration_work, weights, sizes, *(x for part in parts for x in part)))
         metrics = []
         for weight, (real, *_) in zip(weights, parts, strict=True):
             metrics.append(self._critic_step_done(tuple(islice(outputs, 4)), len(real), weight))
@@ -531,7 +536,7 @@ class Trainer:
         self._check_count("n", n)
         if ema and self._decay is None:
             raise ValueError("ema: expected a trainer that was made with ema=, got one without")
-        with _evaluating(self.generator), mixing.random_kept(self.device):
+        with self._undone_if_refused(), _evaluating(self.generator), mixing.random_kept(self.device):
             seed = int(torch.randint(2**62, (), generator=self._sample_random, device=self.device))
             if self.device.type == "cuda":
                 torch.cuda.default_generators[self.device.index].manual_seed(seed)
@@ -546,6 +551,22 @@ class Trainer:
         return {name: self._averages[p].to(p.dtype) for name, p in self._averaged()}
 
     # Inside a step
+
+    @contextmanager
+    def _undone_if_refused(self) -> Iterator[None]:
+        """What raises uses up no latents, and keeps nothing that it found out."""
+        names = ("_fakes", "_fakes_versions", "_one_forward", "_one_generation", "_generator_looks", "_sample_dtype")
+        found = {name: getattr(self, name) for name in names}
+        streams = []
+        if self.device.type == "cpu" or not torch.cuda.is_current_stream_capturing():  # then they cannot be read
+            streams = [(random, random.get_state()) for random in (self._latent_random, self._sample_random)]
+        try:
+            yield
+        except BaseException:
+            self.__dict__.update(found)
+            for random, state in streams:
+                random.set_state(state)
+            raise
 
     def _run(self, work: Callable[..., tuple[Tensor | None, ...]], *args: Any) -> tuple[Tensor | None, ...]:
         """The device's part of a step, replayed from a graph where there is one.
