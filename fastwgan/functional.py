@@ -21,6 +21,7 @@ from fastwgan.backend import DTYPES, Backend, kernels, resolve
 from fastwgan.rectifiers import LinearPieces
 
 PENALTY_KINDS = ("two-sided", "one-sided", "zero-centered", "power")
+NO_DEPENDENCE = "critic: expected scores that depend on its input, got scores that do not"
 
 __all__ = [
     "clip_weights_",
@@ -473,7 +474,7 @@ def input_gradient(
     if scores.requires_grad:
         (g,) = torch.autograd.grad(scores, x, ones_like(scores), create_graph=True, allow_unused=True)
     if g is None:
-        raise ValueError("critic: expected scores that depend on its input, got scores that do not")
+        raise ValueError(NO_DEPENDENCE)
     return g
 
 

@@ -592,7 +592,6 @@ class Trainer:
             if not callable(self.latent):
                 z = self._draw(len(real))
             fake = self._passes.generate(z, cond)
-        functional.check_samples("generator: its output", fake, self.device)
         if self._amp is not None:
             real = real.float()
         self._sample_dtype = real.dtype
@@ -717,11 +716,10 @@ class Trainer:
             z = self._draw(ahead * batch, batches=ahead)
             self._fakes_versions = mixing.versions(self.generator)
             self._fakes = self._passes.generate(z, ())
-            functional.check_samples("generator: its output", self._fakes, self.device)
             if len(self._fakes) != len(z):
-                got = tuple(self._fakes.shape)
-                self._fakes = None
-                raise ValueError(f"generator: its output: expected shape [{len(z)}, ...], got {got}")
+                raise ValueError(
+                    f"generator: its output: expected shape [{len(z)}, ...], got {tuple(self._fakes.shape)}"
+                )
         fake, self._fakes = self._fakes[:batch], self._fakes[batch:]
         return fake
 
