@@ -21,6 +21,7 @@ from fastwgan.backend import DTYPES, Backend, kernels, resolve
 from fastwgan.rectifiers import LinearPieces
 
 PENALTY_KINDS = ("two-sided", "one-sided", "zero-centered", "power")
+WRITES = "critic: expected a forward pass that writes to neither its input nor its parameters, got one that does"
 NO_DEPENDENCE = "critic: expected scores that depend on its input, got scores that do not"
 
 __all__ = [
@@ -457,8 +458,8 @@ def input_gradient(
     """d sum(critic(x, *args)) / dx, [N, ...], with a graph.
 
     Raises:
-        ValueError: the critic does not give scores for each of the N samples, or they do not depend on ``x`` (which is
-            not seen inside torch.compile: the gradient is zero then).
+        ValueError: the critic does not give scores for each of the N samples, writes to ``x``, or its scores do not
+            depend on ``x`` (which is not seen inside torch.compile: the gradient is zero then).
     """
     if torch.compiler.is_compiling():
         buffers = dict(critic.named_buffers()) if isinstance(critic, nn.Module) else {}
@@ -467,8 +468,13 @@ def input_gradient(
             return torch.func.functional_call(critic, buffers, (x, *args)) if buffers else critic(x, *args)  # type: ignore
 
         return traced_input_gradient(forward, x, buffers, pack)
-    with LinearPieces():
-        scores = critic(x, *args)
+    try:
+        with LinearPieces():
+            scores = critic(x, *args)
+    except RuntimeError as error:
+        if "leaf Variable" in str(error):
+            raise ValueError(WRITES) from error
+        raise
     check_scores("critic", scores, len(x), pack)
     g = None
     if scores.requires_grad:

@@ -191,7 +191,10 @@ class Eager:
             value = self._share / (both.numel() // 2)
             real_scores, fake_scores = both.detach().tensor_split(2)
             return [both], [self._constant(both, -value, value)], (real_scores, fake_scores)
+        before = real._version, fake._version
         real_scores, fake_scores = self.score(real, *cond), self.score(fake, *cond)
+        if (real._version, fake._version) != before:  # another batch than the caller's from then on
+            raise ValueError(functional.WRITES)
         functional.check_scores("critic", real_scores, len(real), self._pack)
         functional.check_like("critic: its output", fake_scores, "that for real samples", real_scores, shape=True)
         value = self._share / real_scores.numel()
