@@ -541,7 +541,7 @@ class Trainer:
             if self.device.type == "cuda":
                 torch.cuda.default_generators[self.device.index].manual_seed(seed)
             torch.default_generator.manual_seed(seed)
-            z = self.latent(n, self.device) if callable(self.latent) else self._normal(n, self._sample_random)
+            z = self._given_latents(n) if callable(self.latent) else self._normal(n, self._sample_random)
             fake: Tensor
             fake = functional_call(self.generator, self.averages(), (z, *cond)) if ema else self.generator(z, *cond)
             return fake
@@ -687,7 +687,14 @@ class Trainer:
 
     def _given_latents(self, n: int) -> Any:
         """The caller's latents; None where they are drawn in the step."""
-        return self.latent(n, self.device) if callable(self.latent) else None
+        if not callable(self.latent):
+            return None
+        z = self.latent(n, self.device)
+        if z is None:
+            raise TypeError("latent: its result: expected latents, got None")
+        if isinstance(z, Tensor) and z.device != self.device:
+            raise ValueError(f"latent: its result: expected a tensor on {self.device}, got one on {z.device}")
+        return z
 
     def _normal(self, n: int, random: torch.Generator) -> Tensor:
         assert isinstance(self.latent, int)
