@@ -487,14 +487,20 @@ class Trainer:
         Raises:
             TypeError, ValueError: as :meth:`step`, or there are not as many batches as critic steps left.
         """
-        parts = [tuple(b) if isinstance(b, (tuple, list)) else (b,) for b in batches]
-        if len(parts) != self._critic_steps_left():
+        if not isinstance(batches, Iterable):
+            raise TypeError(f"batches: expected an iterable, got {type(batches).__name__}")
+        left = self._critic_steps_left()
+        # One more is enough to know that there are too many: a whole loader is not read for that.
+        parts = [tuple(b) if isinstance(b, (tuple, list)) else (b,) for b in islice(batches, left + 1)]
+        if len(parts) != left:
+            got = "more" if len(parts) > left else len(parts)
             raise ValueError(
-                f"batches: expected {self._critic_steps_left()}, one for each critic step up to the next generator "
-                f"step, got {len(parts)}"
+                f"batches: expected {left}, one for each critic step up to the next generator step, got {got}"
             )
-        for real, *_ in parts:
-            self._check_real(real)
+        for part in parts:
+            if not part:
+                raise ValueError("batches: expected real samples and their conditions, got an empty tuple")
+            self._check_real(part[0])
         unconditional = all(len(part) == 1 for part in parts)
         looking = self.critic_iterations < PROBED_STEPS or (unconditional and self._generator_is_unknown())
         uneven = self.world > 1 and len({len(real) for real, *_ in parts}) > 1
