@@ -49,6 +49,17 @@ def warmup_schedule(generator_iteration: int) -> int:
     return 100 if generator_iteration < 25 or generator_iteration % 500 == 0 else 5
 
 
+def _check_mode() -> None:
+    """Raise inside torch.inference_mode, where nothing gets a gradient and what is made can never be written to."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("torch.inference_mode: expected a call outside of it (torch.no_grad is fine), got one inside")
+
+
+def _ordinary(x: Any) -> Any:
+    """A copy of what was made in inference mode, which no graph could keep; all else as it is."""
+    return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
+
+
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """In evaluation mode; afterwards each submodule is back in its own."""
@@ -160,7 +171,8 @@ class Trainer:
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, or they do not fit together.
-        RuntimeError: ``backend="triton"`` or ``cuda_graph=True`` cannot be met; the message says why.
+        RuntimeError: ``backend="triton"`` or ``cuda_graph=True`` cannot be met; the message says why. Also where a
+            trainer is made, steps or loads inside ``torch.inference_mode``.
 
     Attributes:
         critic_iterations, generator_iterations: steps taken so far, those left out included.
@@ -198,6 +210,7 @@ class Trainer:
         nonfinite: str = "raise",
         max_skipped: int = PATIENCE,
     ) -> None:
+        _check_mode()
         if not isinstance(compile, bool):
             raise TypeError(f"compile: expected a bool, got {type(compile).__name__}")
         if not (isinstance(cuda_graph, bool) or cuda_graph == "auto"):
@@ -402,6 +415,7 @@ class Trainer:
         return self._critic_step(real, 0, cond)
 
     def _check_real(self, real: Tensor) -> None:
+        _check_mode()
         functional.check_samples("real", real, self.device)
         if len(real) % self._pack:
             raise ValueError(f"real: expected a multiple of pack={self._pack} samples, got {len(real)}")
@@ -440,6 +454,7 @@ class Trainer:
         Raises:
             TypeError, ValueError: an argument or a network's output cannot be used. No weight is changed then.
         """
+        _check_mode()
         self._check_count("batch_size", batch_size)
         if batch_size % self._pack:
             raise ValueError(f"batch_size: expected a multiple of pack={self._pack}, got {batch_size}")
@@ -493,7 +508,7 @@ class Trainer:
         # One more is enough to know that there are too many: a whole loader is not read for that.
         parts = [tuple(b) if isinstance(b, (tuple, list)) else (b,) for b in islice(batches, left + 1)]
         if len(parts) != left:
-            got = "more" if len(parts) > left else len(parts)
+            got = f"{len(parts)} or more" if len(parts) > left else len(parts)
             raise ValueError(
                 f"batches: expected {left}, one for each critic step up to the next generator step, got {got}"
             )
@@ -580,6 +595,7 @@ class Trainer:
         A trainer's first steps look at the networks, which no graph could; after an optimizer has been replaced, or a
         step hook added, which no graph would call, steps run without.
         """
+        args = tuple(map(_ordinary, args))
         if self._graphs is None:
             return work(*args)
         self._device_offset.fill_(self._eps_offset)
@@ -858,6 +874,7 @@ class Trainer:
             TypeError, ValueError, KeyError, RuntimeError: the state does not fit these networks and optimizers.
                 Nothing is changed then.
         """
+        _check_mode()
         if not isinstance(state_dict, dict):
             raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
         before = self.state_dict()
