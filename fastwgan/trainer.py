@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastwgan import checkpoint, functional, mixing, passes
-from fastwgan.backend import Backend, resolve
+from fastwgan.backend import DTYPES, Backend, resolve
 from fastwgan.constraints import GradientPenalty, WeightClip
 from fastwgan.graphs import Graphs, device_problem
 from fastwgan.guard import PATIENCE, Guard
@@ -52,7 +52,7 @@ def warmup_schedule(generator_iteration: int) -> int:
 def _check_mode() -> None:
     """Raise inside torch.inference_mode, where nothing gets a gradient and what is made can never be written to."""
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("torch.inference_mode: expected a call outside of it (torch.no_grad is fine), got one inside")
+        raise RuntimeError("torch.inference_mode: expected a call outside of it (no_grad is fine), got one inside")
 
 
 def _ordinary(x: Any) -> Any:
@@ -222,6 +222,12 @@ class Trainer:
         for name, module in (("generator", generator), ("critic", critic)):
             if not any(p.requires_grad for p in module.parameters()):
                 raise ValueError(f"{name}: expected trainable parameters, got none")
+            for of, p in module.named_parameters():
+                if p.requires_grad and p.dtype not in DTYPES:
+                    expected = "parameters of float16, bfloat16, float32 or float64"
+                    raise TypeError(f"{name}: expected {expected}, got {p.dtype} in {of}")
+                if p.is_inference():
+                    raise ValueError(f"{name}: expected parameters made outside of inference mode, got {of} made in it")
         if {id(p) for p in generator.parameters()} & {id(p) for p in critic.parameters()}:
             raise ValueError("critic: expected parameters of its own, got some that are the generator's too")
         devices = {p.device for module in (generator, critic) for p in module.parameters()}
@@ -249,6 +255,15 @@ class Trainer:
         if amp is not None and dtypes != {torch.float32}:
             got = ", ".join(sorted(map(str, dtypes)))
             raise ValueError(f"amp: expected networks whose parameters are float32, got {got}")
+        # Nothing of the caller's is taken over before all is checked.
+        self._check_optimizer("critic_optimizer", critic_optimizer, critic)
+        self._check_optimizer("generator_optimizer", generator_optimizer, generator)
+        self._check_scheduler("critic_scheduler", critic_scheduler, critic_optimizer)
+        self._check_scheduler("generator_scheduler", generator_scheduler, generator_optimizer)
+        if isinstance(constraint, WeightClip):
+            self._check_clip(constraint, critic, critic_optimizer)
+        if cuda_graph is True and (problem := device_problem(next(iter(devices)))):
+            raise RuntimeError(f"cuda_graph: True was asked for, but {problem}")
 
         self.generator, self.critic = generator, critic
         self.constraint = constraint
@@ -283,10 +298,9 @@ class Trainer:
         )
         self._sample_dtype: torch.dtype | None = None  # of real samples, as last seen
 
-        self.critic_optimizer = self._optimizer("critic_optimizer", critic_optimizer, critic)
-        self.generator_optimizer = self._optimizer("generator_optimizer", generator_optimizer, generator)
-        self.critic_scheduler = self._scheduler("critic_scheduler", critic_scheduler, critic_optimizer)
-        self.generator_scheduler = self._scheduler("generator_scheduler", generator_scheduler, generator_optimizer)
+        self.critic_optimizer = self._optimizer(critic_optimizer, critic)
+        self.generator_optimizer = self._optimizer(generator_optimizer, generator)
+        self.critic_scheduler, self.generator_scheduler = critic_scheduler, generator_scheduler
         self._decay = ema
         self._averages: dict[Tensor, Tensor] = {}
         if ema is not None:
@@ -318,14 +332,10 @@ class Trainer:
             raise ValueError(f"{name}: expected an int >= 1, got {value}")
         return value
 
-    def _optimizer(
-        self, name: str, optimizer: torch.optim.Optimizer | None, module: nn.Module
-    ) -> torch.optim.Optimizer:
+    @staticmethod
+    def _check_optimizer(name: str, optimizer: object, module: nn.Module) -> None:
         if optimizer is None:
-            trainable = [p for p in module.parameters() if p.requires_grad]
-            if isinstance(self.constraint, WeightClip):
-                return RMSprop(trainable, lr=5e-5, backend=self.backend)
-            return Adam(trainable, lr=1e-4, betas=(0.0, 0.9), backend=self.backend)
+            return
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"{name}: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if isinstance(optimizer, torch.optim.LBFGS):
@@ -333,20 +343,34 @@ class Trainer:
         own = {id(p) for p in module.parameters()}
         if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
             raise ValueError(f"{name}: expected parameters of its own network only, got others")
-        return _take_over(optimizer, self.backend)
+
+    def _optimizer(self, optimizer: torch.optim.Optimizer | None, module: nn.Module) -> torch.optim.Optimizer:
+        if optimizer is not None:
+            return _take_over(optimizer, self.backend)
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        if isinstance(self.constraint, WeightClip):
+            return RMSprop(trainable, lr=5e-5, backend=self.backend)
+        return Adam(trainable, lr=1e-4, betas=(0.0, 0.9), backend=self.backend)
 
     @staticmethod
-    def _scheduler(
-        name: str, scheduler: LRScheduler | None, optimizer: torch.optim.Optimizer | None
-    ) -> LRScheduler | None:
+    def _check_scheduler(name: str, scheduler: object, optimizer: torch.optim.Optimizer | None) -> None:
         if scheduler is None:
-            return None
+            return
         if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
             got = type(scheduler).__name__
             raise TypeError(f"{name}: expected a torch.optim.lr_scheduler that takes steps without a metric, got {got}")
         if optimizer is None or scheduler.optimizer is not optimizer:
             raise ValueError(f"{name}: expected a scheduler of {name.replace('scheduler', 'optimizer')}, got another's")
-        return scheduler
+
+    @staticmethod
+    def _check_clip(constraint: WeightClip, critic: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+        for p in constraint.clipped(critic):
+            functional.check_parameter("critic", p)
+            functional.check_bound("bound", constraint.bound, p.dtype)
+        for group in optimizer.param_groups if optimizer is not None else ():
+            if group.get("clip") not in (None, constraint.bound):
+                got = f"its clip {group['clip']} contradicts the constraint's {constraint.bound}"
+                raise ValueError(f"critic_optimizer: {got}")
 
     def _start_averages(self) -> None:
         """Running averages of the generator's weights as they are, in the precision that updates are computed in."""
@@ -358,12 +382,8 @@ class Trainer:
         """Have each group of our optimizers that holds no exclusions clamp what it updates."""
         if not isinstance(self.critic_optimizer, (RMSprop, Adam)):
             return
-        groups = self.critic_optimizer.param_groups
-        for group in groups:
-            if group["clip"] not in (None, bound):
-                raise ValueError(f"critic_optimizer: its clip {group['clip']} contradicts the constraint's {bound}")
         clipped = {id(p) for p in self._clipped}
-        for group in groups:
+        for group in self.critic_optimizer.param_groups:
             group["clip"] = bound if all(id(p) in clipped for p in group["params"]) else None
 
     def _make_graphs(self, wanted: bool | str) -> Graphs | None:
