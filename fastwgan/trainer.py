@@ -891,8 +891,8 @@ class Trainer:
         """Take up a state from :meth:`state_dict`, PyTorch's global random state included.
 
         Raises:
-            TypeError, ValueError, KeyError, RuntimeError: the state does not fit these networks and optimizers.
-                Nothing is changed then.
+            TypeError, ValueError, RuntimeError: the state does not fit these networks and optimizers. Nothing is
+                changed then.
         """
         _check_mode()
         if not isinstance(state_dict, dict):
@@ -911,8 +911,11 @@ class Trainer:
             functional.check_seed(f"state_dict: {name}", state_dict[name])
         try:
             self._restore(state_dict)
-        except BaseException:
+        except BaseException as error:
             self._restore(before)
+            of_parts = isinstance(error, (AttributeError, IndexError, KeyError, TypeError, ValueError))
+            if of_parts and not str(error).startswith("state_dict"):
+                raise ValueError(f"state_dict: expected the state of a Trainer, got a damaged one: {error!r}") from error
             raise
 
     def _optimizer_names(self) -> list[str]:
@@ -987,7 +990,7 @@ class Trainer:
 
         Raises:
             FileNotFoundError: there is no such file.
-            TypeError, ValueError, KeyError, RuntimeError: it is no checkpoint, or does not fit. Nothing is changed.
+            TypeError, ValueError, RuntimeError: it is no checkpoint, or does not fit. Nothing is changed.
         """
         content = checkpoint.load(path)
         if "trainer" not in content:
