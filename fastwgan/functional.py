@@ -559,8 +559,11 @@ def gradient_penalty(
         raise TypeError(f"critic: expected a callable, got {type(critic).__name__}")
     check_number("weight", weight, minimum=0)
     check_penalty(kind, target)
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(f"args: expected a tuple of arguments, got {type(args).__name__}")
     _check_tensor("real", real)
     _check_tensor("fake", fake)
+    check_like("real", real, "fake", fake, shape=True)  # before a seed is drawn
     offset: int | Tensor = 0
     if seed is None and torch.compiler.is_compiling():
         seed, offset = 0, torch.randint(2**62, (), device=fake.device)  # anywhere in one stream
@@ -682,4 +685,6 @@ def clip_weights_(parameters: Iterable[Tensor], bound: float, *, backend: Backen
     """
     if isinstance(parameters, Tensor):
         parameters = [parameters]
+    elif not isinstance(parameters, Iterable):
+        raise TypeError(f"parameters: expected tensors, got {type(parameters).__name__}")
     clip_and_count_(parameters, bound, backend)
