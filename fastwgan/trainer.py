@@ -915,7 +915,7 @@ class Trainer:
             self._restore(before)
             of_parts = isinstance(error, (AttributeError, IndexError, KeyError, TypeError, ValueError))
             if of_parts and not str(error).startswith("state_dict"):
-                raise ValueError(f"state_dict: expected the state of a Trainer, got a damaged one: {error!r}") from error
+                raise ValueError(f"state_dict: expected a Trainer's state, got a damaged one: {error!r}") from error
             raise
 
     def _optimizer_names(self) -> list[str]:
