@@ -21,6 +21,8 @@ from fastwgan.backend import DTYPES, Backend, kernels, resolve
 from fastwgan.rectifiers import LinearPieces
 
 PENALTY_KINDS = ("two-sided", "one-sided", "zero-centered", "power")
+WRITES = "critic: expected a forward pass that writes to neither its input nor its parameters, got one that does"
+NO_DEPENDENCE = "critic: expected scores that depend on its input, got scores that do not"
 
 __all__ = [
     "clip_weights_",
@@ -456,8 +458,8 @@ def input_gradient(
     """d sum(critic(x, *args)) / dx, [N, ...], with a graph.
 
     Raises:
-        ValueError: the critic does not give scores for each of the N samples, or they do not depend on ``x`` (which is
-            not seen inside torch.compile: the gradient is zero then).
+        ValueError: the critic does not give scores for each of the N samples, writes to ``x``, or its scores do not
+            depend on ``x`` (which is not seen inside torch.compile: the gradient is zero then).
     """
     if torch.compiler.is_compiling():
         buffers = dict(critic.named_buffers()) if isinstance(critic, nn.Module) else {}
@@ -466,14 +468,19 @@ def input_gradient(
             return torch.func.functional_call(critic, buffers, (x, *args)) if buffers else critic(x, *args)  # type: ignore
 
         return traced_input_gradient(forward, x, buffers, pack)
-    with LinearPieces():
-        scores = critic(x, *args)
+    try:
+        with LinearPieces():
+            scores = critic(x, *args)
+    except RuntimeError as error:
+        if "leaf Variable" in str(error):
+            raise ValueError(WRITES) from error
+        raise
     check_scores("critic", scores, len(x), pack)
     g = None
     if scores.requires_grad:
         (g,) = torch.autograd.grad(scores, x, ones_like(scores), create_graph=True, allow_unused=True)
     if g is None:
-        raise ValueError("critic: expected scores that depend on its input, got scores that do not")
+        raise ValueError(NO_DEPENDENCE)
     return g
 
 
@@ -552,8 +559,11 @@ def gradient_penalty(
         raise TypeError(f"critic: expected a callable, got {type(critic).__name__}")
     check_number("weight", weight, minimum=0)
     check_penalty(kind, target)
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(f"args: expected a tuple of arguments, got {type(args).__name__}")
     _check_tensor("real", real)
     _check_tensor("fake", fake)
+    check_like("real", real, "fake", fake, shape=True)  # before a seed is drawn
     offset: int | Tensor = 0
     if seed is None and torch.compiler.is_compiling():
         seed, offset = 0, torch.randint(2**62, (), device=fake.device)  # anywhere in one stream
@@ -675,4 +685,6 @@ def clip_weights_(parameters: Iterable[Tensor], bound: float, *, backend: Backen
     """
     if isinstance(parameters, Tensor):
         parameters = [parameters]
+    elif not isinstance(parameters, Iterable):
+        raise TypeError(f"parameters: expected tensors, got {type(parameters).__name__}")
     clip_and_count_(parameters, bound, backend)

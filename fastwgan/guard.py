@@ -50,11 +50,15 @@ class Guard:
 
         Raises:
             ValueError: nothing.
+            TypeError: a sparse one, as ``nn.Embedding(sparse=True)`` makes.
         """
-        gradients = [p.grad for p in self._module.parameters() if p.grad is not None and p.numel()]
-        if not gradients:
+        found = [(name, p.grad) for name, p in self._module.named_parameters() if p.grad is not None and p.numel()]
+        if not found:
             raise ValueError(f"{self._name}: expected gradients of its parameters, got none")
-        return gradients
+        for name, g in found:
+            if g.layout != torch.strided:
+                raise TypeError(f"{self._name}: expected dense gradients, got {g.layout} for {name}")
+        return [g for _, g in found]
 
     def check(self, scores: tuple[Tensor, ...] = ()) -> tuple[Tensor | None, Tensor]:
         """Look at all gradients, and set the gate.

@@ -48,6 +48,8 @@ class _Optimizer(Optimizer):
     def __init__(self, params: Params, defaults: dict[str, Any], backend: Backend) -> None:
         if backend not in ("auto", "triton", "torch"):
             raise ValueError(f"backend: expected 'auto', 'triton' or 'torch', got {backend!r}")
+        if not isinstance(params, Iterable):
+            raise TypeError(f"params: expected tensors or groups of them, got {type(params).__name__}")
         self.backend: Backend = backend
         self._updates: dict[_Key, Any] = {}
         self.averages, self.decay = {}, 0.0
@@ -82,6 +84,8 @@ class _Optimizer(Optimizer):
         Raises:
             TypeError, ValueError: an option or a parameter cannot be used. Nothing is changed then.
         """
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise TypeError(f"param_group: expected a dict with params, got {param_group!r}")
         self._check_group({**self.defaults, **param_group})
         params = param_group["params"]
         if not isinstance(params, set):  # torch refuses sets, whose order changes
@@ -327,6 +331,9 @@ class _Optimizer(Optimizer):
             ValueError: the state belongs to other parameters, or to a variant this optimizer does not compute
                 (``amsgrad``, ``decoupled_weight_decay``). Nothing is changed then.
         """
+        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+            got = ", ".join(map(str, state_dict)) if isinstance(state_dict, dict) else type(state_dict).__name__
+            raise ValueError(f"state_dict: expected a dict of state and param_groups, got {got}")
         state_dict = copy.deepcopy(state_dict)
         groups = state_dict["param_groups"]
         if len(groups) != len(self.param_groups):

@@ -23,7 +23,7 @@ from fastwgan.constraints import GradientPenalty, WeightClip
 
 __all__ = ["Compiled", "Eager"]
 
-NO_GRAPH = "generator: its output: expected to depend on its parameters, got one without a graph"
+NO_GRAPH = "its output: expected to depend on its parameters, got one without a graph"
 
 
 @contextmanager
@@ -89,22 +89,24 @@ class Eager:
     ) -> None:  # fmt: skip
         self._generator, self._critic, self._constraint, self._backend = generator, critic, constraint, backend
         self._amp, self._pack, self._share = amp, pack, share
-        self._device_type = next(critic.parameters()).device.type
+        self._device = next(critic.parameters()).device
         self._constants: dict[tuple[Any, ...], Tensor] = {}
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._amp is None else torch.autocast(self._device_type, self._amp)
+        return nullcontext() if self._amp is None else torch.autocast(self._device.type, self._amp)
 
     def score(self, samples: Tensor, *cond: Any) -> Tensor:
         """The critic's scores."""
         with self._autocast():
             scores: Tensor = self._critic(samples, *cond)
+        functional.check_samples("critic: its output", scores, self._device)
         return scores
 
     def samples(self, z: Any, *cond: Any) -> Tensor:
         """The generator's samples."""
         with self._autocast():
             samples: Tensor = self._generator(z, *cond)
+        functional.check_samples("generator: its output", samples, self._device)
         return samples
 
     @torch.no_grad()
@@ -129,6 +131,8 @@ class Eager:
         parameters = drop_gradients("critic", self._critic)
         with torch.enable_grad():
             roots, seeds, scores = self._scores(real, fake, cond, together)
+            if not all(root.requires_grad for root in roots):
+                raise ValueError(f"critic: {NO_GRAPH}")
             if scale is not None:
                 seeds = [seed * scale for seed in seeds]
             # A backward pass of its own, which frees what the forward pass has kept before the penalty needs as much.
@@ -166,11 +170,14 @@ class Eager:
         parameters = drop_gradients("generator", self._generator)
         with torch.enable_grad(), _frozen(self._critic):
             fake = self.samples(z, *cond)
-            functional.check_samples("generator: its output", fake, parameters[0].device)
+            if len(fake) != batch:
+                raise ValueError(f"generator: its output: expected shape [{batch}, ...], got {tuple(fake.shape)}")
+            if not fake.requires_grad:
+                raise ValueError(f"generator: {NO_GRAPH}")
             scores = self.score(fake.to(dtype or fake.dtype), *cond)
             functional.check_scores("critic", scores, batch, self._pack)
             if not scores.requires_grad:
-                raise ValueError(NO_GRAPH)
+                raise ValueError(functional.NO_DEPENDENCE)
             seed = self._constant(scores, -self._share / scores.numel())
             torch.autograd.backward([scores], [seed if scale is None else seed * scale], inputs=parameters)
         return (scores.detach(),)
@@ -184,7 +191,10 @@ class Eager:
             value = self._share / (both.numel() // 2)
             real_scores, fake_scores = both.detach().tensor_split(2)
             return [both], [self._constant(both, -value, value)], (real_scores, fake_scores)
+        before = real._version, fake._version
         real_scores, fake_scores = self.score(real, *cond), self.score(fake, *cond)
+        if (real._version, fake._version) != before:  # another batch than the caller's from then on
+            raise ValueError(functional.WRITES)
         functional.check_scores("critic", real_scores, len(real), self._pack)
         functional.check_like("critic: its output", fake_scores, "that for real samples", real_scores, shape=True)
         value = self._share / real_scores.numel()
