@@ -52,6 +52,7 @@ class Guard:
             ValueError: nothing.
         """
         gradients = [p.grad for p in self._module.parameters() if p.grad is not None and p.numel()]
+        gradients = [g._values() if g.is_sparse else g for g in gradients]
         if not gradients:
             raise ValueError(f"{self._name}: expected gradients of its parameters, got none")
         return gradients
