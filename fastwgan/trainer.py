@@ -761,7 +761,7 @@ class Trainer:
         return x.detach()
 
     def _clamp(self, gate: Tensor) -> Tensor | None:
-        """Clamp what the optimizer's launch did not, unless the gate says no; return the share of all on their bound."""
+        """Clamp what the optimizer's launch did not, unless the gate says no; return the share on their bound."""
         assert isinstance(self.constraint, WeightClip)
         shares, fused = [], set()
         if isinstance(self.critic_optimizer, (RMSprop, Adam)):
