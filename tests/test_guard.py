@@ -358,7 +358,7 @@ def test_raising_says_which_network_step_and_tensor_and_where_the_checkpoint_is(
 
 
 def until_it_raises(step, *args):
-    for _ in range(20):
+    for _ in range(40):
         step(*args)
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # by now the host could know
