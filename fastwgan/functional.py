@@ -626,8 +626,13 @@ def check_bound(name: str, bound: object, dtype: torch.dtype) -> float:
     return torch.tensor(value, dtype=dtype, device="cpu").item()
 
 
-def clip_and_count_(parameters: Iterable[Tensor], bound: float, backend: Backend) -> tuple[Tensor, int] | None:
-    """:func:`clip_weights_` that also tells (the share of weights on their bound, of how many). For the trainer."""
+def clip_and_count_(
+    parameters: Iterable[Tensor], bound: float, backend: Backend, gate: Tensor | None = None
+) -> tuple[Tensor, int] | None:
+    """:func:`clip_weights_` that also tells (the share of weights on their bound, of how many). For the trainer.
+
+    ``gate`` is [2] float32, or None: 1 to leave the weights alone, else 0; the share is NaN then.
+    """
     unique = {id(p): p for p in parameters}
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for i, p in enumerate(unique.values()):
@@ -640,6 +645,9 @@ def clip_and_count_(parameters: Iterable[Tensor], bound: float, backend: Backend
     shares = []
     for ((device, dtype), params), limit, name in zip(groups.items(), limits, backends, strict=True):
         if name == "torch":
+            if gate is not None and gate[0]:  # on a GPU this waits, as PyTorch's optimizers do
+                shares.append((gate.new_tensor(math.nan), sum(p.numel() for p in params)))
+                continue
             reference.clip_weights_(params, bound)
             on_bound, total = reference.saturation(params, bound)
             shares.append((on_bound / total, total))
@@ -647,7 +655,7 @@ def clip_and_count_(parameters: Iterable[Tensor], bound: float, backend: Backend
         dense = [p.detach() if is_dense(p) else p.detach().contiguous() for p in params]
         hyper = ((*[0.0] * (kernels.table.HYPER_COLUMNS.value - 1), limit),)
         launcher = _clipper(device, dtype, kernels.arrival.stream_of(device), limit)
-        share = launcher.launch("clamp", dense, None, [()] * len(dense), None, hyper, [0] * len(dense))
+        share = launcher.launch("clamp", dense, None, [()] * len(dense), None, hyper, [0] * len(dense), gate=gate)
         torch.autograd.graph.increment_version(params)
         for p, work in zip(params, dense, strict=True):
             if work.data_ptr() != p.data_ptr():

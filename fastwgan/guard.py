@@ -33,6 +33,7 @@ class Guard:
     Attributes:
         gate: [2] float32: 1 to leave the step out, else 0; what gradients are to be multiplied by.
         scale: the loss scale, 0-d float32, or None.
+        dense: whether sparse gradients are refused, which some of PyTorch's optimizers take.
     """
 
     def __init__(self, name: str, module: nn.Module, backend: Backend, *, limit: int, scaled: bool) -> None:
@@ -42,6 +43,7 @@ class Guard:
         self.gate = torch.tensor([0.0, 1.0], device=self._device)
         self._scale = torch.tensor([FIRST_SCALE, 0.0], device=self._device) if scaled else None
         self.scale = None if self._scale is None else self._scale[0]
+        self.dense = True
         self._kernel: Any = None
         self._reading: tuple[int, Tensor, Any] | None = None  # step, its tally on the way to the host, an event
 
@@ -50,15 +52,15 @@ class Guard:
 
         Raises:
             ValueError: nothing.
-            TypeError: a sparse one, as ``nn.Embedding(sparse=True)`` makes.
+            TypeError: a sparse one, as ``nn.Embedding(sparse=True)`` makes, where they have to be dense.
         """
         found = [(name, p.grad) for name, p in self._module.named_parameters() if p.grad is not None and p.numel()]
         if not found:
             raise ValueError(f"{self._name}: expected gradients of its parameters, got none")
         for name, g in found:
-            if g.layout != torch.strided:
+            if self.dense and g.layout != torch.strided:
                 raise TypeError(f"{self._name}: expected dense gradients, got {g.layout} for {name}")
-        return [g for _, g in found]
+        return [g._values() if g.is_sparse else g for _, g in found]
 
     def check(self, scores: tuple[Tensor, ...] = ()) -> tuple[Tensor | None, Tensor]:
         """Look at all gradients, and set the gate.

@@ -668,7 +668,8 @@ class Trainer:
         both, penalty = self._passes.critic(real, fake, x, cond, together=together, weight=weight, scale=guard.scale)
         scores, penalty, nonfinite = self._check(guard, both, penalty)
         self._update(self.critic_optimizer, guard)
-        return scores, penalty, nonfinite, self._clamp() if isinstance(self.constraint, WeightClip) else None
+        saturation = self._clamp(guard.gate) if isinstance(self.constraint, WeightClip) else None
+        return scores, penalty, nonfinite, saturation
 
     def _generator_work(self, batch: int, dtype: torch.dtype | None, z: Any, *cond: Any) -> tuple[Tensor | None, ...]:
         """The device's part of a generator step: ([loss], nonfinite)."""
@@ -684,6 +685,8 @@ class Trainer:
         self, guard: Guard, scores: tuple[Tensor, ...], penalty: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Add up what the ranks have, and set the guard's gate: (score statistics, penalty statistics, nonfinite)."""
+        optimizer = self.critic_optimizer if guard is self._critic_guard else self.generator_optimizer
+        guard.dense = isinstance(optimizer, (RMSprop, Adam)) or self.world > 1
         if self.world == 1:
             statistics, nonfinite = guard.check(scores)
             return statistics, penalty, nonfinite
@@ -709,7 +712,9 @@ class Trainer:
             averaged = {p for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
         else:
             skip, factor = guard.gate.tolist()  # any optimizer may come, so the host has to know
-            if not skip:
+            if skip:
+                _Called(optimizer)()
+            else:
                 if factor != 1:
                     torch._foreach_mul_(guard.gradients(), factor)
                 optimizer.step()
@@ -848,8 +853,8 @@ class Trainer:
             x = real if self.constraint.at == "real" else fake
         return x.detach()
 
-    def _clamp(self) -> Tensor | None:
-        """Clamp what the optimizer's launch did not; return the share of all clamped weights on their bound."""
+    def _clamp(self, gate: Tensor) -> Tensor | None:
+        """Clamp what the optimizer's launch did not, unless the gate says no; return the share on their bound."""
         assert isinstance(self.constraint, WeightClip)
         shares, fused = [], set()
         if isinstance(self.critic_optimizer, (RMSprop, Adam)):
@@ -858,7 +863,7 @@ class Trainer:
             fused = {id(p) for params in groups for p in params if p.grad is not None}
         apart = [p for p in self._clipped if id(p) not in fused]
         if apart:
-            share = functional.clip_and_count_(apart, self.constraint.bound, self.backend)
+            share = functional.clip_and_count_(apart, self.constraint.bound, self.backend, gate)
             if share is not None:
                 shares.append(share)
         combined = functional.combine_shares(shares)
