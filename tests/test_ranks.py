@@ -1,6 +1,7 @@
 """Several processes on one batch against one process: each case runs here, and in workers that gloo connects."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -618,27 +619,8 @@ def torchrun(folder, text, *, processes=2):
     return done.returncode, done.stdout, time.perf_counter() - begun
 
 
-ACCELERATE = """
-import torch
-from accelerate import Accelerator, DataLoaderConfiguration
-from torch.utils.data import DataLoader, TensorDataset
-
-from fastwgan import GradientPenalty, Trainer, models
-
-loading = DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True)
-accelerator = Accelerator(cpu=True, dataloader_config=loading)
-torch.manual_seed(0)
-generator = models.mlp([6, 32, 10]).to(accelerator.device)
-critic = models.mlp([10, 32, 1], slope=0.2).to(accelerator.device)
-data = TensorDataset(torch.randn(64, 10))
-loader = accelerator.prepare(DataLoader(data, batch_size=16, shuffle=True))  # each process has its part of the 16
-
-trainer = Trainer(generator, critic, latent=6, constraint=GradientPenalty())
-for epoch in range(3):
-    for (real,) in loader:
-        trainer.step(real)
-trainer.save("last.pt")
-"""
+README = Path(__file__).parent.parent.joinpath("README.md").read_text()
+(ACCELERATE,) = (block for block in re.findall(r"```py\n(.*?)```", README, re.DOTALL) if "accelerate" in block)
 
 
 def test_accelerate(tmp_path):
