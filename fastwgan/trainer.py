@@ -762,8 +762,6 @@ class Trainer:
         if not callable(self.latent):
             return None
         z = self.latent(n, self.device)
-        if z is None:
-            raise TypeError("latent: its result: expected latents, got None")
         if isinstance(z, Tensor) and z.device != self.device:
             raise ValueError(f"latent: its result: expected a tensor on {self.device}, got one on {z.device}")
         return z
