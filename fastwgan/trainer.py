@@ -631,7 +631,8 @@ class Trainer:
                 optimizer.step()
         for p, average in averages.items():
             if p not in averaged:
-                average.lerp_(p.detach().to(average.dtype), (1 - guard.gate[0]).mul(1 - (self._decay or 0.0)))
+                taken = (1 - guard.gate[0]).to(average.dtype)  # or 0, where the step is left out
+                average.lerp_(p.detach().to(average.dtype), taken * (1 - (self._decay or 0.0)))
 
     def _iteration_work(
         self, weights: tuple[float, ...], sizes: tuple[int, ...], *flat: Any
@@ -878,7 +879,7 @@ class Trainer:
         for guard, kept in zip((self._generator_guard, self._critic_guard), state["guards"], strict=True):
             guard.load_state_dict(kept)
         for name, p in self._averaged():
-            self._averages[p].copy_(p if state["ema"] is None else state["ema"][name])
+            self._averages[p].copy_(p.detach() if state["ema"] is None else state["ema"][name])
         self._restore_streams(state)
 
     def _restore_streams(self, state: dict[str, Any]) -> None:
