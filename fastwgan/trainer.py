@@ -90,7 +90,10 @@ def _take_over(optimizer: torch.optim.Optimizer, backend: Backend) -> torch.opti
 
     def follow(loaded: torch.optim.Optimizer) -> None:
         """What is loaded into the caller's object later, which gets groups and state of its own by that, is ours."""
-        taken.load_state_dict(loaded.state_dict())
+        state = loaded.state_dict()
+        for group in state["param_groups"]:
+            group.pop("clip", None)  # the constraint is the trainer's, not the state's
+        taken.load_state_dict(state)
         loaded.param_groups, loaded.state = taken.param_groups, taken.state
 
     optimizer.register_load_state_dict_post_hook(follow)
