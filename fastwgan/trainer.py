@@ -271,7 +271,8 @@ class Trainer:
             Guard(name, module, backend, limit=limit, scaled=amp == torch.float16)
             for name, module in (("critic", critic), ("generator", generator))
         )
-        self._sample_dtype: torch.dtype | None = None  # of real samples, as last seen
+        # Of real samples, as last seen; or as the critic will most likely have them.
+        self._sample_dtype = next(p.dtype for p in critic.parameters() if p.is_floating_point())
 
         self.critic_optimizer = self._optimizer("critic_optimizer", critic_optimizer, critic)
         self.generator_optimizer = self._optimizer("generator_optimizer", generator_optimizer, generator)
