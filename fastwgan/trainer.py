@@ -101,7 +101,10 @@ def _take_over(optimizer: torch.optim.Optimizer, backend: Backend) -> torch.opti
 
     def follow(loaded: torch.optim.Optimizer) -> None:
         """What is loaded into the caller's object later, which gets groups and state of its own by that, is ours."""
-        taken.load_state_dict(loaded.state_dict())
+        state = loaded.state_dict()
+        for group in state["param_groups"]:
+            group.pop("clip", None)  # the constraint is the trainer's, not the state's
+        taken.load_state_dict(state)
         loaded.param_groups, loaded.state = taken.param_groups, taken.state
 
     optimizer.register_load_state_dict_post_hook(follow)
@@ -310,7 +313,8 @@ class Trainer:
             Guard(name, module, backend, limit=limit, scaled=amp == torch.float16)
             for name, module in (("critic", critic), ("generator", generator))
         )
-        self._sample_dtype: torch.dtype | None = None  # of real samples, as last seen
+        # Of real samples, as last seen; or as the critic will most likely have them.
+        self._sample_dtype = next(p.dtype for p in critic.parameters() if p.is_floating_point())
 
         self.critic_optimizer = self._optimizer(critic_optimizer, critic)
         self.generator_optimizer = self._optimizer(generator_optimizer, generator)
@@ -720,7 +724,8 @@ class Trainer:
                 optimizer.step()
         for p, average in averages.items():
             if p not in averaged:
-                average.lerp_(p.detach().to(average.dtype), (1 - guard.gate[0]).mul(1 - (self.ema or 0.0)))
+                taken = (1 - guard.gate[0]).to(average.dtype)  # or 0, where the step is left out
+                average.lerp_(p.detach().to(average.dtype), taken * (1 - (self.ema or 0.0)))
 
     def _iteration_work(
         self, weights: tuple[float, ...], sizes: tuple[int, ...], *flat: Any
@@ -976,7 +981,7 @@ class Trainer:
         for guard, kept in zip((self._generator_guard, self._critic_guard), state["guards"], strict=True):
             guard.load_state_dict(kept)
         for name, p in self._averaged():
-            self._averages[p].copy_(p if state["ema"] is None else state["ema"][name])
+            self._averages[p].copy_(p.detach() if state["ema"] is None else state["ema"][name])
         self._restore_streams(state)
 
     def _restore_streams(self, state: dict[str, Any]) -> None:

@@ -124,6 +124,8 @@ def test_a_critic_steps_gradients(name, constraint, amp, backend, device):
     kept = [metrics.wasserstein, metrics.critic_loss, metrics.real_score]
     kept += [metrics.penalty, metrics.gradient_norm] if constraint == "penalty" else []
     assert all(x.dtype == torch.float32 for x in kept)
+    if name != "two layers":
+        return
     plain = step_gradients(critic, real, fake, constraint, None, backend)[1].as_dict()
     for key, value in metrics.as_dict().items():
         assert value == pytest.approx(plain[key], rel=40 * EPS[amp], abs=20 * EPS[amp]), key
@@ -245,25 +247,25 @@ def test_an_overflow_halves_the_scale_and_leaves_the_step_out(constraint, backen
     trainer, real = scaled_trainer(backend, constraint, device), torch.randn(8, 10, device=device)
     trainer._critic_guard.scale.fill_(64.0)
     assert trainer.critic_step(real).nonfinite == 0
-    trainer._critic_guard.scale.fill_(2.0**30)
+    trainer._critic_guard.scale.fill_(2.0**24)
     before, skipped = trainer.state_dict(), 0
     while trainer.critic_step(real).nonfinite:
         skipped += 1
         after = trainer.state_dict()
-        assert trainer._critic_guard.scale == 2.0 ** (30 - skipped)
+        assert trainer._critic_guard.scale == 2.0 ** (24 - skipped)
         assert_same_state(after["critic"], before["critic"])
         assert_same_state(after["critic_optimizer"], before["critic_optimizer"])
         assert after["critic_iterations"] == 1 + skipped
         assert after["eps_offset"] == 8 * (1 + skipped) * (constraint == "penalty")
-    assert 8 < skipped < 20
+    assert 4 < skipped < 15
     assert not torch.equal(weights(trainer.critic), torch.cat([x.flatten() for x in before["critic"].values()]))
     assert trainer._generator_guard.scale == 65536
 
 
 def test_a_scale_that_comes_down_for_too_long_raises(backend, device):
-    trainer, real = scaled_trainer(backend, device=device), torch.randn(8, 10, device=device)
+    trainer, real = scaled_trainer(backend, device=device, max_skipped=5), torch.randn(8, 10, device=device)
     trainer._critic_guard.scale.fill_(2.0**60)
-    with pytest.raises(FloatingPointError, match="^critic: the 20 steps up to 20"):
+    with pytest.raises(FloatingPointError, match="^critic: the 5 steps up to 5"):
         until_it_raises(trainer.critic_step, real)
 
 
@@ -319,25 +321,26 @@ def test_resuming_is_bit_identical(backend, tmp_path):
 
     def start():
         trainer = scaled_trainer(backend, ema=0.9)
-        trainer._critic_guard._scale.copy_(torch.tensor([2.0**16, 1994]))
+        trainer._critic_guard._scale.copy_(torch.tensor([2.0**16, 1997]))
         return trainer
 
-    data = torch.randn(10, 8, 10)
+    data = torch.randn(6, 8, 10)
     whole, first, second = start(), start(), scaled_trainer(backend, ema=0.9)
     for real in data:
         whole.step(real)
-    for real in data[:5]:
+    for real in data[:3]:
         first.step(real)
     first.save(tmp_path / "state.pt")
     second.load(tmp_path / "state.pt")
     assert_same_state(second.state_dict()["guards"], first.state_dict()["guards"])
-    for real in data[5:]:
+    for real in data[3:]:
         second.step(real)
     assert_same_state(second.state_dict(), whole.state_dict())
 
 
-@pytest.mark.parametrize("amp", [BF16, F16])
-@pytest.mark.parametrize("constraint", [WeightClip(0.05), GradientPenalty()])
+@pytest.mark.parametrize(
+    ("constraint", "amp"), [(WeightClip(0.05), F16), (GradientPenalty(), F16), (GradientPenalty(), BF16)]
+)
 def test_graphed_steps(constraint, amp, graphed):  # noqa: F811
     """As without graphs, an overflow and a growing scale in replays among them."""
     runs = []

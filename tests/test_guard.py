@@ -230,7 +230,6 @@ def sgd(parameters):
 OPTIMIZERS = {
     "default": lambda p: None,
     "RMSprop centered": lambda p: RMSprop(p, lr=1e-3, centered=True),
-    "torch Adam": lambda p: torch.optim.Adam(p, lr=1e-3, betas=(0.0, 0.9)),
     "SGD": sgd,
 }
 
@@ -265,7 +264,7 @@ def test_a_bad_gradient_changes_nothing_and_training_goes_on_without(optimizer, 
     for plant in (True, False):
         trainer = trainer_with(device, backend, constraint, optimizer, ema=0.9)
         spots = [Planted(list(m.parameters())[2], places=3) for m in (trainer.critic, trainer.generator)]
-        for i, real in enumerate(batches(device, (10,), 9)):
+        for i, real in enumerate(batches(device, (10,), 7)):
             bad = i in (0, 3, 4)  # a first step; one with a generator step; and the next
             before = changeable(trainer)
             for spot in spots:
@@ -550,7 +549,5 @@ def test_our_adam_in_a_bad_step_of_two_dtypes(backend, device):
             assert_same_state(after["critic"], before["critic"])
             assert_same_state(after["critic_optimizer"], before["critic_optimizer"])
         else:
-            assert not any(
-                torch.equal(after["critic"][f"{n}.weight"], before["critic"][f"{n}.weight"])
-                for n in ("first", "second")
-            )
+            for name in ("first.weight", "second.weight"):
+                assert not torch.equal(after["critic"][name], before["critic"][name])
