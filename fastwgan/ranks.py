@@ -139,14 +139,16 @@ def refuse_uneven(name: str, sizes: Tensor, gradients: Sequence[Tensor]) -> None
         gradients[0].masked_fill_(sizes.amin() != sizes.amax(), torch.nan)
 
 
-def unwrapped(name: str, module: nn.Module) -> nn.Module:
+def unwrapped(name: str, module: object) -> nn.Module:
     """The network itself, if it comes in DistributedDataParallel, whose work the trainer does.
 
     Raises:
+        TypeError: it is no network.
         ValueError: it has one further inside.
     """
-    if isinstance(module, DistributedDataParallel):
-        module = module.module
-    if any(isinstance(m, DistributedDataParallel) for m in module.modules()):
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name}: expected an nn.Module, got {type(module).__name__}")
+    network: nn.Module = module.module if isinstance(module, DistributedDataParallel) else module
+    if any(isinstance(m, DistributedDataParallel) for m in network.modules()):
         raise ValueError(f"{name}: expected a plain network, got one with DistributedDataParallel inside: pass its own")
-    return module
+    return network

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from fastwgan import checkpoint, functional, mixing, passes
-from fastwgan.backend import DTYPES, Backend, resolve
+from fastwgan.arguments import Called, check_arguments, check_count, check_mode, has_hooks, momentum, shapes, take_over
+from fastwgan.backend import Backend, resolve
 from fastwgan.constraints import GradientPenalty, WeightClip
 from fastwgan.graphs import Graphs, device_problem
 from fastwgan.guard import PATIENCE, Guard
@@ -49,12 +50,6 @@ def warmup_schedule(generator_iteration: int) -> int:
     return 100 if generator_iteration < 25 or generator_iteration % 500 == 0 else 5
 
 
-def _check_mode() -> None:
-    """Raise inside torch.inference_mode, where nothing gets a gradient and what is made can never be written to."""
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError("torch.inference_mode: expected a call outside of it (no_grad is fine), got one inside")
-
-
 def _ordinary(x: Any) -> Any:
     """A copy of what was made in inference mode, which no graph could keep; all else as it is."""
     return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
@@ -71,70 +66,6 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
         for m, training in modes:  # outer ones first; by train(), which a module may have overridden
             if m.training != training:
                 m.train(training)
-
-
-def _take_over(optimizer: torch.optim.Optimizer, backend: Backend) -> torch.optim.Optimizer:
-    """Ours in place of a plain torch RMSprop or Adam, sharing its groups and state; any other as it is.
-
-    Sharing keeps the caller's object alive: a scheduler made for it steers ours, and its hooks are called.
-    """
-    ours: type[RMSprop] | type[Adam]
-    if type(optimizer) is torch.optim.RMSprop:
-        ours = RMSprop
-    elif type(optimizer) is torch.optim.Adam:
-        ours = Adam
-    else:
-        return optimizer
-    for group in optimizer.param_groups:
-        numbers = (group["lr"], *group.get("betas", ()))
-        if any(isinstance(x, Tensor) for x in numbers) or group.get("amsgrad") or group.get("decoupled_weight_decay"):
-            return optimizer
-    taken = ours([p for group in optimizer.param_groups for p in group["params"]], backend=backend)
-    taken.param_groups, taken.state = optimizer.param_groups, optimizer.state
-    for group in taken.param_groups:
-        group.setdefault("clip", None)
-    for p, state in taken.state.items():
-        state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(p.device)
-    taken._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
-    taken._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
-    taken.register_step_post_hook(_Called(optimizer))
-
-    def follow(loaded: torch.optim.Optimizer) -> None:
-        """What is loaded into the caller's object later, which gets groups and state of its own by that, is ours."""
-        state = loaded.state_dict()
-        for group in state["param_groups"]:
-            group.pop("clip", None)  # the constraint is the trainer's, not the state's
-        taken.load_state_dict(state)
-        loaded.param_groups, loaded.state = taken.param_groups, taken.state
-
-    optimizer.register_load_state_dict_post_hook(follow)
-    return taken
-
-
-def _hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer has step hooks beside :func:`_take_over`'s."""
-    hooks = (*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values())
-    return any(not isinstance(hook, _Called) for hook in hooks)
-
-
-class _Called:
-    """A step hook that tells torch's schedulers, which warn otherwise, that the optimizer they know takes steps."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-
-    def __call__(self, *_: Any) -> None:
-        self._optimizer._opt_called = True  # type: ignore[attr-defined]
-
-
-def _shapes(name: str, module: nn.Module) -> dict[str, object]:
-    """Of a module's parameters and buffers, with their dtypes and whether they are trained."""
-    tensors = (*module.named_parameters(), *module.named_buffers())
-    return {f"{name}.{key}": (tuple(x.shape), x.dtype, x.requires_grad) for key, x in tensors}
-
-
-def _momentum(optimizer: torch.optim.Optimizer) -> float:
-    return max(float(max(g.get("momentum", 0), g.get("betas", (0,))[0])) for g in optimizer.param_groups)
 
 
 class Trainer:
@@ -221,64 +152,20 @@ class Trainer:
         nonfinite: str = "raise",
         max_skipped: int = PATIENCE,
     ) -> None:
-        _check_mode()
-        if not isinstance(compile, bool):
-            raise TypeError(f"compile: expected a bool, got {type(compile).__name__}")
-        if not (isinstance(cuda_graph, bool) or cuda_graph == "auto"):
-            raise ValueError(f"cuda_graph: expected 'auto', True or False, got {cuda_graph!r}")
-        for name, module in (("generator", generator), ("critic", critic)):
-            if not isinstance(module, nn.Module):
-                raise TypeError(f"{name}: expected an nn.Module, got {type(module).__name__}")
+        check_mode()
         generator, critic = unwrapped("generator", generator), unwrapped("critic", critic)
-        for name, module in (("generator", generator), ("critic", critic)):
-            if not any(p.requires_grad for p in module.parameters()):
-                raise ValueError(f"{name}: expected trainable parameters, got none")
-            for of, p in module.named_parameters():
-                if p.requires_grad and p.dtype not in DTYPES:
-                    expected = "parameters of float16, bfloat16, float32 or float64"
-                    raise TypeError(f"{name}: expected {expected}, got {p.dtype} in {of}")
-                if p.is_inference():
-                    raise ValueError(f"{name}: expected parameters made outside of inference mode, got {of} made in it")
-        if {id(p) for p in generator.parameters()} & {id(p) for p in critic.parameters()}:
-            raise ValueError("critic: expected parameters of its own, got some that are the generator's too")
-        devices = {p.device for module in (generator, critic) for p in module.parameters()}
-        if len(devices) > 1:
-            raise ValueError(f"critic: expected all parameters of both networks on one device, got {devices}")
-        if not callable(latent):
-            if isinstance(latent, bool) or not isinstance(latent, int):
-                raise TypeError(f"latent: expected an int or a callable, got {type(latent).__name__}")
-            if latent < 1:
-                raise ValueError(f"latent: expected an int >= 1, got {latent}")
-        if not isinstance(constraint, (WeightClip, GradientPenalty)):
-            raise TypeError(f"constraint: expected WeightClip or GradientPenalty, got {type(constraint).__name__}")
-        if not callable(n_critic):
-            self._check_count("n_critic", n_critic)
-        functional.check_seed("seed", seed)
-        self._check_count("pack", pack)
-        self._check_count("max_skipped", max_skipped)
-        if nonfinite not in ("raise", "skip"):
-            raise ValueError(f"nonfinite: expected 'raise' or 'skip', got {nonfinite!r}")
-        if ema is not None and functional.check_number("ema", ema, minimum=0) >= 1:
-            raise ValueError(f"ema: expected a number in [0, 1), got {ema}")
-        if amp not in (None, torch.bfloat16, torch.float16):
-            raise ValueError(f"amp: expected None, torch.bfloat16 or torch.float16, got {amp!r}")
-        dtypes = {p.dtype for module in (generator, critic) for p in module.parameters() if p.is_floating_point()}
-        if amp is not None and dtypes != {torch.float32}:
-            got = ", ".join(sorted(map(str, dtypes)))
-            raise ValueError(f"amp: expected networks whose parameters are float32, got {got}")
-        # Nothing of the caller's is taken over before all is checked.
-        self._check_optimizer("critic_optimizer", critic_optimizer, critic)
-        self._check_optimizer("generator_optimizer", generator_optimizer, generator)
-        self._check_scheduler("critic_scheduler", critic_scheduler, critic_optimizer)
-        self._check_scheduler("generator_scheduler", generator_scheduler, generator_optimizer)
-        if isinstance(constraint, WeightClip):
-            self._check_clip(constraint, critic, critic_optimizer)
-        if cuda_graph is True and (problem := device_problem(next(iter(devices)))):
-            raise RuntimeError(f"cuda_graph: True was asked for, but {problem}")
-
+        settings = {
+            "latent": latent, "constraint": constraint, "critic_optimizer": critic_optimizer,
+            "generator_optimizer": generator_optimizer, "n_critic": n_critic, "amp": amp, "cuda_graph": cuda_graph,
+            "compile": compile, "ema": ema, "pack": pack, "nonfinite": nonfinite, "max_skipped": max_skipped,
+        }  # fmt: skip
+        check_arguments(
+            generator, critic, seed=seed, critic_scheduler=critic_scheduler, generator_scheduler=generator_scheduler,
+            **settings,
+        )  # fmt: skip
         self.generator, self.critic = generator, critic
         self.constraint = constraint
-        self.device = devices.pop()
+        self.device = next(critic.parameters()).device
         resolve(backend, self.device)
         self.backend: Backend = backend
         self.latent = latent
@@ -287,12 +174,7 @@ class Trainer:
         self._amp, self.pack = amp, pack
         self.ranks = Ranks()
         self.rank, self.world = self.ranks.rank, self.ranks.world
-        settings = {
-            "constraint": constraint, "latent": latent, "n_critic": n_critic, "amp": amp, "ema": ema, "pack": pack,
-            "nonfinite": nonfinite, "max_skipped": max_skipped, "critic_optimizer": critic_optimizer,
-            "generator_optimizer": generator_optimizer,
-        }  # fmt: skip
-        self.ranks.agree({**_shapes("generator", generator), **_shapes("critic", critic), **settings})
+        self.ranks.agree(shapes("generator", generator) | shapes("critic", critic) | settings)
         self.ranks.broadcast_([x for m in (generator, critic) for x in (*m.parameters(), *m.buffers())])
         self.seed = seed = self.ranks.same(seed, self.device)
         self.critic_iterations = 0
@@ -327,7 +209,7 @@ class Trainer:
         if isinstance(constraint, WeightClip):
             self._clipped = constraint.clipped(critic)
             self._assign_clip(constraint.bound)
-            if _momentum(self.critic_optimizer) > 0:
+            if momentum(self.critic_optimizer) > 0:
                 warnings.warn(
                     "WeightClip with a critic optimizer that has momentum: training becomes unstable "
                     "(arXiv 1701.07875, section 4); RMSprop without momentum is the usual choice",
@@ -342,53 +224,13 @@ class Trainer:
 
     # Setting up
 
-    @staticmethod
-    def _check_count(name: str, value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-        if value < 1:
-            raise ValueError(f"{name}: expected an int >= 1, got {value}")
-        return value
-
-    @staticmethod
-    def _check_optimizer(name: str, optimizer: object, module: nn.Module) -> None:
-        if optimizer is None:
-            return
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"{name}: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise TypeError(f"{name}: expected an optimizer that steps on given gradients, got LBFGS")
-        own = {id(p) for p in module.parameters()}
-        if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
-            raise ValueError(f"{name}: expected parameters of its own network only, got others")
-
     def _optimizer(self, optimizer: torch.optim.Optimizer | None, module: nn.Module) -> torch.optim.Optimizer:
         if optimizer is not None:
-            return _take_over(optimizer, self.backend)
+            return take_over(optimizer, self.backend)
         trainable = [p for p in module.parameters() if p.requires_grad]
         if isinstance(self.constraint, WeightClip):
             return RMSprop(trainable, lr=5e-5, backend=self.backend)
         return Adam(trainable, lr=1e-4, betas=(0.0, 0.9), backend=self.backend)
-
-    @staticmethod
-    def _check_scheduler(name: str, scheduler: object, optimizer: torch.optim.Optimizer | None) -> None:
-        if scheduler is None:
-            return
-        if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
-            got = type(scheduler).__name__
-            raise TypeError(f"{name}: expected a torch.optim.lr_scheduler that takes steps without a metric, got {got}")
-        if optimizer is None or scheduler.optimizer is not optimizer:
-            raise ValueError(f"{name}: expected a scheduler of {name.replace('scheduler', 'optimizer')}, got another's")
-
-    @staticmethod
-    def _check_clip(constraint: WeightClip, critic: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-        for p in constraint.clipped(critic):
-            functional.check_parameter("critic", p)
-            functional.check_bound("bound", constraint.bound, p.dtype)
-        for group in optimizer.param_groups if optimizer is not None else ():
-            if group.get("clip") not in (None, constraint.bound):
-                got = f"its clip {group['clip']} contradicts the constraint's {constraint.bound}"
-                raise ValueError(f"critic_optimizer: {got}")
 
     def _start_averages(self) -> None:
         """Running averages of the generator's weights as they are, in the precision that updates are computed in."""
@@ -416,7 +258,7 @@ class Trainer:
             ours.append(optimizer)
             if resolve(optimizer.backend, self.device) == "torch" or resolve(self.backend, self.device) == "torch":
                 problem = problem or "the torch backend passes learning rates as numbers, which a graph would keep"
-            if _hooks(optimizer):
+            if has_hooks(optimizer):
                 problem = problem or f"{name} has step hooks, which a graph would not call"
         if self.world > 1 and (carrier := self.ranks.backend(self.device)) != "nccl":
             problem = problem or f"{carrier} cannot be captured"
@@ -453,7 +295,7 @@ class Trainer:
         return self._critic_step(real, 0, cond)
 
     def _check_real(self, real: Tensor) -> None:
-        _check_mode()
+        check_mode()
         functional.check_samples("real", real, self.device)
         if len(real) % self.pack:
             raise ValueError(f"real: expected a multiple of pack={self.pack} samples, got {len(real)}")
@@ -492,8 +334,8 @@ class Trainer:
         Raises:
             TypeError, ValueError: an argument or a network's output cannot be used. No weight is changed then.
         """
-        _check_mode()
-        self._check_count("batch_size", batch_size)
+        check_mode()
+        check_count("batch_size", batch_size)
         if batch_size % self.pack:
             raise ValueError(f"batch_size: expected a multiple of pack={self.pack}, got {batch_size}")
         with self._undone_if_refused():
@@ -593,7 +435,7 @@ class Trainer:
         Raises:
             TypeError, ValueError: ``n`` is not an int >= 1, or there are no averages.
         """
-        self._check_count("n", n)
+        check_count("n", n)
         if ema and self.ema is None:
             raise ValueError("ema: expected a trainer that was made with ema=, got one without")
         if seed is not None:
@@ -648,7 +490,7 @@ class Trainer:
         early = self.critic_iterations < PROBED_STEPS
         optimizers = self._named_optimizers().values()
         replaced = any(mine is not theirs for mine, theirs in zip(optimizers, self._graphs.optimizers, strict=True))
-        if early or replaced or any(map(_hooks, optimizers)):
+        if early or replaced or any(map(has_hooks, optimizers)):
             return work(*args)
         return self._graphs.run(work, *args)
 
@@ -717,7 +559,7 @@ class Trainer:
         else:
             skip, factor = guard.gate.tolist()  # any optimizer may come, so the host has to know
             if skip:
-                _Called(optimizer)()
+                Called(optimizer)()
             else:
                 if factor != 1:
                     torch._foreach_mul_(guard.gradients(), factor)
@@ -757,7 +599,7 @@ class Trainer:
         """Critic steps until the next generator step, this one included."""
         due = self.n_critic
         if callable(due):
-            due = self._check_count("n_critic: its result", due(self.generator_iterations))
+            due = check_count("n_critic: its result", due(self.generator_iterations))
         return max(1, due - self._critic_steps_due)
 
     # Latents and fake samples
@@ -928,7 +770,7 @@ class Trainer:
             TypeError, ValueError, RuntimeError: the state does not fit these networks and optimizers. Nothing is
                 changed then.
         """
-        _check_mode()
+        check_mode()
         if not isinstance(state_dict, dict):
             raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
         before = self.state_dict()

@@ -646,7 +646,7 @@ def newer(path):
 
 FILES = [
     case("missing", lambda path: path.unlink(), FileNotFoundError, "path: no checkpoint at "),
-    case("directory", lambda path: path.unlink() or path.mkdir(), ValueError, "path: expected a file, got the directory "),
+    case("directory", lambda path: path.unlink() or path.mkdir(), ValueError, "path: expected a file, got the dir"),
     case("truncated", truncated, ValueError, "path: .* is not a readable checkpoint"),
     case("empty", lambda path: path.write_bytes(b""), ValueError, "path: .* is not a readable checkpoint"),
     case("text", lambda path: path.write_text("epoch 3"), ValueError, "path: .* is not a readable checkpoint"),

@@ -1,0 +1,184 @@
+"""What a Trainer is given: checked before anything of the caller's is changed, and optimizers taken over."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from fastwgan import functional
+from fastwgan.backend import DTYPES, Backend
+from fastwgan.constraints import GradientPenalty, WeightClip
+from fastwgan.graphs import device_problem
+from fastwgan.optim import Adam, RMSprop
+
+__all__ = ["Called", "check_arguments", "check_count", "check_mode", "has_hooks", "momentum", "shapes", "take_over"]
+
+
+def check_mode() -> None:
+    """Raise inside torch.inference_mode, where nothing gets a gradient and what is made can never be written to."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("torch.inference_mode: expected a call outside of it (no_grad is fine), got one inside")
+
+
+def check_count(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected an int >= 1, got {value}")
+    return value
+
+
+def check_arguments(
+    generator: nn.Module, critic: nn.Module, *, latent: object, constraint: object, critic_optimizer: object,
+    generator_optimizer: object, critic_scheduler: object, generator_scheduler: object, n_critic: object, seed: object,
+    amp: object, cuda_graph: object, compile: object, ema: object, pack: object, nonfinite: object, max_skipped: object,
+) -> None:  # fmt: skip
+    """Raise TypeError, ValueError or RuntimeError, naming the argument, unless a Trainer can be made of these.
+
+    Nothing of the caller's is changed by that.
+    """
+    if not isinstance(compile, bool):
+        raise TypeError(f"compile: expected a bool, got {type(compile).__name__}")
+    if not (isinstance(cuda_graph, bool) or cuda_graph == "auto"):
+        raise ValueError(f"cuda_graph: expected 'auto', True or False, got {cuda_graph!r}")
+    for name, module in (("generator", generator), ("critic", critic)):
+        if not any(p.requires_grad for p in module.parameters()):
+            raise ValueError(f"{name}: expected trainable parameters, got none")
+        for of, p in module.named_parameters():
+            if p.requires_grad and p.dtype not in DTYPES:
+                expected = "parameters of float16, bfloat16, float32 or float64"
+                raise TypeError(f"{name}: expected {expected}, got {p.dtype} in {of}")
+            if p.is_inference():
+                raise ValueError(f"{name}: expected parameters made outside of inference mode, got {of} made in it")
+    if {id(p) for p in generator.parameters()} & {id(p) for p in critic.parameters()}:
+        raise ValueError("critic: expected parameters of its own, got some that are the generator's too")
+    devices = {p.device for module in (generator, critic) for p in module.parameters()}
+    if len(devices) > 1:
+        raise ValueError(f"critic: expected all parameters of both networks on one device, got {devices}")
+    if not callable(latent):
+        if isinstance(latent, bool) or not isinstance(latent, int):
+            raise TypeError(f"latent: expected an int or a callable, got {type(latent).__name__}")
+        if latent < 1:
+            raise ValueError(f"latent: expected an int >= 1, got {latent}")
+    if not isinstance(constraint, (WeightClip, GradientPenalty)):
+        raise TypeError(f"constraint: expected WeightClip or GradientPenalty, got {type(constraint).__name__}")
+    if not callable(n_critic):
+        check_count("n_critic", n_critic)
+    functional.check_seed("seed", seed)
+    check_count("pack", pack)
+    check_count("max_skipped", max_skipped)
+    if nonfinite not in ("raise", "skip"):
+        raise ValueError(f"nonfinite: expected 'raise' or 'skip', got {nonfinite!r}")
+    if ema is not None and functional.check_number("ema", ema, minimum=0) >= 1:
+        raise ValueError(f"ema: expected a number in [0, 1), got {ema}")
+    if amp not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"amp: expected None, torch.bfloat16 or torch.float16, got {amp!r}")
+    dtypes = {p.dtype for module in (generator, critic) for p in module.parameters() if p.is_floating_point()}
+    if amp is not None and dtypes != {torch.float32}:
+        got = ", ".join(sorted(map(str, dtypes)))
+        raise ValueError(f"amp: expected networks whose parameters are float32, got {got}")
+    _check_optimizer("critic_optimizer", critic_optimizer, critic)
+    _check_optimizer("generator_optimizer", generator_optimizer, generator)
+    _check_scheduler("critic_scheduler", critic_scheduler, critic_optimizer)
+    _check_scheduler("generator_scheduler", generator_scheduler, generator_optimizer)
+    if isinstance(constraint, WeightClip):
+        _check_clip(constraint, critic, critic_optimizer)
+    if cuda_graph is True and (problem := device_problem(next(iter(devices)))):
+        raise RuntimeError(f"cuda_graph: True was asked for, but {problem}")
+
+
+def _check_optimizer(name: str, optimizer: object, module: nn.Module) -> None:
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"{name}: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(f"{name}: expected an optimizer that steps on given gradients, got LBFGS")
+    own = {id(p) for p in module.parameters()}
+    if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(f"{name}: expected parameters of its own network only, got others")
+
+
+def _check_scheduler(name: str, scheduler: object, optimizer: object) -> None:
+    if scheduler is None:
+        return
+    if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
+        got = type(scheduler).__name__
+        raise TypeError(f"{name}: expected a torch.optim.lr_scheduler that takes steps without a metric, got {got}")
+    if optimizer is None or scheduler.optimizer is not optimizer:
+        raise ValueError(f"{name}: expected a scheduler of {name.replace('scheduler', 'optimizer')}, got another's")
+
+
+def _check_clip(constraint: WeightClip, critic: nn.Module, optimizer: object) -> None:
+    for p in constraint.clipped(critic):
+        functional.check_parameter("critic", p)
+        functional.check_bound("bound", constraint.bound, p.dtype)
+    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.Optimizer) else ():
+        if group.get("clip") not in (None, constraint.bound):
+            got = f"its clip {group['clip']} contradicts the constraint's {constraint.bound}"
+            raise ValueError(f"critic_optimizer: {got}")
+
+
+def take_over(optimizer: torch.optim.Optimizer, backend: Backend) -> torch.optim.Optimizer:
+    """Ours in place of a plain torch RMSprop or Adam, sharing its groups and state; any other as it is.
+
+    Sharing keeps the caller's object alive: a scheduler made for it steers ours, and its hooks are called.
+    """
+    ours: type[RMSprop] | type[Adam]
+    if type(optimizer) is torch.optim.RMSprop:
+        ours = RMSprop
+    elif type(optimizer) is torch.optim.Adam:
+        ours = Adam
+    else:
+        return optimizer
+    for group in optimizer.param_groups:
+        numbers = (group["lr"], *group.get("betas", ()))
+        if any(isinstance(x, Tensor) for x in numbers) or group.get("amsgrad") or group.get("decoupled_weight_decay"):
+            return optimizer
+    taken = ours([p for group in optimizer.param_groups for p in group["params"]], backend=backend)
+    taken.param_groups, taken.state = optimizer.param_groups, optimizer.state
+    for group in taken.param_groups:
+        group.setdefault("clip", None)
+    for p, state in taken.state.items():
+        state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(p.device)
+    taken._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
+    taken._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
+    taken.register_step_post_hook(Called(optimizer))
+
+    def follow(loaded: torch.optim.Optimizer) -> None:
+        """What is loaded into the caller's object later, which gets groups and state of its own by that, is ours."""
+        state = loaded.state_dict()
+        for group in state["param_groups"]:
+            group.pop("clip", None)  # the constraint is the trainer's, not the state's
+        taken.load_state_dict(state)
+        loaded.param_groups, loaded.state = taken.param_groups, taken.state
+
+    optimizer.register_load_state_dict_post_hook(follow)
+    return taken
+
+
+def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer has step hooks beside :func:`take_over`'s."""
+    hooks = (*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values())
+    return any(not isinstance(hook, Called) for hook in hooks)
+
+
+class Called:
+    """A step hook that tells torch's schedulers, which warn otherwise, that the optimizer they know takes steps."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def __call__(self, *_: Any) -> None:
+        self._optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def shapes(name: str, module: nn.Module) -> dict[str, object]:
+    """Of a module's parameters and buffers, with their dtypes and whether they are trained."""
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return {f"{name}.{key}": (tuple(x.shape), x.dtype, x.requires_grad) for key, x in tensors}
+
+
+def momentum(optimizer: torch.optim.Optimizer) -> float:
+    return max(float(max(g.get("momentum", 0), g.get("betas", (0,))[0])) for g in optimizer.param_groups)
