@@ -46,12 +46,17 @@ class Guard:
         self._reading: tuple[int, Tensor, Any] | None = None  # step, its tally on the way to the host, an event
 
     def gradients(self) -> list[Tensor]:
-        """What the last backward pass has left.
+        """What the last backward pass has left, each in memory of its own: a compiled pass may leave an expanded one.
 
         Raises:
             ValueError: nothing.
         """
-        gradients = [p.grad for p in self._module.parameters() if p.grad is not None and p.numel()]
+        gradients = []
+        for p in self._module.parameters():
+            if p.grad is not None and p.numel():
+                if p.grad.layout == torch.strided and not is_dense(p.grad):
+                    p.grad = p.grad.contiguous()
+                gradients.append(p.grad)
         if not gradients:
             raise ValueError(f"{self._name}: expected gradients of its parameters, got none")
         return gradients
@@ -69,8 +74,7 @@ class Guard:
         gradients, scores = self.gradients(), tuple(x.detach() for x in scores)
         if resolve(self._backend, self._device) == "triton":
             self._kernel = self._kernel or kernels.guard.Guard()
-            dense = [g if is_dense(g) else g.contiguous() for g in gradients]
-            found = self._kernel.launch(dense, scores, self._tally, self.gate, self._scale)
+            found = self._kernel.launch(gradients, scores, self._tally, self.gate, self._scale)
             return found[:-1] if scores else None, found[-1]
         if self._device.type == "cpu" and self._scale is None and _finite(gradients):
             self._tally[0], self._tally[2], self.gate[0] = 0, 0, 0

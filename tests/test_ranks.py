@@ -147,6 +147,17 @@ def partial_pair(dtype):
     return models.mlp([LATENT, 16, 10]).to(dtype), Partial().to(dtype), (10,)
 
 
+def expanded_pair(dtype):
+    """A gradient of the critic whose elements share memory, as torch.compile may leave one."""
+    generator, critic, shape = mlp_pair(dtype)
+
+    def expand(p):
+        p.grad = p.grad.mean().expand(p.shape)
+
+    critic[1].bias.register_post_accumulate_grad_hook(expand)
+    return generator, critic, shape
+
+
 CLIP, PENALTY = WeightClip(0.05), GradientPenalty()
 TRITON = {"dtype": F32, "lr": 1e-4, "backend": "triton", "steps": 4}
 EQUAL = {  # name: (how far the weights may be from those of one process, what to train)
@@ -171,6 +182,7 @@ EQUAL = {  # name: (how far the weights may be from those of one process, what t
     "bfloat16": (1e-3, mlp_pair, {"constraint": PENALTY, "dtype": F32, "amp": torch.bfloat16, "lr": 1e-4}),
     "partial": (1e-12, partial_pair, {"constraint": CLIP}),
     "sgd": (1e-12, partial_pair, {"constraint": PENALTY, "critic_optimizer": "SGD"}),
+    "expanded": (1e-12, expanded_pair, {"constraint": CLIP}),
     "wrapped": (1e-12, mlp_pair, {"constraint": PENALTY, "wrap": True}),
 }
 METRICS_DIGITS = {1e-12: 1e-9, 1e-6: 1e-4, 1e-3: 3e-2}
