@@ -254,7 +254,7 @@ class Trainer:
         self.n_critic = n_critic
         self.last_checkpoint: str | None = None
         self._amp, self.pack = amp, pack
-        self.ranks = Ranks()
+        self.ranks = Ranks(self.device)
         self.rank, self.world = self.ranks.rank, self.ranks.world
         settings = {
             "constraint": constraint, "latent": latent, "n_critic": n_critic, "amp": amp, "ema": ema, "pack": pack,
