@@ -325,6 +325,23 @@ def check_resume(folder):
     return outcomes
 
 
+def check_fit(folder):
+    """Weights after 9 steps of fit, and after 4 and 5 more in a trainer that goes on from the run's checkpoint."""
+    data = torch.Generator().manual_seed(3)
+    batches = [part(torch.randn(BATCH, 10, generator=data, dtype=F64)) for _ in range(9)]
+    straight = dropout_trainer(seed=0)
+    torch.manual_seed(100 + straight.rank)
+    straight.fit(batches, 9)
+
+    first = dropout_trainer(seed=0)
+    torch.manual_seed(100 + first.rank)
+    first.fit(batches[:4], 4, out=folder / "run", log_every=2, save_every=3)
+    second = dropout_trainer(seed=1)
+    second.load(folder / "run" / "last.pt")
+    second.fit(batches[4:], 5, out=folder / "run", log_every=2, save_every=3)
+    return weights(straight), weights(second)
+
+
 def check_save_fails(folder):
     """A rank that cannot write is no reason for the others to wait."""
     trainer = dropout_trainer(seed=0)
@@ -478,7 +495,10 @@ def assert_as_one(name, results):
         assert row == {key: pytest.approx(value, rel=1e-9, abs=digits[key]) for key, value in expected_row.items()}
 
 
-@pytest.mark.parametrize("name", EQUAL)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.interpreted) if name.startswith("triton") else name for name in EQUAL],
+)
 def test_two_ranks_train_as_one_process(two, name):
     assert_as_one(name, two[name])
 
@@ -549,6 +569,13 @@ def test_resumes_bit_identically(two):
         for expected, resumed in results.values():
             torch.testing.assert_close(resumed, expected, rtol=0, atol=0)
     same_on_all(two["resume"])
+
+
+def test_fit_resumes_bit_identically_and_logs_once(two, folder):
+    straight, resumed = same_on_all(two["fit"])
+    assert torch.equal(resumed, straight)
+    rows = (folder / "run" / "metrics.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[0] for row in rows] == ["2", "4", "6", "8", "9"]
 
 
 def test_one_process_goes_on_from_two_ranks(two, folder):
