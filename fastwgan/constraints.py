@@ -1,5 +1,6 @@
 """How the critic is kept Lipschitz: WGAN's weight clipping or WGAN-GP's gradient penalty."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -37,6 +38,8 @@ class WeightClip:
         check_number("bound", self.bound, minimum=0, exclusive=True)
         if isinstance(self.exclude, (str, type)):
             object.__setattr__(self, "exclude", (self.exclude,))
+        elif not isinstance(self.exclude, Iterable):
+            raise TypeError(f"exclude: expected parameter-name patterns or module types, got {self.exclude!r}")
         else:
             object.__setattr__(self, "exclude", tuple(self.exclude))
         for entry in self.exclude:

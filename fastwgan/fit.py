@@ -96,21 +96,12 @@ def _parts(batch: Any, device: torch.device) -> list[Any]:
     return parts
 
 
-def _whole_packs(parts: list[Any], pack: int) -> list[Any]:
-    """The batch without the samples at its end that fill no pack, as a short last batch has."""
-    n = len(parts[0]) if isinstance(parts[0], Tensor) and parts[0].dim() else 0
-    return parts if n % pack == 0 else [x[: n - n % pack] if is_batched(x, n) else x for x in parts]
-
-
-def _same_samples(trainer: Trainer, count: int) -> Tensor:
-    """Samples of the same latents each time; the stream that ``trainer.sample`` draws from stays where it is."""
-    random = trainer._sample_random
-    before = random.get_state()
-    random.manual_seed(stream_seed(trainer.seed, GRID))
-    try:
-        return trainer.sample(count, ema=trainer.ema is not None)
-    finally:
-        random.set_state(before)
+def _whole_packs(parts: list[Any], pack: int) -> list[Any] | None:
+    """The batch without the samples at its end that fill no pack, as a short last batch has; None if none do."""
+    n = len(parts[0]) if pack > 1 and isinstance(parts[0], Tensor) and parts[0].dim() else 0
+    if n % pack == 0:
+        return parts
+    return [x[: n - n % pack] if is_batched(x, n) else x for x in parts] if n > pack else None
 
 
 def _check_count(name: str, value: object, minimum: int) -> None:
@@ -228,7 +219,7 @@ def fit(
         if directory is not None and draw is not None and trainer.rank == 0:
             path = directory / "samples" / f"step-{trainer.critic_iterations:08d}.png"
             path.parent.mkdir(exist_ok=True)
-            draw(_same_samples(trainer, sample_count), path)
+            draw(trainer.sample(sample_count, ema=trainer.ema is not None, seed=stream_seed(trainer.seed, GRID)), path)
 
     def advise(values: list[dict[str, float]]) -> None:
         for advice in health.watch(values) if trainer.rank == 0 else ():
@@ -263,7 +254,7 @@ def fit(
         while done < steps and not ended():
             with saved_on(BaseException):
                 parts = _whole_packs(_parts(next(stream), trainer.device), trainer.pack)
-            if is_batched(parts[0], 0):
+            if parts is None:
                 continue
             with saved_on(TypeError, ValueError):  # the batch cannot be used; no weight has changed
                 metrics = trainer.step(*parts)

@@ -21,6 +21,8 @@ from fastwgan.backend import DTYPES, Backend, kernels, resolve
 from fastwgan.rectifiers import LinearPieces
 
 PENALTY_KINDS = ("two-sided", "one-sided", "zero-centered", "power")
+WRITES = "critic: expected a forward pass that writes to neither its input nor its parameters, got one that does"
+NO_DEPENDENCE = "critic: expected scores that depend on its input, got scores that do not"
 
 __all__ = [
     "clip_weights_",
@@ -456,8 +458,8 @@ def input_gradient(
     """d sum(critic(x, *args)) / dx, [N, ...], with a graph.
 
     Raises:
-        ValueError: the critic does not give scores for each of the N samples, or they do not depend on ``x`` (which is
-            not seen inside torch.compile: the gradient is zero then).
+        ValueError: the critic does not give scores for each of the N samples, writes to ``x``, or its scores do not
+            depend on ``x`` (which is not seen inside torch.compile: the gradient is zero then).
     """
     if torch.compiler.is_compiling():
         buffers = dict(critic.named_buffers()) if isinstance(critic, nn.Module) else {}
@@ -466,14 +468,19 @@ def input_gradient(
             return torch.func.functional_call(critic, buffers, (x, *args)) if buffers else critic(x, *args)  # type: ignore
 
         return traced_input_gradient(forward, x, buffers, pack)
-    with LinearPieces():
-        scores = critic(x, *args)
+    try:
+        with LinearPieces():
+            scores = critic(x, *args)
+    except RuntimeError as error:
+        if "leaf Variable" in str(error):
+            raise ValueError(WRITES) from error
+        raise
     check_scores("critic", scores, len(x), pack)
     g = None
     if scores.requires_grad:
         (g,) = torch.autograd.grad(scores, x, ones_like(scores), create_graph=True, allow_unused=True)
     if g is None:
-        raise ValueError("critic: expected scores that depend on its input, got scores that do not")
+        raise ValueError(NO_DEPENDENCE)
     return g
 
 
@@ -552,8 +559,11 @@ def gradient_penalty(
         raise TypeError(f"critic: expected a callable, got {type(critic).__name__}")
     check_number("weight", weight, minimum=0)
     check_penalty(kind, target)
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(f"args: expected a tuple of arguments, got {type(args).__name__}")
     _check_tensor("real", real)
     _check_tensor("fake", fake)
+    check_like("real", real, "fake", fake, shape=True)  # before a seed is drawn
     offset: int | Tensor = 0
     if seed is None and torch.compiler.is_compiling():
         seed, offset = 0, torch.randint(2**62, (), device=fake.device)  # anywhere in one stream
@@ -616,8 +626,13 @@ def check_bound(name: str, bound: object, dtype: torch.dtype) -> float:
     return torch.tensor(value, dtype=dtype, device="cpu").item()
 
 
-def clip_and_count_(parameters: Iterable[Tensor], bound: float, backend: Backend) -> tuple[Tensor, int] | None:
-    """:func:`clip_weights_` that also tells (the share of weights on their bound, of how many). For the trainer."""
+def clip_and_count_(
+    parameters: Iterable[Tensor], bound: float, backend: Backend, gate: Tensor | None = None
+) -> tuple[Tensor, int] | None:
+    """:func:`clip_weights_` that also tells (the share of weights on their bound, of how many). For the trainer.
+
+    ``gate`` is [2] float32, or None: 1 to leave the weights alone, else 0; the share is NaN then.
+    """
     unique = {id(p): p for p in parameters}
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for i, p in enumerate(unique.values()):
@@ -630,6 +645,9 @@ def clip_and_count_(parameters: Iterable[Tensor], bound: float, backend: Backend
     shares = []
     for ((device, dtype), params), limit, name in zip(groups.items(), limits, backends, strict=True):
         if name == "torch":
+            if gate is not None and gate[0]:  # on a GPU this waits, as PyTorch's optimizers do
+                shares.append((gate.new_tensor(math.nan), sum(p.numel() for p in params)))
+                continue
             reference.clip_weights_(params, bound)
             on_bound, total = reference.saturation(params, bound)
             shares.append((on_bound / total, total))
@@ -637,7 +655,7 @@ def clip_and_count_(parameters: Iterable[Tensor], bound: float, backend: Backend
         dense = [p.detach() if is_dense(p) else p.detach().contiguous() for p in params]
         hyper = ((*[0.0] * (kernels.table.HYPER_COLUMNS.value - 1), limit),)
         launcher = _clipper(device, dtype, kernels.arrival.stream_of(device), limit)
-        share = launcher.launch("clamp", dense, None, [()] * len(dense), None, hyper, [0] * len(dense))
+        share = launcher.launch("clamp", dense, None, [()] * len(dense), None, hyper, [0] * len(dense), gate=gate)
         torch.autograd.graph.increment_version(params)
         for p, work in zip(params, dense, strict=True):
             if work.data_ptr() != p.data_ptr():
@@ -675,4 +693,6 @@ def clip_weights_(parameters: Iterable[Tensor], bound: float, *, backend: Backen
     """
     if isinstance(parameters, Tensor):
         parameters = [parameters]
+    elif not isinstance(parameters, Iterable):
+        raise TypeError(f"parameters: expected tensors, got {type(parameters).__name__}")
     clip_and_count_(parameters, bound, backend)

@@ -33,6 +33,7 @@ class Guard:
     Attributes:
         gate: [2] float32: 1 to leave the step out, else 0; what gradients are to be multiplied by.
         scale: the loss scale, 0-d float32, or None.
+        dense: whether sparse gradients are refused, which some of PyTorch's optimizers take.
     """
 
     def __init__(self, name: str, module: nn.Module, backend: Backend, *, limit: int, scaled: bool) -> None:
@@ -42,6 +43,7 @@ class Guard:
         self.gate = torch.tensor([0.0, 1.0], device=self._device)
         self._scale = torch.tensor([FIRST_SCALE, 0.0], device=self._device) if scaled else None
         self.scale = None if self._scale is None else self._scale[0]
+        self.dense = True
         self._kernel: Any = None
         self._reading: tuple[int, Tensor, Any] | None = None  # step, its tally on the way to the host, an event
 
@@ -50,13 +52,18 @@ class Guard:
 
         Raises:
             ValueError: nothing.
+            TypeError: a sparse one, as ``nn.Embedding(sparse=True)`` makes, where they have to be dense.
         """
         gradients = []
-        for p in self._module.parameters():
-            if p.grad is not None and p.numel():
-                if p.grad.layout == torch.strided and not is_dense(p.grad):
-                    p.grad = p.grad.contiguous()
-                gradients.append(p.grad)
+        for name, p in self._module.named_parameters():
+            if p.grad is None or not p.numel():
+                continue
+            if p.grad.layout != torch.strided:
+                if self.dense:
+                    raise TypeError(f"{self._name}: expected dense gradients, got {p.grad.layout} for {name}")
+            elif not is_dense(p.grad):
+                p.grad = p.grad.contiguous()
+            gradients.append(p.grad._values() if p.grad.is_sparse else p.grad)
         if not gradients:
             raise ValueError(f"{self._name}: expected gradients of its parameters, got none")
         return gradients
@@ -74,7 +81,8 @@ class Guard:
         gradients, scores = self.gradients(), tuple(x.detach() for x in scores)
         if resolve(self._backend, self._device) == "triton":
             self._kernel = self._kernel or kernels.guard.Guard()
-            found = self._kernel.launch(gradients, scores, self._tally, self.gate, self._scale)
+            dense = [g if is_dense(g) else g.contiguous() for g in gradients]  # the values of sparse ones may not be
+            found = self._kernel.launch(dense, scores, self._tally, self.gate, self._scale)
             return found[:-1] if scores else None, found[-1]
         if self._device.type == "cpu" and self._scale is None and _finite(gradients):
             self._tally[0], self._tally[2], self.gate[0] = 0, 0, 0

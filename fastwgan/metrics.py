@@ -1,6 +1,7 @@
 """What a step measured."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -92,13 +93,36 @@ class Metrics:
         """The values that there are, as floats. Waits for the device."""
         return read([self])[0]
 
+    def _parts(self) -> list[Tensor]:
+        parts = (self._scores, self._penalty, self.saturation, self.generator_loss, *self._nonfinite)
+        return [x.detach().reshape(-1) for x in parts if x is not None]
+
+    def _values(self, numbers: Iterator[float]) -> dict[str, float]:
+        """What :meth:`_parts` were, read from the device, by name."""
+        values = {}
+        if self._scores is not None:
+            values["real_score"], values["fake_score"], values["wasserstein"], values["critic_loss"] = islice(
+                numbers, 4
+            )
+        if self._penalty is not None:
+            names = ("penalty", "gradient_norm", "gradient_norm_min", "gradient_norm_max")
+            values |= dict(zip(names, islice(numbers, 4), strict=True))
+            if self._scores is not None:
+                values["critic_loss"] += self._weight * values["penalty"]
+        if self.saturation is not None:
+            values["saturation"] = next(numbers)
+        if self.generator_loss is not None:
+            values["generator_loss"] = next(numbers)
+        if self._nonfinite:
+            values["nonfinite"] = sum(islice(numbers, len(self._nonfinite)))
+        return {name: values[name] for name in self.NAMES if name in values}
+
     def __repr__(self) -> str:
         return f"Metrics({', '.join(f'{k}={v:.4g}' for k, v in self.as_dict().items())})"
 
 
 def read(metrics: Sequence[Metrics]) -> list[dict[str, float]]:
     """The values of many steps as floats, with one transfer: :meth:`Metrics.as_dict` of each. Waits for the device."""
-    values = [[(name, getattr(m, name)) for name in Metrics.NAMES] for m in metrics]
-    tensors = [value.detach().reshape(1) for each in values for _, value in each if value is not None]
+    tensors = [part for each in metrics for part in each._parts()]
     numbers = iter(torch.cat(tensors).tolist() if tensors else ())
-    return [{name: next(numbers) for name, value in each if value is not None} for each in values]
+    return [each._values(numbers) for each in metrics]

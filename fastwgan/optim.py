@@ -48,6 +48,8 @@ class _Optimizer(Optimizer):
     def __init__(self, params: Params, defaults: dict[str, Any], backend: Backend) -> None:
         if backend not in ("auto", "triton", "torch"):
             raise ValueError(f"backend: expected 'auto', 'triton' or 'torch', got {backend!r}")
+        if not isinstance(params, Iterable):
+            raise TypeError(f"params: expected tensors or groups of them, got {type(params).__name__}")
         self.backend: Backend = backend
         self._updates: dict[_Key, Any] = {}
         self.averages, self.decay = {}, 0.0
@@ -82,6 +84,8 @@ class _Optimizer(Optimizer):
         Raises:
             TypeError, ValueError: an option or a parameter cannot be used. Nothing is changed then.
         """
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise TypeError(f"param_group: expected a dict with params, got {param_group!r}")
         self._check_group({**self.defaults, **param_group})
         params = param_group["params"]
         if not isinstance(params, set):  # torch refuses sets, whose order changes
@@ -153,7 +157,7 @@ class _Optimizer(Optimizer):
                 if p.grad is not None and p.numel():
                     self._check_member(p, group)
                     buckets.setdefault((p.device, p.dtype, *variant, p in self.averages), []).append((p, group))
-        gate = self._gate()
+        gate = self._gate() if buckets else None
         backends = {key: resolve(self.backend, key[0]) for key in buckets}
         self.shares = []
         with torch.no_grad():
@@ -206,6 +210,10 @@ class _Optimizer(Optimizer):
     def _step_torch(self, members: list[tuple[Tensor, dict[str, Any]]], gate: Tensor | None) -> None:
         skip, factor = (0.0, 1.0) if gate is None else gate.tolist()  # on a GPU this waits, as PyTorch's optimizers do
         if skip:
+            clamped = sum(p.numel() for p, group in members if group["clip"] is not None)
+            if clamped:
+                unknown = members[0][0].new_tensor(math.nan, dtype=torch.float32)
+                self.shares.append((unknown, clamped))
             return
         if factor != 1:
             torch._foreach_mul_([p.grad for p, _ in members if p.grad is not None], factor)
@@ -327,6 +335,9 @@ class _Optimizer(Optimizer):
             ValueError: the state belongs to other parameters, or to a variant this optimizer does not compute
                 (``amsgrad``, ``decoupled_weight_decay``). Nothing is changed then.
         """
+        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+            came = ", ".join(map(str, state_dict)) if isinstance(state_dict, dict) else type(state_dict).__name__
+            raise ValueError(f"state_dict: expected a dict of state and param_groups, got {came}")
         state_dict = copy.deepcopy(state_dict)
         groups = state_dict["param_groups"]
         if len(groups) != len(self.param_groups):

@@ -23,7 +23,7 @@ from fastwgan.constraints import GradientPenalty, WeightClip
 
 __all__ = ["Compiled", "Eager"]
 
-NO_GRAPH = "generator: its output: expected to depend on its parameters, got one without a graph"
+NO_GRAPH = "its output: expected to depend on its parameters, got one without a graph"
 
 
 @contextmanager
@@ -89,22 +89,24 @@ class Eager:
     ) -> None:  # fmt: skip
         self._generator, self._critic, self._constraint, self._backend = generator, critic, constraint, backend
         self._amp, self._pack, self._share = amp, pack, share
-        self._device_type = next(critic.parameters()).device.type
+        self._device = next(critic.parameters()).device
         self._constants: dict[tuple[Any, ...], Tensor] = {}
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._amp is None else torch.autocast(self._device_type, self._amp)
+        return nullcontext() if self._amp is None else torch.autocast(self._device.type, self._amp)
 
     def score(self, samples: Tensor, *cond: Any) -> Tensor:
         """The critic's scores."""
         with self._autocast():
             scores: Tensor = self._critic(samples, *cond)
+        functional.check_samples("critic: its output", scores, self._device)
         return scores
 
     def samples(self, z: Any, *cond: Any) -> Tensor:
         """The generator's samples."""
         with self._autocast():
             samples: Tensor = self._generator(z, *cond)
+        functional.check_samples("generator: its output", samples, self._device)
         return samples
 
     @torch.no_grad()
@@ -128,9 +130,9 @@ class Eager:
         """
         parameters = drop_gradients("critic", self._critic)
         with torch.enable_grad():
-            roots, seeds, scores = self._scores(real, fake, cond, together)
-            if scale is not None:
-                seeds = [seed * scale for seed in seeds]
+            roots, seeds, scores = self._scores(real, fake, cond, together, scale)
+            if not all(root.requires_grad for root in roots):
+                raise ValueError(f"critic: {NO_GRAPH}")
             # A backward pass of its own, which frees what the forward pass has kept before the penalty needs as much.
             torch.autograd.backward(roots, seeds, inputs=parameters)
             del roots
@@ -166,37 +168,52 @@ class Eager:
         parameters = drop_gradients("generator", self._generator)
         with torch.enable_grad(), _frozen(self._critic):
             fake = self.samples(z, *cond)
-            functional.check_samples("generator: its output", fake, parameters[0].device)
+            if len(fake) != batch:
+                raise ValueError(f"generator: its output: expected shape [{batch}, ...], got {tuple(fake.shape)}")
+            if not fake.requires_grad:
+                raise ValueError(f"generator: {NO_GRAPH}")
             scores = self.score(fake.to(dtype or fake.dtype), *cond)
             functional.check_scores("critic", scores, batch, self._pack)
             if not scores.requires_grad:
-                raise ValueError(NO_GRAPH)
-            seed = self._constant(scores, -self._share / scores.numel())
-            torch.autograd.backward([scores], [seed if scale is None else seed * scale], inputs=parameters)
+                raise ValueError(functional.NO_DEPENDENCE)
+            seed = self._seed(scores, scale, -self._share / scores.numel())
+            torch.autograd.backward([scores], [seed], inputs=parameters)
         return (scores.detach(),)
 
     def _scores(
-        self, real: Tensor, fake: Tensor, cond: tuple[Any, ...], together: bool
+        self, real: Tensor, fake: Tensor, cond: tuple[Any, ...], together: bool, scale: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor], Scores]:
         """(roots of the backward pass, their cotangents, scores)."""
         if together:
             both = scores_of_both(self.score, real, fake, cond, self._pack)
             value = self._share / (both.numel() // 2)
             real_scores, fake_scores = both.detach().tensor_split(2)
-            return [both], [self._constant(both, -value, value)], (real_scores, fake_scores)
+            return [both], [self._seed(both, scale, -value, value)], (real_scores, fake_scores)
+        before = real._version, fake._version
         real_scores, fake_scores = self.score(real, *cond), self.score(fake, *cond)
+        if (real._version, fake._version) != before:  # another batch than the caller's from then on
+            raise ValueError(functional.WRITES)
         functional.check_scores("critic", real_scores, len(real), self._pack)
         functional.check_like("critic: its output", fake_scores, "that for real samples", real_scores, shape=True)
         value = self._share / real_scores.numel()
-        seeds = [self._constant(real_scores, -value), self._constant(fake_scores, value)]
+        seeds = [self._seed(real_scores, scale, -value), self._seed(fake_scores, scale, value)]
         return [real_scores, fake_scores], seeds, (real_scores.detach(), fake_scores.detach())
 
-    def _constant(self, like: Tensor, value: float, second_half: float | None = None) -> Tensor:
+    def _seed(self, scores: Tensor, scale: Tensor | None, value: float, second_half: float | None = None) -> Tensor:
+        """A constant cotangent of scores. Scaled before it is rounded, as 1 / N may be too small for float16."""
+        if scale is None:
+            return self._constant(scores, value, second_half)
+        return (self._constant(scores, value, second_half, torch.float32) * scale).to(scores.dtype)
+
+    def _constant(
+        self, like: Tensor, value: float, second_half: float | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """A constant shaped like ``like``, made once; ``second_half`` is the value of the later half of the batch."""
-        key = (like.shape, like.dtype, like.device, value, second_half)
+        dtype = dtype or like.dtype
+        key = (like.shape, dtype, like.device, value, second_half)
         constant = self._constants.get(key)
         if constant is None:
-            constant = torch.full_like(like, value, requires_grad=False)
+            constant = torch.full_like(like, value, requires_grad=False, dtype=dtype)
             if second_half is not None:
                 constant[len(constant) // 2 :] = second_half
             self._constants[key] = constant  # for good: a graph may read it

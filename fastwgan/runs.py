@@ -28,8 +28,8 @@ CONSTRAINTS = ("clip", "penalty")
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 REPORTED = 10  # unusable files that are named
 
-# What takes a random stream of its own from the seed; the trainer takes 0 and 1.
-ORDER, PICTURE, SAMPLES, PROCESS = 2, 3, 4, 5
+# What takes a random stream of its own from the seed; the trainer takes 0 and 1, the loop 5, each process one from 6.
+ORDER, PICTURE, SAMPLES, PROCESS = 2, 3, 4, 6
 
 
 @dataclass(frozen=True)

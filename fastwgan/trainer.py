@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastwgan import checkpoint, functional, mixing, passes
-from fastwgan.backend import Backend, resolve
+from fastwgan.backend import DTYPES, Backend, resolve
 from fastwgan.constraints import GradientPenalty, WeightClip
 from fastwgan.graphs import Graphs, device_problem
 from fastwgan.guard import PATIENCE, Guard
@@ -47,6 +47,17 @@ def warmup_schedule(generator_iteration: int) -> int:
     [100, 100, 5, 5, 100]
     """
     return 100 if generator_iteration < 25 or generator_iteration % 500 == 0 else 5
+
+
+def _check_mode() -> None:
+    """Raise inside torch.inference_mode, where nothing gets a gradient and what is made can never be written to."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("torch.inference_mode: expected a call outside of it (no_grad is fine), got one inside")
+
+
+def _ordinary(x: Any) -> Any:
+    """A copy of what was made in inference mode, which no graph could keep; all else as it is."""
+    return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
 
 
 @contextmanager
@@ -167,7 +178,8 @@ class Trainer:
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, or they do not fit together.
-        RuntimeError: ``backend="triton"`` or ``cuda_graph=True`` cannot be met; the message says why.
+        RuntimeError: ``backend="triton"`` or ``cuda_graph=True`` cannot be met; the message says why. Also where a
+            trainer is made, steps or loads inside ``torch.inference_mode``.
 
     Attributes:
         critic_iterations, generator_iterations: steps taken so far, those left out included.
@@ -207,6 +219,7 @@ class Trainer:
         nonfinite: str = "raise",
         max_skipped: int = PATIENCE,
     ) -> None:
+        _check_mode()
         if not isinstance(compile, bool):
             raise TypeError(f"compile: expected a bool, got {type(compile).__name__}")
         if not (isinstance(cuda_graph, bool) or cuda_graph == "auto"):
@@ -218,6 +231,12 @@ class Trainer:
         for name, module in (("generator", generator), ("critic", critic)):
             if not any(p.requires_grad for p in module.parameters()):
                 raise ValueError(f"{name}: expected trainable parameters, got none")
+            for of, p in module.named_parameters():
+                if p.requires_grad and p.dtype not in DTYPES:
+                    expected = "parameters of float16, bfloat16, float32 or float64"
+                    raise TypeError(f"{name}: expected {expected}, got {p.dtype} in {of}")
+                if p.is_inference():
+                    raise ValueError(f"{name}: expected parameters made outside of inference mode, got {of} made in it")
         if {id(p) for p in generator.parameters()} & {id(p) for p in critic.parameters()}:
             raise ValueError("critic: expected parameters of its own, got some that are the generator's too")
         devices = {p.device for module in (generator, critic) for p in module.parameters()}
@@ -245,6 +264,15 @@ class Trainer:
         if amp is not None and dtypes != {torch.float32}:
             got = ", ".join(sorted(map(str, dtypes)))
             raise ValueError(f"amp: expected networks whose parameters are float32, got {got}")
+        # Nothing of the caller's is taken over before all is checked.
+        self._check_optimizer("critic_optimizer", critic_optimizer, critic)
+        self._check_optimizer("generator_optimizer", generator_optimizer, generator)
+        self._check_scheduler("critic_scheduler", critic_scheduler, critic_optimizer)
+        self._check_scheduler("generator_scheduler", generator_scheduler, generator_optimizer)
+        if isinstance(constraint, WeightClip):
+            self._check_clip(constraint, critic, critic_optimizer)
+        if cuda_graph is True and (problem := device_problem(next(iter(devices)))):
+            raise RuntimeError(f"cuda_graph: True was asked for, but {problem}")
 
         self.generator, self.critic = generator, critic
         self.constraint = constraint
@@ -285,10 +313,9 @@ class Trainer:
         )
         self._sample_dtype: torch.dtype | None = None  # of real samples, as last seen
 
-        self.critic_optimizer = self._optimizer("critic_optimizer", critic_optimizer, critic)
-        self.generator_optimizer = self._optimizer("generator_optimizer", generator_optimizer, generator)
-        self.critic_scheduler = self._scheduler("critic_scheduler", critic_scheduler, critic_optimizer)
-        self.generator_scheduler = self._scheduler("generator_scheduler", generator_scheduler, generator_optimizer)
+        self.critic_optimizer = self._optimizer(critic_optimizer, critic)
+        self.generator_optimizer = self._optimizer(generator_optimizer, generator)
+        self.critic_scheduler, self.generator_scheduler = critic_scheduler, generator_scheduler
         self.ema = ema
         self._averages: dict[Tensor, Tensor] = {}
         if ema is not None:
@@ -320,14 +347,10 @@ class Trainer:
             raise ValueError(f"{name}: expected an int >= 1, got {value}")
         return value
 
-    def _optimizer(
-        self, name: str, optimizer: torch.optim.Optimizer | None, module: nn.Module
-    ) -> torch.optim.Optimizer:
+    @staticmethod
+    def _check_optimizer(name: str, optimizer: object, module: nn.Module) -> None:
         if optimizer is None:
-            trainable = [p for p in module.parameters() if p.requires_grad]
-            if isinstance(self.constraint, WeightClip):
-                return RMSprop(trainable, lr=5e-5, backend=self.backend)
-            return Adam(trainable, lr=1e-4, betas=(0.0, 0.9), backend=self.backend)
+            return
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"{name}: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if isinstance(optimizer, torch.optim.LBFGS):
@@ -335,20 +358,34 @@ class Trainer:
         own = {id(p) for p in module.parameters()}
         if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
             raise ValueError(f"{name}: expected parameters of its own network only, got others")
-        return _take_over(optimizer, self.backend)
+
+    def _optimizer(self, optimizer: torch.optim.Optimizer | None, module: nn.Module) -> torch.optim.Optimizer:
+        if optimizer is not None:
+            return _take_over(optimizer, self.backend)
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        if isinstance(self.constraint, WeightClip):
+            return RMSprop(trainable, lr=5e-5, backend=self.backend)
+        return Adam(trainable, lr=1e-4, betas=(0.0, 0.9), backend=self.backend)
 
     @staticmethod
-    def _scheduler(
-        name: str, scheduler: LRScheduler | None, optimizer: torch.optim.Optimizer | None
-    ) -> LRScheduler | None:
+    def _check_scheduler(name: str, scheduler: object, optimizer: torch.optim.Optimizer | None) -> None:
         if scheduler is None:
-            return None
+            return
         if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
             got = type(scheduler).__name__
             raise TypeError(f"{name}: expected a torch.optim.lr_scheduler that takes steps without a metric, got {got}")
         if optimizer is None or scheduler.optimizer is not optimizer:
             raise ValueError(f"{name}: expected a scheduler of {name.replace('scheduler', 'optimizer')}, got another's")
-        return scheduler
+
+    @staticmethod
+    def _check_clip(constraint: WeightClip, critic: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+        for p in constraint.clipped(critic):
+            functional.check_parameter("critic", p)
+            functional.check_bound("bound", constraint.bound, p.dtype)
+        for group in optimizer.param_groups if optimizer is not None else ():
+            if group.get("clip") not in (None, constraint.bound):
+                got = f"its clip {group['clip']} contradicts the constraint's {constraint.bound}"
+                raise ValueError(f"critic_optimizer: {got}")
 
     def _start_averages(self) -> None:
         """Running averages of the generator's weights as they are, in the precision that updates are computed in."""
@@ -360,12 +397,8 @@ class Trainer:
         """Have each group of our optimizers that holds no exclusions clamp what it updates."""
         if not isinstance(self.critic_optimizer, (RMSprop, Adam)):
             return
-        groups = self.critic_optimizer.param_groups
-        for group in groups:
-            if group["clip"] not in (None, bound):
-                raise ValueError(f"critic_optimizer: its clip {group['clip']} contradicts the constraint's {bound}")
         clipped = {id(p) for p in self._clipped}
-        for group in groups:
+        for group in self.critic_optimizer.param_groups:
             group["clip"] = bound if all(id(p) in clipped for p in group["params"]) else None
 
     def _make_graphs(self, wanted: bool | str) -> Graphs | None:
@@ -414,17 +447,21 @@ class Trainer:
             TypeError, ValueError: ``real`` or a network's output cannot be used. No weight is changed then.
         """
         self._check_real(real)
-        return self._critic_step(real, None, cond)
+        return self._critic_step(real, 0, cond)
 
     def _check_real(self, real: Tensor) -> None:
+        _check_mode()
         functional.check_samples("real", real, self.device)
         if len(real) % self.pack:
             raise ValueError(f"real: expected a multiple of pack={self.pack} samples, got {len(real)}")
 
-    def _critic_step(self, real: Tensor, fake: Tensor | None, cond: tuple[Any, ...]) -> Metrics:
+    def _critic_step(self, real: Tensor, ahead: int, cond: tuple[Any, ...]) -> Metrics:
+        """``ahead``: how many critic steps fake samples may be made for at once; 0 for fresh ones."""
         weight = self._penalty_weight(self.critic_iterations)
-        z = self._given_latents(len(real)) if fake is None else None
-        outputs = self._run(self._critic_work, weight, real, fake, z, *cond)
+        with self._undone_if_refused():
+            fake = self._fake_made_ahead(len(real), ahead) if ahead else None
+            z = self._given_latents(len(real)) if fake is None else None
+            outputs = self._run(self._critic_work, weight, real, fake, z, *cond)
         return self._critic_step_done(outputs, len(real), weight)
 
     def _critic_step_done(self, outputs: tuple[Tensor | None, ...], batch: int, weight: float) -> Metrics:
@@ -452,11 +489,14 @@ class Trainer:
         Raises:
             TypeError, ValueError: an argument or a network's output cannot be used. No weight is changed then.
         """
+        _check_mode()
         self._check_count("batch_size", batch_size)
         if batch_size % self.pack:
             raise ValueError(f"batch_size: expected a multiple of pack={self.pack}, got {batch_size}")
-        z = self._given_latents(batch_size)
-        return self._generator_step_done(self._run(self._generator_work, batch_size, self._sample_dtype, z, *cond))
+        with self._undone_if_refused():
+            z = self._given_latents(batch_size)
+            outputs = self._run(self._generator_work, batch_size, self._sample_dtype, z, *cond)
+        return self._generator_step_done(outputs)
 
     def _generator_step_done(self, outputs: tuple[Tensor | None, ...]) -> Metrics:
         loss, nonfinite = outputs
@@ -477,8 +517,7 @@ class Trainer:
         """
         self._check_real(real)
         left = self._critic_steps_left()
-        fake = None if cond else self._fake_made_ahead(len(real), left)
-        metrics = self._critic_step(real, fake, cond)
+        metrics = self._critic_step(real, 0 if cond else left, cond)
         if left <= 1:
             metrics.include(self.generator_step(len(real), *cond))
         return metrics
@@ -498,14 +537,20 @@ class Trainer:
         Raises:
             TypeError, ValueError: as :meth:`step`, or there are not as many batches as critic steps left.
         """
-        parts = [tuple(b) if isinstance(b, (tuple, list)) else (b,) for b in batches]
-        if len(parts) != self._critic_steps_left():
+        if not isinstance(batches, Iterable):
+            raise TypeError(f"batches: expected an iterable, got {type(batches).__name__}")
+        left = self._critic_steps_left()
+        # One more is enough to know that there are too many: a whole loader is not read for that.
+        parts = [tuple(b) if isinstance(b, (tuple, list)) else (b,) for b in islice(batches, left + 1)]
+        if len(parts) != left:
+            got = f"{len(parts)} or more" if len(parts) > left else len(parts)
             raise ValueError(
-                f"batches: expected {self._critic_steps_left()}, one for each critic step up to the next generator "
-                f"step, got {len(parts)}"
+                f"batches: expected {left}, one for each critic step up to the next generator step, got {got}"
             )
-        for real, *_ in parts:
-            self._check_real(real)
+        for part in parts:
+            if not part:
+                raise ValueError("batches: expected real samples and their conditions, got an empty tuple")
+            self._check_real(part[0])
         unconditional = all(len(part) == 1 for part in parts)
         looking = self.critic_iterations < PROBED_STEPS or (unconditional and self._generator_is_unknown())
         uneven = self.world > 1 and len({len(real) for real, *_ in parts}) > 1
@@ -515,7 +560,8 @@ class Trainer:
 
         sizes = tuple(len(part) for part in parts)
         weights = tuple(self._penalty_weight(self.critic_iterations + i) for i in range(len(parts)))
-        outputs = iter(self._run(self._iteration_work, weights, sizes, *(x for part in parts for x in part)))
+        with self._undone_if_refused():
+            outputs = iter(self._run(self._iteration_work, weights, sizes, *(x for part in parts for x in part)))
         metrics = []
         for weight, (real, *_) in zip(weights, parts, strict=True):
             metrics.append(self._critic_step_done(tuple(islice(outputs, 4)), len(real), weight))
@@ -529,13 +575,14 @@ class Trainer:
         return fit(self, batches, steps, **options)
 
     @torch.no_grad()
-    def sample(self, n: int, *cond: Any, ema: bool = False) -> Tensor:
+    def sample(self, n: int, *cond: Any, ema: bool = False, seed: int | None = None) -> Tensor:
         """n samples of the generator in evaluation mode. Training goes on as if it had not been called.
 
         Args:
             n: number of samples.
             cond: conditions, passed on to the generator.
             ema: whether the generator is to have the running averages of its weights.
+            seed: of the latents and of what the generator draws, the same samples each time; None draws new ones.
 
         Returns:
             Samples [n, ...] on the networks' device.
@@ -546,12 +593,18 @@ class Trainer:
         self._check_count("n", n)
         if ema and self.ema is None:
             raise ValueError("ema: expected a trainer that was made with ema=, got one without")
-        with _evaluating(self.generator), mixing.random_kept(self.device):
-            seed = int(torch.randint(2**62, (), generator=self._sample_random, device=self.device))
+        if seed is not None:
+            functional.check_seed("seed", seed)
+        with self._undone_if_refused(), _evaluating(self.generator), mixing.random_kept(self.device):
+            random = self._sample_random
+            if seed is None:
+                seed = int(torch.randint(2**62, (), generator=random, device=self.device))
+            else:
+                random = torch.Generator(self.device).manual_seed(seed)
             if self.device.type == "cuda":
                 torch.cuda.default_generators[self.device.index].manual_seed(seed)
             torch.default_generator.manual_seed(seed)
-            z = self.latent(n, self.device) if callable(self.latent) else self._normal(n, self._sample_random)
+            z = self._given_latents(n) if callable(self.latent) else self._normal(n, random)
             fake: Tensor
             fake = functional_call(self.generator, self.averages(), (z, *cond)) if ema else self.generator(z, *cond)
             return fake
@@ -562,6 +615,22 @@ class Trainer:
 
     # Inside a step
 
+    @contextmanager
+    def _undone_if_refused(self) -> Iterator[None]:
+        """What raises uses up no latents, and keeps nothing that it found out."""
+        names = ("_fakes", "_fakes_versions", "_one_forward", "_one_generation", "_generator_looks", "_sample_dtype")
+        found = {name: getattr(self, name) for name in names}
+        streams = []
+        if self.device.type == "cpu" or not torch.cuda.is_current_stream_capturing():  # then they cannot be read
+            streams = [(random, random.get_state()) for random in (self._latent_random, self._sample_random)]
+        try:
+            yield
+        except BaseException:
+            self.__dict__.update(found)
+            for random, state in streams:
+                random.set_state(state)
+            raise
+
     def _run(self, work: Callable[..., tuple[Tensor | None, ...]], *args: Any) -> tuple[Tensor | None, ...]:
         """The device's part of a step, replayed from a graph where there is one.
 
@@ -569,6 +638,7 @@ class Trainer:
         step hook added, which no graph would call, steps run without.
         """
         self.ranks.check_current()
+        args = tuple(map(_ordinary, args))
         if self._graphs is None:
             return work(*args)
         self._device_offset.fill_(self._eps_offset)
@@ -587,7 +657,6 @@ class Trainer:
             if not callable(self.latent):
                 z = self._draw(len(real))
             fake = self._passes.generate(z, cond)
-        functional.check_samples("generator: its output", fake, self.device)
         if self._amp is not None:
             real = real.float()
         self._sample_dtype = real.dtype
@@ -600,7 +669,8 @@ class Trainer:
         both, penalty = self._passes.critic(real, fake, x, cond, together=together, weight=weight, scale=guard.scale)
         scores, penalty, nonfinite = self._check(guard, both, penalty)
         self._update(self.critic_optimizer, guard)
-        return scores, penalty, nonfinite, self._clamp() if isinstance(self.constraint, WeightClip) else None
+        saturation = self._clamp(guard.gate) if isinstance(self.constraint, WeightClip) else None
+        return scores, penalty, nonfinite, saturation
 
     def _generator_work(self, batch: int, dtype: torch.dtype | None, z: Any, *cond: Any) -> tuple[Tensor | None, ...]:
         """The device's part of a generator step: ([loss], nonfinite)."""
@@ -616,6 +686,8 @@ class Trainer:
         self, guard: Guard, scores: tuple[Tensor, ...], penalty: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Add up what the ranks have, and set the guard's gate: (score statistics, penalty statistics, nonfinite)."""
+        optimizer = self.critic_optimizer if guard is self._critic_guard else self.generator_optimizer
+        guard.dense = isinstance(optimizer, (RMSprop, Adam)) or self.world > 1
         if self.world == 1:
             statistics, nonfinite = guard.check(scores)
             return statistics, penalty, nonfinite
@@ -641,7 +713,9 @@ class Trainer:
             averaged = {p for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
         else:
             skip, factor = guard.gate.tolist()  # any optimizer may come, so the host has to know
-            if not skip:
+            if skip:
+                _Called(optimizer)()
+            else:
                 if factor != 1:
                     torch._foreach_mul_(guard.gradients(), factor)
                 optimizer.step()
@@ -686,7 +760,14 @@ class Trainer:
 
     def _given_latents(self, n: int) -> Any:
         """The caller's latents; None where they are drawn in the step."""
-        return self.latent(n, self.device) if callable(self.latent) else None
+        if not callable(self.latent):
+            return None
+        z = self.latent(n, self.device)
+        if z is None:
+            raise TypeError("latent: its result: expected latents, got None")
+        if isinstance(z, Tensor) and z.device != self.device:
+            raise ValueError(f"latent: its result: expected a tensor on {self.device}, got one on {z.device}")
+        return z
 
     def _normal(self, n: int, random: torch.Generator) -> Tensor:
         assert isinstance(self.latent, int)
@@ -715,11 +796,10 @@ class Trainer:
             z = self._draw(ahead * batch, batches=ahead)
             self._fakes_versions = mixing.versions(self.generator)
             self._fakes = self._passes.generate(z, ())
-            functional.check_samples("generator: its output", self._fakes, self.device)
             if len(self._fakes) != len(z):
-                got = tuple(self._fakes.shape)
-                self._fakes = None
-                raise ValueError(f"generator: its output: expected shape [{len(z)}, ...], got {got}")
+                raise ValueError(
+                    f"generator: its output: expected shape [{len(z)}, ...], got {tuple(self._fakes.shape)}"
+                )
         fake, self._fakes = self._fakes[:batch], self._fakes[batch:]
         return fake
 
@@ -774,8 +854,8 @@ class Trainer:
             x = real if self.constraint.at == "real" else fake
         return x.detach()
 
-    def _clamp(self) -> Tensor | None:
-        """Clamp what the optimizer's launch did not; return the share of all clamped weights on their bound."""
+    def _clamp(self, gate: Tensor) -> Tensor | None:
+        """Clamp what the optimizer's launch did not, unless the gate says no; return the share on their bound."""
         assert isinstance(self.constraint, WeightClip)
         shares, fused = [], set()
         if isinstance(self.critic_optimizer, (RMSprop, Adam)):
@@ -784,7 +864,7 @@ class Trainer:
             fused = {id(p) for params in groups for p in params if p.grad is not None}
         apart = [p for p in self._clipped if id(p) not in fused]
         if apart:
-            share = functional.clip_and_count_(apart, self.constraint.bound, self.backend)
+            share = functional.clip_and_count_(apart, self.constraint.bound, self.backend, gate)
             if share is not None:
                 shares.append(share)
         combined = functional.combine_shares(shares)
@@ -843,9 +923,10 @@ class Trainer:
         """Take up a state from :meth:`state_dict`, PyTorch's global random state included.
 
         Raises:
-            TypeError, ValueError, KeyError, RuntimeError: the state does not fit these networks and optimizers.
-                Nothing is changed then.
+            TypeError, ValueError, RuntimeError: the state does not fit these networks and optimizers. Nothing is
+                changed then.
         """
+        _check_mode()
         if not isinstance(state_dict, dict):
             raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
         before = self.state_dict()
@@ -862,8 +943,11 @@ class Trainer:
             functional.check_seed(f"state_dict: {name}", state_dict[name])
         try:
             self._restore(state_dict)
-        except BaseException:
+        except BaseException as error:
             self._restore(before)
+            of_parts = isinstance(error, (AttributeError, IndexError, KeyError, TypeError, ValueError))
+            if of_parts and not str(error).startswith("state_dict"):
+                raise ValueError(f"state_dict: expected a Trainer's state, got a damaged one: {error!r}") from error
             raise
 
     def _optimizer_names(self) -> list[str]:
@@ -943,7 +1027,7 @@ class Trainer:
 
         Raises:
             FileNotFoundError: there is no such file.
-            TypeError, ValueError, KeyError, RuntimeError: it is no checkpoint, or does not fit. Nothing is changed.
+            TypeError, ValueError, RuntimeError: it is no checkpoint, or does not fit. Nothing is changed.
         """
         content = checkpoint.load(path)
         if "trainer" not in content:

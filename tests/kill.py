@@ -25,6 +25,7 @@ from fastwgan.fit import fit
 def train(out, steps, keep, save_every=1):
     """Train up to a step, going on with what is in a directory."""
     torch.manual_seed(0)
+    random.seed(0)  # which a fork seeds anew
     networks = models.mlp([4, 8, 3]), models.mlp([3, 8, 1])
     trainer = Trainer(*networks, latent=4, constraint=GradientPenalty(), n_critic=3, backend="torch")
     batches = data.ShuffledBatches(torch.randn(20, 3), 8, seed=1)

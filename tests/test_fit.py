@@ -238,7 +238,7 @@ def test_skipped_steps_are_counted(trainer, tmp_path):
     def step(*_):
         trainer.critic_iterations += 1
         nonfinite = torch.tensor(next(numbers))
-        return Metrics(scores=torch.full((4,), math.nan if nonfinite else 2.0), nonfinite=nonfinite)
+        return Metrics(scores=torch.full((4,), math.nan if nonfinite else 2.0), nonfinite=(nonfinite,))
 
     trainer.step = step
     fit(trainer, [torch.randn(4, 10)], 5, out=tmp_path, log_every=3)
