@@ -690,7 +690,7 @@ def test_accelerate(tmp_path):
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        text = "".join((double, ACCELERATE, kept % "plain", wrapped, kept % "wrapped"))
+        text = "".join((double, ACCELERATE, kept % "plain", wrapped, kept % "wrapped", "accelerator.end_training()\n"))
         status, output, _ = torchrun(folder, text, processes=processes)
         assert status == 0, output
         assert ("DistributedDataParallel" in output) == (processes == 2)
