@@ -48,19 +48,25 @@ class Guard:
         self._reading: tuple[int, Tensor, Any] | None = None  # step, its tally on the way to the host, an event
 
     def gradients(self) -> list[Tensor]:
-        """What the last backward pass has left.
+        """What the last backward pass has left, each in memory of its own: a compiled pass may leave an expanded one.
 
         Raises:
             ValueError: nothing.
             TypeError: a sparse one, as ``nn.Embedding(sparse=True)`` makes, where they have to be dense.
         """
-        found = [(name, p.grad) for name, p in self._module.named_parameters() if p.grad is not None and p.numel()]
-        if not found:
+        gradients = []
+        for name, p in self._module.named_parameters():
+            if p.grad is None or not p.numel():
+                continue
+            if p.grad.layout != torch.strided:
+                if self.dense:
+                    raise TypeError(f"{self._name}: expected dense gradients, got {p.grad.layout} for {name}")
+            elif not is_dense(p.grad):
+                p.grad = p.grad.contiguous()
+            gradients.append(p.grad._values() if p.grad.is_sparse else p.grad)
+        if not gradients:
             raise ValueError(f"{self._name}: expected gradients of its parameters, got none")
-        for name, g in found:
-            if self.dense and g.layout != torch.strided:
-                raise TypeError(f"{self._name}: expected dense gradients, got {g.layout} for {name}")
-        return [g._values() if g.is_sparse else g for _, g in found]
+        return gradients
 
     def check(self, scores: tuple[Tensor, ...] = ()) -> tuple[Tensor | None, Tensor]:
         """Look at all gradients, and set the gate.
@@ -75,7 +81,7 @@ class Guard:
         gradients, scores = self.gradients(), tuple(x.detach() for x in scores)
         if resolve(self._backend, self._device) == "triton":
             self._kernel = self._kernel or kernels.guard.Guard()
-            dense = [g if is_dense(g) else g.contiguous() for g in gradients]
+            dense = [g if is_dense(g) else g.contiguous() for g in gradients]  # the values of sparse ones may not be
             found = self._kernel.launch(dense, scores, self._tally, self.gate, self._scale)
             return found[:-1] if scores else None, found[-1]
         if self._device.type == "cpu" and self._scale is None and _finite(gradients):

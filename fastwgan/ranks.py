@@ -6,6 +6,7 @@ without gradients need no care. Each rank's part of latents and eps is its part 
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,13 +26,17 @@ def _place() -> tuple[int, int]:
 class Ranks:
     """The process group that PyTorch has been initialised with, or a single process.
 
+    Args:
+        device: of this rank, where it is not the process's current one; nccl carries all things by way of it.
+
     Attributes:
         rank: of this process, 0 being the one that writes files.
         world: number of processes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         self.rank, self.world = _place()
+        self._device = device
 
     def backend(self, device: torch.device) -> str:
         """What carries tensors of a device: "nccl", "gloo" or another; "none" for a single process."""
@@ -94,7 +99,9 @@ class Ranks:
         if self.world == 1:
             return [content]
         contents: list[Any] = [None] * self.world
-        dist.all_gather_object(contents, content)
+        on_gpu = self._device is not None and self._device.type == "cuda"
+        with torch.cuda.device(self._device) if on_gpu else nullcontext():
+            dist.all_gather_object(contents, content)
         return contents
 
     def sum_(self, gradients: Sequence[Tensor], measured: Tensor) -> Tensor:

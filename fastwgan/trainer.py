@@ -104,7 +104,8 @@ class Trainer:
             GPU the host does not wait for the verdict, so the error comes some steps late.
         max_skipped: see ``nonfinite``.
 
-    Under ``torch.distributed`` every process gives its own part of each batch, all of one size, in the order of ranks.
+    Under ``torch.distributed``, initialised before the trainer is made, every process makes the same trainer, takes the
+    same steps, and gives its own part of each batch, all of one size, in the order of ranks.
     Weights and seed are rank 0's, gradients are averaged, metrics are of the whole batch, and latents and eps are each
     rank's part of what one process would draw: N ranks with batches B / N train as one does with batch B, but for
     layers like BatchNorm, whose batch is the rank's own. Networks are passed without DistributedDataParallel, or in it.
@@ -172,7 +173,7 @@ class Trainer:
         self.n_critic = n_critic
         self.last_checkpoint: str | None = None
         self._amp, self.pack = amp, pack
-        self.ranks = Ranks()
+        self.ranks = Ranks(self.device)
         self.rank, self.world = self.ranks.rank, self.ranks.world
         self.ranks.agree(shapes("generator", generator) | shapes("critic", critic) | settings)
         self.ranks.broadcast_([x for m in (generator, critic) for x in (*m.parameters(), *m.buffers())])
