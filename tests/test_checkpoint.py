@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -92,33 +93,34 @@ def test_only_what_a_killed_run_left_is_cleaned(tmp_path):
 # Disks that are full
 
 
-@pytest.fixture
-def limited():
-    """Files of at most so many bytes; a write beyond is the OSError that a full disk gives."""
+@contextmanager
+def limited(most):
+    """Files of at most so many bytes; a write beyond is the OSError that a full disk gives. Not around pytest's own."""
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("most", [0, 700, 100_000, 400_500])
 @pytest.mark.parametrize("keep", [1, 2])
-def test_a_full_disk_leaves_the_old_file(most, keep, tmp_path, limited):
+def test_a_full_disk_leaves_the_old_file(most, keep, tmp_path):
     save_newest(tmp_path, {"n": 1}, step=1, keep=keep)
     before = names(tmp_path)
-    limited(most)
-    with pytest.raises(OSError, match="File too large"):
+    with pytest.raises(OSError, match="File too large"), limited(most):
         save_newest(tmp_path, {"w": torch.zeros(100_000)}, step=2, keep=keep)
     assert names(tmp_path) == before
     assert checkpoint.load(tmp_path / "last.pt")["n"] == 1
 
 
-def test_a_full_disk_leaves_the_old_export(tmp_path, limited):
+def test_a_full_disk_leaves_the_old_export(tmp_path):
     path = tmp_path / "critic.safetensors"
     path.write_text("old")
-    limited(1000)
-    with pytest.raises(OSError, match="(?i)file too large"):
+    with pytest.raises(OSError, match="(?i)file too large"), limited(1000):
         export_safetensors(nn.Linear(100, 100), path)
     assert path.read_text() == "old"
     assert names(tmp_path) == [path.name]
