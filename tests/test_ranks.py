@@ -667,12 +667,13 @@ def test_accelerate(tmp_path):
     double = "import torch\ntorch.set_default_dtype(torch.float64)\n"
     kept = "torch.save([trainer.critic_iterations, trainer.critic.state_dict()], f'{trainer.rank} %s.pt')\n"
     wrapping = "generator, critic = accelerator.prepare(generator, critic)\nprint(type(critic))\ntrainer ="
-    wrapped = ACCELERATE.replace("trainer =", wrapping)
+    plain, end = ACCELERATE.removesuffix("accelerator.end_training()\n"), "accelerator.end_training()\n"
+    wrapped = plain.replace("trainer =", wrapping)
     states = {}
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        text = "".join((double, ACCELERATE, kept % "plain", wrapped, kept % "wrapped", "accelerator.end_training()\n"))
+        text = "".join((double, plain, kept % "plain", wrapped, kept % "wrapped", end))
         status, output, _ = torchrun(folder, text, processes=processes)
         assert status == 0, output
         assert ("DistributedDataParallel" in output) == (processes == 2)
