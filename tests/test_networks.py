@@ -5,6 +5,8 @@ import warnings
 
 import pytest
 import torch
+from test_graphs import batches, graphed  # noqa: F401 - graphed is a fixture
+from test_passes import traced_only  # noqa: F401 - a fixture
 from test_trainer import assert_same_state, quietly, weights
 from torch import nn
 
@@ -12,6 +14,7 @@ from fastwgan import Adam, GradientPenalty, RMSprop, Trainer, WeightClip, models
 
 F32, F64 = torch.float32, torch.float64
 CONSTRAINTS = {"clip": WeightClip(0.05), "penalty": GradientPenalty()}
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit")  # the compiler's own
 
 
 @pytest.fixture(params=["triton", "torch"])
@@ -152,6 +155,47 @@ def test_packs_in_step_share_a_forward(constraint, backend):
     calls.clear()
     trainer.critic_step(torch.randn(8, 10))
     assert calls == [8] + [4] * (constraint == "penalty")
+
+
+def test_packs_in_graphs(graphed):  # noqa: F811
+    """Steps and whole iterations: each draws its eps where the one before has left off."""
+    runs = []
+    for cuda_graph, whole in ((False, False), (True, False), (True, True)):
+        torch.manual_seed(0)
+        trainer = Trainer(
+            nn.Sequential(nn.Linear(6, 10), nn.BatchNorm1d(10)).to(graphed), Packed(2).to(graphed), latent=6, pack=2,
+            constraint=GradientPenalty(), n_critic=2, backend="triton", cuda_graph=cuda_graph,
+        )  # fmt: skip
+        data = batches(graphed, (10,), 12)
+        metrics = []
+        for i in range(0, 12, 2):
+            pair = data[i : i + 2]
+            metrics += trainer.iteration(pair) if whole else [trainer.step(real) for real in pair]
+        assert trainer.state_dict()["eps_offset"] == 12 * 4
+        runs.append((trainer, [m.penalty.item() for m in metrics]))
+    for trainer, penalties in runs[1:]:
+        assert penalties == pytest.approx(runs[0][1], rel=1e-4)
+        torch.testing.assert_close(weights(trainer.critic), weights(runs[0][0].critic), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("traced_only")
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16])
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_packs_and_another_dtype_compiled(constraint, dtype):
+    runs = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        trainer = Trainer(
+            Deep().to(dtype), Packed(2), latent=6, pack=2, constraint=CONSTRAINTS[constraint], n_critic=1,
+            backend="torch", compile=compiled,
+        )  # fmt: skip
+        metrics = trainer.step(torch.randn(8, 10, generator=torch.Generator().manual_seed(1)))
+        parameters = [*trainer.critic.parameters(), *trainer.generator.parameters()]
+        runs.append((metrics.as_dict(), [p.grad.float() for p in parameters]))
+    (expected, gradients), (actual, found) = runs
+    assert actual == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    for a, e in zip(found, gradients, strict=True):
+        torch.testing.assert_close(a, e, rtol=2e-2 if dtype != F32 else 1e-4, atol=1e-5)
 
 
 def test_batches_that_are_no_whole_packs_are_refused():
