@@ -94,14 +94,16 @@ class Trainer:
             keeps all Python numbers that a network's forward reads: if they change over time, say False.
         amp: torch.bfloat16 or torch.float16 to run the networks under autocast in it, or None. Weights, gradients,
             penalty and statistics stay float32. With float16 each network has a loss scale, which starts at 65536, is
-            halved where gradients overflow (that step is left out) and doubled after 2000 steps without.
+            halved where gradients overflow (that step is left out, as the first few may be) and doubled after 2000
+            steps without.
         ema: decay in [0, 1) of a running average of the generator's weights, kept in its update's launch, or None.
         pack: how many samples, one after the other in the batch, the critic gives one score for. The penalty is then
             of a pack.
         nonfinite: what to do about gradients that are infinite or NaN. They never enter a weight or an optimizer's
             state: such a step is left out whole. "raise" raises FloatingPointError at the first, "skip" after
             ``max_skipped`` in a row; so does "raise" with float16, where steps are left out to find a loss scale. On a
-            GPU the host does not wait for the verdict, so the error comes some steps late.
+            GPU the host does not wait for the verdict, so the error comes some steps late. What a forward pass itself
+            writes to, as BatchNorm to its running averages, is written to all the same.
         max_skipped: see ``nonfinite``.
 
     Under ``torch.distributed``, initialised before the trainer is made, every process makes the same trainer, takes the
