@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from fastwgan import functional
+from fastwgan import functional, graphs
 from fastwgan.backend import DTYPES, Backend
 from fastwgan.constraints import GradientPenalty, WeightClip
-from fastwgan.graphs import device_problem
 from fastwgan.optim import Adam, RMSprop
 
 __all__ = ["Called", "check_arguments", "check_count", "check_mode", "has_hooks", "momentum", "shapes", "take_over"]
@@ -84,7 +83,7 @@ def check_arguments(
     _check_scheduler("generator_scheduler", generator_scheduler, generator_optimizer)
     if isinstance(constraint, WeightClip):
         _check_clip(constraint, critic, critic_optimizer)
-    if cuda_graph is True and (problem := device_problem(next(iter(devices)))):
+    if cuda_graph is True and (problem := graphs.device_problem(next(iter(devices)))):
         raise RuntimeError(f"cuda_graph: True was asked for, but {problem}")
 
 

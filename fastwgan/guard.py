@@ -17,6 +17,7 @@ from fastwgan.functional import is_dense
 __all__ = ["Guard"]
 
 FIRST_SCALE = 65536.0  # GradScaler's
+TALLY = 9  # numbers; reference.guard_ says which
 PATIENCE = 20  # steps in a row that a loss scale may take to come down
 
 
@@ -39,13 +40,13 @@ class Guard:
     def __init__(self, name: str, module: nn.Module, backend: Backend, *, limit: int, scaled: bool) -> None:
         self._name, self._module, self._backend, self._limit = name, module, backend, limit
         self._device = next(module.parameters()).device
-        self._tally = torch.zeros(6, dtype=torch.int64, device=self._device)
+        self._tally = torch.zeros(TALLY, dtype=torch.int64, device=self._device)
         self.gate = torch.tensor([0.0, 1.0], device=self._device)
         self._scale = torch.tensor([FIRST_SCALE, 0.0], device=self._device) if scaled else None
         self.scale = None if self._scale is None else self._scale[0]
         self.dense = True
         self._kernel: Any = None
-        self._reading: tuple[int, Tensor, Any] | None = None  # step, its tally on the way to the host, an event
+        self._reading: tuple[Tensor, Any] | None = None  # a tally on the way to the host, and the event of its arrival
 
     def gradients(self) -> list[Tensor]:
         """What the last backward pass has left, each in memory of its own: a compiled pass may leave an expanded one.
@@ -86,6 +87,7 @@ class Guard:
             return found[:-1] if scores else None, found[-1]
         if self._device.type == "cpu" and self._scale is None and _finite(gradients):
             self._tally[0], self._tally[2], self.gate[0] = 0, 0, 0
+            self._tally[4] += 1
         else:
             reference.guard_(gradients, self._tally, self.gate, self._scale)
         means = reference.score_statistics(*scores[:1], *scores[-1:]) if scores else None
@@ -93,11 +95,10 @@ class Guard:
             means = -means[:1]
         return means, self._tally[0].clone()
 
-    def watch(self, step: int, checkpoint: str | None) -> None:
+    def watch(self, checkpoint: str | None) -> None:
         """Raise if too many steps in a row were left out, as far as the host knows by now. Does not wait.
 
         Args:
-            step: the number of the step that has just been launched.
             checkpoint: where the last one is, for the message.
 
         Raises:
@@ -106,30 +107,32 @@ class Guard:
         if kernels is not None and kernels.arrival.capturing(self._device):
             return
         if self._device.type == "cpu":
-            self._judge(step, self._tally, checkpoint)
+            self._judge(self._tally, checkpoint)
             return
-        if self._reading is not None:
-            of, tally, event = self._reading
+        if self._reading is None:
+            tally, event = torch.empty_like(self._tally, device="cpu", pin_memory=True), torch.cuda.Event()  # type: ignore
+        else:
+            tally, event = self._reading
             if not event.query():
                 return
-            self._judge(of, tally, checkpoint)
-        else:
-            tally, event = torch.empty(6, dtype=torch.int64, pin_memory=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._judge(tally, checkpoint)
         tally.copy_(self._tally, non_blocking=True)
         event.record()
-        self._reading = (step, tally, event)
+        self._reading = (tally, event)
 
-    def _judge(self, step: int, tally: Tensor, checkpoint: str | None) -> None:
-        count, first, in_a_row, *_ = tally.tolist()
-        if in_a_row > self._limit:
-            self._reading = None
-            steps = f"step {step}" if in_a_row == 1 else f"the {in_a_row} steps up to {step}"
-            names = [name for name, p in self._module.named_parameters() if p.grad is not None and p.numel()]
-            saved = f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"
-            raise FloatingPointError(
-                f"{self._name}: {steps} had gradients that are not finite, first in {names[first]} ({count} "
-                f"elements in all); such steps have changed no weight and no optimizer state; {saved}"
-            )
+    def _judge(self, tally: Tensor, checkpoint: str | None) -> None:
+        _, first, _, _, _, last, longest, *_ = tally.tolist()
+        if longest <= self._limit:
+            return
+        self._reading = None
+        self._tally[6] = 0  # who goes on all the same hears of the next row
+        steps = f"step {last}" if longest == 1 else f"{longest} steps in a row up to {last}"
+        names = [name for name, p in self._module.named_parameters() if p.grad is not None and p.numel()]
+        saved = f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"
+        raise FloatingPointError(
+            f"{self._name}: {steps} had gradients that are not finite, first in {names[first]}; such steps change no "
+            f"weight and no optimizer state; {saved}"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"tally": self._tally, "scale": self._scale}

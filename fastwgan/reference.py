@@ -286,8 +286,9 @@ def guard_(gradients: list[Tensor], tally: Tensor, gate: Tensor, scale: Tensor |
 
     Args:
         gradients: of the network, loss scale included.
-        tally: [6] int64, written: of this step, how many elements were infinite or NaN; the first tensor that had one,
-            as of the last step with any; steps left out in a row, and in all; two that stay 0.
+        tally: [9] int64, written: how many elements of this step were infinite or NaN; the first tensor that had one,
+            as of the last step with any; steps left out in a row up to now, and in all; steps looked at; the last one
+            left out; the longest row; two that stay 0.
         gate: [2] float32, written: 1 to leave the step out, else 0; what gradients are to be multiplied by.
         scale: [2] float32, or None: the loss scale, and how many steps it has served. It is halved after a step left
             out and doubled after 2000 in a row that were not. Micikevicius et al., arXiv 1710.03740.
@@ -298,6 +299,9 @@ def guard_(gradients: list[Tensor], tally: Tensor, gate: Tensor, scale: Tensor |
     tally[1] = torch.where(skip, (counts > 0).int().argmax(), tally[1])
     tally[2] = torch.where(skip, tally[2] + 1, 0)
     tally[3] += skip
+    tally[4] += 1
+    tally[5] = torch.where(skip, tally[4], tally[5])
+    tally[6] = torch.maximum(tally[6], tally[2])
     gate[0] = skip
     if scale is not None:
         gate[1] = 1 / scale[0]

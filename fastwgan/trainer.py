@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LRScheduler
 
-from fastwgan import checkpoint, functional, mixing, passes
+from fastwgan import checkpoint, functional, graphs, mixing, passes
 from fastwgan.arguments import Called, check_arguments, check_count, check_mode, has_hooks, momentum, shapes, take_over
 from fastwgan.backend import Backend, resolve
 from fastwgan.constraints import GradientPenalty, WeightClip
-from fastwgan.graphs import Graphs, device_problem
 from fastwgan.guard import PATIENCE, Guard
 from fastwgan.metrics import Metrics
 from fastwgan.optim import Adam, RMSprop
@@ -249,10 +248,10 @@ class Trainer:
         for group in self.critic_optimizer.param_groups:
             group["clip"] = bound if all(id(p) in clipped for p in group["params"]) else None
 
-    def _make_graphs(self, wanted: bool | str) -> Graphs | None:
+    def _make_graphs(self, wanted: bool | str) -> graphs.Graphs | None:
         if wanted is False:
             return None
-        problem = device_problem(self.device)
+        problem = graphs.device_problem(self.device)
         ours = []
         for name, optimizer in self._named_optimizers().items():
             if not isinstance(optimizer, (RMSprop, Adam)):
@@ -268,7 +267,7 @@ class Trainer:
         if problem is None:
             self._device_offset = torch.zeros((), dtype=torch.int64, device=self.device)
             networks = (self.generator, self.critic)
-            return Graphs(self.device, [self._latent_random], networks, ours, required=wanted is True)
+            return graphs.Graphs(self.device, [self._latent_random], networks, ours, required=wanted is True)
         if wanted is True:
             raise RuntimeError(f"cuda_graph: True was asked for, but {problem}")
         if self.device.type == "cuda":
@@ -321,7 +320,7 @@ class Trainer:
             self._eps_offset += batch // self.pack * self.world
         if self.critic_scheduler is not None:
             self.critic_scheduler.step()
-        self._critic_guard.watch(self.critic_iterations, self.last_checkpoint)
+        self._critic_guard.watch(self.last_checkpoint)
         return Metrics(scores=scores, penalty=penalty, weight=weight, saturation=saturation, nonfinite=(nonfinite,))
 
     def generator_step(self, batch_size: int, *cond: Any) -> Metrics:
@@ -355,7 +354,7 @@ class Trainer:
         self._fakes = None
         if self.generator_scheduler is not None:
             self.generator_scheduler.step()
-        self._generator_guard.watch(self.generator_iterations, self.last_checkpoint)
+        self._generator_guard.watch(self.last_checkpoint)
         return Metrics(generator_loss=loss[0], nonfinite=(nonfinite,))
 
     def step(self, real: Tensor, *cond: Any) -> Metrics:

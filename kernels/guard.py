@@ -22,10 +22,11 @@ from .table import Tables
 BLOCK = 4096
 SCORES_BLOCK = 1024
 MAX_PROGRAMS = 512  # that sum scores; also the width of the final sum
-# The tally (int64): of the last step, how many elements were not finite, and the first tensor that had one; steps left
-# out in a row, and in all; then two numbers that are zero between launches.
-NONFINITE, FIRST, IN_A_ROW, SKIPPED, COUNT, REACHED = (tl.constexpr(i) for i in range(6))
-TALLY = 6
+# The tally (int64): how many elements of the last step were not finite; the first tensor that had one, as of the last
+# step with any; steps left out in a row up to now, and in all; steps looked at; the last one left out; the longest row.
+# Then two numbers that are zero between launches.
+NONFINITE, FIRST, IN_A_ROW, SKIPPED, STEPS, LAST, LONGEST, COUNT, REACHED = (tl.constexpr(i) for i in range(9))
+TALLY = 9
 # The gate (float32): 1 to leave the step out, else 0; what gradients are to be multiplied by.
 # The loss scale (float32): the scale; how many steps in a row it has served.
 GROWTH_INTERVAL = tl.constexpr(2000)
@@ -116,10 +117,15 @@ def _guard_kernel(
             tl.store(tally_ptr + NONFINITE, nonfinite)
             last: tl.constexpr = 4 if FORM == "critic" else 1 if FORM == "generator" else 0
             tl.store(stats_ptr + last, nonfinite.to(stats_ptr.dtype.element_ty))
-            tl.store(tally_ptr + IN_A_ROW, tl.where(skip, tl.load(tally_ptr + IN_A_ROW) + 1, 0))
+            row = tl.where(skip, tl.load(tally_ptr + IN_A_ROW) + 1, 0)
+            step = tl.load(tally_ptr + STEPS) + 1
+            tl.store(tally_ptr + IN_A_ROW, row)
             tl.store(tally_ptr + SKIPPED, tl.load(tally_ptr + SKIPPED) + skip.to(tl.int64))
+            tl.store(tally_ptr + STEPS, step)
+            tl.store(tally_ptr + LONGEST, tl.maximum(tl.load(tally_ptr + LONGEST), row))
             if skip:
                 tl.store(tally_ptr + FIRST, tensors - reached)
+                tl.store(tally_ptr + LAST, step)
             tl.store(tally_ptr + COUNT, 0)
             tl.store(tally_ptr + REACHED, 0)
             tl.store(gate_ptr, skip.to(tl.float32))

@@ -44,7 +44,7 @@ def graphed(device, monkeypatch):
     Recorded.made = 0
     if device.type == "cpu":
         monkeypatch.setattr(graphs, "Capture", Recorded)
-        monkeypatch.setattr(trainer_module, "device_problem", lambda device: None)
+        monkeypatch.setattr(graphs, "device_problem", lambda device: None)
     else:
         capture = graphs.Capture.capture
 
