@@ -78,7 +78,8 @@ def _processes(name: str | None) -> Iterator[torch.device]:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     yield device
-    dist.destroy_process_group()  # not after an error, when the others may wait for this one
+    dist.barrier()  # not after an error, when the others may wait for this one
+    dist.destroy_process_group()
 
 
 def _prepare(
@@ -352,6 +353,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = args.run(args)
         sys.stdout.flush()
+        if dist.is_torchelastic_launched():
+            sys.stderr.flush()
+            os._exit(status)  # PyTorch's threads now and then abort an interpreter that shuts down round them
         return status
     except BrokenPipeError:  # the reader has seen enough, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

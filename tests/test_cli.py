@@ -119,6 +119,50 @@ def test_backends_train_to_the_same_weights(constraint, tmp_path):
         assert (a - b).norm() <= 1e-5 * b.norm()
 
 
+def torchrun(*args):
+    """Two processes of `fastwgan` under PyTorch's launcher."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastwgan"]
+    env = ENV | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [*command, *map(str, args)], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - ignored in the background
+    )  # fmt: skip
+
+
+def test_two_processes_train_as_one_does(tmp_path):
+    """And go on from a checkpoint. One writes, and tells of it."""
+    common = ("train", "--data", "gaussians8", "--constraint", "clip", "--ema", "0.9", "--keep", 2, "--save-every", 20)
+    for steps, resume in ((30, []), (60, ["--resume"])):
+        run = torchrun(*common, "--steps", steps, "--out", tmp_path / "two", *resume)
+        output, errors = run.communicate(timeout=120)
+        assert run.returncode == 0, errors
+        assert output.count(f"step {steps} (") == 1
+    fastwgan(*common, "--steps", 60, "--out", tmp_path / "one")
+    assert len(list((tmp_path / "two").glob("step-*.pt"))) == 2
+    one, two = (checkpoint.load(tmp_path / name / "last.pt")["trainer"] for name in ("one", "two"))
+    for name in ("generator", "critic", "ema"):
+        # RMSprop makes a full step of a gradient that is rounding alone; test_ranks.py compares in float64.
+        weights = [torch.cat([x.flatten() for x in state[name].values()]) for state in (one, two)]
+        assert (weights[1] - weights[0]).norm() <= 0.02 * weights[0].norm()
+    logs = [read_log(tmp_path / name) for name in ("one", "two")]
+    assert float(logs[1][0]["wasserstein"]) == pytest.approx(float(logs[0][0]["wasserstein"]), abs=1e-4)
+
+
+def test_a_process_that_dies_ends_the_run(tmp_path):
+    """With an error, and a checkpoint that is whole."""
+    out = tmp_path / "run"
+    run = torchrun("train", "--data", "gaussians8", "--steps", 10**9, "--save-every", 1, "--out", out)
+    while not (out / "last.pt").exists():
+        assert run.poll() is None, run.communicate()[1]
+        time.sleep(0.1)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode != 0
+    assert "Signal 9 (SIGKILL)" in errors
+    assert checkpoint.load(out / "last.pt")["trainer"]["critic_iterations"] >= 1
+
+
 def test_ctrl_c_saves_and_exits(tmp_path):
     out = tmp_path / "run"
     with subprocess.Popen(
