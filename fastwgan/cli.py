@@ -39,7 +39,8 @@ def _problems() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise _UserError(f"{error}; pip install 'fastwgan[train]' has what this command needs") from error
+        extra = "train,tensorboard" if "tensorboard" in str(error) else "train"
+        raise _UserError(f"{error}; pip install 'fastwgan[{extra}]' has what this command needs") from error
     except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
         raise _UserError(str(error)) from error
 
