@@ -361,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (_UserError, files.BadDataError, OSError) as error:
+    except (_UserError, files.BadDataError, FloatingPointError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

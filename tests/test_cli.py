@@ -119,6 +119,16 @@ def test_backends_train_to_the_same_weights(constraint, tmp_path):
         assert (a - b).norm() <= 1e-5 * b.norm()
 
 
+def test_numbers_that_go_bad_end_the_run_in_a_line(tmp_path):
+    np.save(tmp_path / "huge.npy", np.full((300, 2), 3e38, np.float32))
+    common = ("train", "--data", f"npy:{tmp_path / 'huge.npy'}", "--backend", "torch", "--steps", 30)
+    run = fastwgan(*common, "--out", tmp_path / "raise", code=2)
+    (line,) = (line for line in run.stderr.splitlines() if "error" in line)
+    assert re.search("critic: step 1 had gradients that are not finite, first in .*there is no checkpoint", line)
+    run = fastwgan(*common, "--nonfinite", "skip", "--out", tmp_path / "skip", code=2)
+    assert "critic: 20 steps in a row up to 20 had" in run.stderr
+
+
 def torchrun(*args):
     """Two processes of `fastwgan` under PyTorch's launcher."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastwgan"]
