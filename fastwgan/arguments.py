@@ -113,7 +113,7 @@ def _check_clip(constraint: WeightClip, critic: nn.Module, optimizer: object) ->
     for p in constraint.clipped(critic):
         functional.check_parameter("critic", p)
         functional.check_bound("bound", constraint.bound, p.dtype)
-    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.Optimizer) else ():
+    for group in optimizer.param_groups if isinstance(optimizer, (RMSprop, Adam)) else ():
         if group.get("clip") not in (None, constraint.bound):
             got = f"its clip {group['clip']} contradicts the constraint's {constraint.bound}"
             raise ValueError(f"critic_optimizer: {got}")
@@ -138,7 +138,7 @@ def take_over(optimizer: torch.optim.Optimizer, backend: Backend) -> torch.optim
     taken = ours([p for group in optimizer.param_groups for p in group["params"]], backend=backend)
     taken.param_groups, taken.state = optimizer.param_groups, optimizer.state
     for group in taken.param_groups:
-        group.setdefault("clip", None)
+        group["clip"] = None  # not the bound of another trainer, which had it before
     for p, state in taken.state.items():
         state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(p.device)
     taken._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks

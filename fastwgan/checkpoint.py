@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.serialization import config as serialization
 
 FORMAT = "fastwgan"
-VERSION = 1
+VERSION = 2
 LAST = "last.pt"
 
 __all__ = ["clean", "export_safetensors", "load", "save", "save_newest", "written"]

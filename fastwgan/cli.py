@@ -354,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = args.run(args)
         sys.stdout.flush()
-        if dist.is_torchelastic_launched():
+        if argv is None and dist.is_torchelastic_launched():
             sys.stderr.flush()
             os._exit(status)  # PyTorch's threads now and then abort an interpreter that shuts down round them
         return status

@@ -114,7 +114,9 @@ class ShuffledBatches:
 
     def _read(self, indices: Tensor) -> Tensor:
         own = indices[self._rows]
-        return self._samples[own.to(self._samples.device) if isinstance(self._samples, Tensor) else own]
+        return self._samples[
+            own.to(self._samples.device, non_blocking=True) if isinstance(self._samples, Tensor) else own
+        ]
 
     def __next__(self) -> Tensor:
         size = self._batch_size
@@ -179,7 +181,7 @@ class SampledBatches:
         return self
 
     def __next__(self) -> Tensor:
-        return self._draw(self._batch_size, self._random)[self._rows].to(self._device)
+        return self._draw(self._batch_size, self._random)[self._rows].to(self._device, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"random": self._random.get_state()}

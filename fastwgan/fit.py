@@ -5,6 +5,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def _interruptible(*, alone: bool) -> Iterator[threading.Event]:
         if alone:
             signal.signal(signal.SIGINT, before)
 
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(signal.SIGINT) or signal.SIG_DFL  # None is a handler that Python knows nothing of
     signal.signal(signal.SIGINT, handle)
     try:
         yield stop
@@ -68,7 +69,12 @@ def _check_batches(batches: object) -> None:
 
 def _endless(batches: Iterable[Any]) -> Iterator[Any]:
     """The batches over and over, as a DataLoader's epochs."""
-    while True:
+    for epoch in count():
+        sampler = getattr(batches, "sampler", None)
+        if sampler is not None and hasattr(
+            sampler, "set_epoch"
+        ):  # a DistributedSampler would have the same order again
+            sampler.set_epoch(epoch)
         empty = True
         for batch in batches:
             empty = False
@@ -88,7 +94,7 @@ def _parts(batch: Any, device: torch.device) -> list[Any]:
     for i, part in enumerate(parts):
         if isinstance(part, np.ndarray):
             try:
-                parts[i] = torch.tensor(part, device=device)
+                parts[i] = torch.tensor(part).to(device, non_blocking=True)
             except TypeError as error:
                 raise TypeError(f"batches: expected arrays of numbers, got one of dtype {part.dtype}") from error
         elif isinstance(part, Tensor):
@@ -142,7 +148,9 @@ def fit(
         trainer: the trainer; it goes on from where it is.
         batches: an iterable of samples [N, ...], or of tuples (samples, *conditions), whose tensors and arrays are
             moved to the trainer's device. It is started again when it ends. Samples at the end of a short batch that
-            fill no pack are left out. If it has ``state_dict``, as :mod:`fastwgan.data`'s have, its position is saved.
+            fill no pack are left out. If it has ``state_dict``, as :mod:`fastwgan.data`'s have, its position is saved,
+            for ``batches.load_state_dict(fastwgan.checkpoint.load(path)["data"])``. A DataLoader has none, and starts
+            anew; its sampler's ``set_epoch``, where there is one, is called with each epoch.
         steps: how many critic steps to take.
         out: a directory for ``metrics.csv``, the checkpoint ``last.pt``, and what else is asked for; None writes
             nothing.
@@ -201,8 +209,8 @@ def fit(
             return
         data = batches.state_dict() if hasattr(batches, "state_dict") else None
         content = {"trainer": trainer.full_state_dict(), "data": data, "config": config}
-        if trainer.rank == 0:
-            checkpoint.save_newest(directory, content, step=trainer.critic_iterations, keep=keep)
+        step = trainer.critic_iterations
+        trainer.ranks.once(lambda: checkpoint.save_newest(directory, content, step=step, keep=keep))
         trainer.last_checkpoint = str(directory / checkpoint.LAST)
 
     @contextmanager
@@ -274,5 +282,6 @@ def fit(
                 report()
             if sample_every is not None and trainer.critic_iterations % sample_every:
                 picture()
+        trainer.check_finite()
         save()
     return done

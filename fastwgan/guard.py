@@ -48,6 +48,10 @@ class Guard:
         self._kernel: Any = None
         self._reading: tuple[Tensor, Any] | None = None  # a tally on the way to the host, and the event of its arrival
 
+    def trained(self) -> list[nn.Parameter]:
+        """The network's parameters that are to get gradients."""
+        return [p for p in self._module.parameters() if p.requires_grad]
+
     def gradients(self) -> list[Tensor]:
         """What the last backward pass has left, each in memory of its own: a compiled pass may leave an expanded one.
 
@@ -95,18 +99,19 @@ class Guard:
             means = -means[:1]
         return means, self._tally[0].clone()
 
-    def watch(self, checkpoint: str | None) -> None:
-        """Raise if too many steps in a row were left out, as far as the host knows by now. Does not wait.
+    def watch(self, checkpoint: str | None, *, wait: bool = False) -> None:
+        """Raise if too many steps in a row were left out, as far as the host knows by now.
 
         Args:
             checkpoint: where the last one is, for the message.
+            wait: for the device, to know of all steps.
 
         Raises:
             FloatingPointError: they were.
         """
         if kernels is not None and kernels.arrival.capturing(self._device):
             return
-        if self._device.type == "cpu":
+        if wait or self._device.type == "cpu":
             self._judge(self._tally, checkpoint)
             return
         if self._reading is None:
@@ -117,7 +122,7 @@ class Guard:
                 return
             self._judge(tally, checkpoint)
         tally.copy_(self._tally, non_blocking=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         self._reading = (tally, event)
 
     def _judge(self, tally: Tensor, checkpoint: str | None) -> None:
@@ -125,7 +130,7 @@ class Guard:
         if longest <= self._limit:
             return
         self._reading = None
-        self._tally[6] = 0  # who goes on all the same hears of the next row
+        self._tally[2], self._tally[6] = 0, 0  # who goes on all the same hears of the next row
         steps = f"step {last}" if longest == 1 else f"{longest} steps in a row up to {last}"
         names = [name for name, p in self._module.named_parameters() if p.grad is not None and p.numel()]
         saved = f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"
@@ -135,7 +140,9 @@ class Guard:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tally": self._tally, "scale": self._scale}
+        tally = self._tally.clone()
+        tally[6] = tally[2]  # rows that have ended are not held against who goes on
+        return {"tally": tally, "scale": self._scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._reading = None

@@ -93,7 +93,15 @@ class Eager:
         self._constants: dict[tuple[Any, ...], Tensor] = {}
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._amp is None else torch.autocast(self._device.type, self._amp)
+        """What forward passes run under: the trainer's mixed precision, or the caller's.
+
+        Without autocast's cache, which would hold weights as they were until the outermost context ends.
+        """
+        if self._amp is not None:
+            return torch.autocast(self._device.type, self._amp, cache_enabled=False)
+        if torch.is_autocast_enabled(self._device.type):
+            return torch.autocast(self._device.type, cache_enabled=False)
+        return nullcontext()
 
     def score(self, samples: Tensor, *cond: Any) -> Tensor:
         """The critic's scores."""
@@ -141,17 +149,18 @@ class Eager:
             assert isinstance(self._constraint, GradientPenalty)
             seeds_like: Callable[[Tensor], Tensor] = self._ones_like
             if scale is not None:
-                scale = scale / (len(x) // self._pack)  # as scores are in the loss; float16 holds no 65536
-                seeds_like = scale.to(torch.float16).expand_as
+                rounded = (scale / (len(x) // self._pack)).half()  # as in the loss; float16 holds no 65536
+                seeds_like = rounded.expand_as
             gradients = functional.input_gradient(self.score, x.requires_grad_(), cond, seeds_like, self._pack)
             unscaled = gradients.detach()
             weight *= self._share
             if scale is not None:
-                unscaled = unscaled / scale
-                weight *= len(x) // self._pack
+                unscaled = unscaled / rounded.float()
             penalty, cotangent = functional.penalty_cotangent(
                 _packed(unscaled, self._pack), self._constraint.kind, self._constraint.target, weight, self._backend
             )
+            if scale is not None:
+                cotangent = cotangent * (scale / rounded.float())
             if gradients.requires_grad:
                 torch.autograd.backward([gradients], [cotangent.view(gradients.shape)], inputs=parameters)
         return scores, penalty

@@ -5,7 +5,7 @@ as well. Nothing is hooked into autograd, so penalties, several forward passes b
 without gradients need no care. Each rank's part of latents and eps is its part of what one process would have drawn.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -103,6 +103,17 @@ class Ranks:
         with torch.cuda.device(self._device) if on_gpu else nullcontext():
             dist.all_gather_object(contents, content)
         return contents
+
+    def once(self, write: Callable[[], None]) -> None:
+        """Have rank 0 call ``write``; what it raises, all ranks raise."""
+        failure: Exception | None = None
+        try:
+            if self.rank == 0:
+                write()
+        except Exception as error:  # the other ranks are to hear of it first
+            failure = error
+        for rank_0s in filter(None, self.gather(failure)):
+            raise failure or rank_0s
 
     def sum_(self, gradients: Sequence[Tensor], measured: Tensor) -> Tensor:
         """Add up the gradients of all ranks, in place; return what each rank measured.

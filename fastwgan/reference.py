@@ -291,7 +291,7 @@ def guard_(gradients: list[Tensor], tally: Tensor, gate: Tensor, scale: Tensor |
             left out; the longest row; two that stay 0.
         gate: [2] float32, written: 1 to leave the step out, else 0; what gradients are to be multiplied by.
         scale: [2] float32, or None: the loss scale, and how many steps it has served. It is halved after a step left
-            out and doubled after 2000 in a row that were not. Micikevicius et al., arXiv 1710.03740.
+            out and doubled after 2000 in a row that were not, from 1 up to 2^24. Micikevicius et al., arXiv 1710.03740.
     """
     counts = torch.stack([(~g.isfinite()).sum() for g in gradients])
     skip = counts.any()
@@ -307,7 +307,8 @@ def guard_(gradients: list[Tensor], tally: Tensor, gate: Tensor, scale: Tensor |
         gate[1] = 1 / scale[0]
         served = scale[1] + 1
         grown = served >= 2000
-        scale[0] *= torch.where(skip, 0.5, torch.where(grown, 2.0, 1.0))
+        halved, doubled = (0.5 * scale[0]).clamp(min=1.0), (2 * scale[0]).clamp(max=2.0**24)
+        scale[0] = torch.where(skip, halved, torch.where(grown, doubled, scale[0]))
         scale[1] = torch.where(skip | grown, 0, served)
 
 

@@ -109,7 +109,8 @@ class Trainer:
     same steps, and gives its own part of each batch, all of one size, in the order of ranks.
     Weights and seed are rank 0's, gradients are averaged, metrics are of the whole batch, and latents and eps are each
     rank's part of what one process would draw: N ranks with batches B / N train as one does with batch B, but for
-    layers like BatchNorm, whose batch is the rank's own. Networks are passed without DistributedDataParallel, or in it.
+    layers like BatchNorm, whose batch is the rank's own, as are its averages (a checkpoint has rank 0's). Networks are
+    passed without DistributedDataParallel, or in it. A parameter that gets no gradient gets one of zeros.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, or they do not fit together.
@@ -309,7 +310,9 @@ class Trainer:
             fake = self._fake_made_ahead(len(real), ahead) if ahead else None
             z = self._given_latents(len(real)) if fake is None else None
             outputs = self._run(self._critic_work, weight, real, fake, z, *cond)
-        return self._critic_step_done(outputs, len(real), weight)
+        metrics = self._critic_step_done(outputs, len(real), weight)
+        self._critic_guard.watch(self.last_checkpoint)
+        return metrics
 
     def _critic_step_done(self, outputs: tuple[Tensor | None, ...], batch: int, weight: float) -> Metrics:
         scores, penalty, nonfinite, saturation = outputs
@@ -320,7 +323,6 @@ class Trainer:
             self._eps_offset += batch // self.pack * self.world
         if self.critic_scheduler is not None:
             self.critic_scheduler.step()
-        self._critic_guard.watch(self.last_checkpoint)
         return Metrics(scores=scores, penalty=penalty, weight=weight, saturation=saturation, nonfinite=(nonfinite,))
 
     def generator_step(self, batch_size: int, *cond: Any) -> Metrics:
@@ -343,7 +345,9 @@ class Trainer:
         with self._undone_if_refused():
             z = self._given_latents(batch_size)
             outputs = self._run(self._generator_work, batch_size, self._sample_dtype, z, *cond)
-        return self._generator_step_done(outputs)
+        metrics = self._generator_step_done(outputs)
+        self._generator_guard.watch(self.last_checkpoint)
+        return metrics
 
     def _generator_step_done(self, outputs: tuple[Tensor | None, ...]) -> Metrics:
         loss, nonfinite = outputs
@@ -354,7 +358,6 @@ class Trainer:
         self._fakes = None
         if self.generator_scheduler is not None:
             self.generator_scheduler.step()
-        self._generator_guard.watch(self.last_checkpoint)
         return Metrics(generator_loss=loss[0], nonfinite=(nonfinite,))
 
     def step(self, real: Tensor, *cond: Any) -> Metrics:
@@ -413,7 +416,20 @@ class Trainer:
         for weight, (real, *_) in zip(weights, parts, strict=True):
             metrics.append(self._critic_step_done(tuple(islice(outputs, 4)), len(real), weight))
         metrics[-1].include(self._generator_step_done(tuple(outputs)))
+        for guard in (self._critic_guard, self._generator_guard):
+            guard.watch(self.last_checkpoint)
         return metrics
+
+    def check_finite(self) -> None:
+        """Wait for the steps taken so far, and raise what ``nonfinite`` asks for if their gradients were not finite.
+
+        Steps raise it as well, but on a GPU some steps late, so that the last ones may go unnoticed.
+
+        Raises:
+            FloatingPointError: they were not.
+        """
+        for guard in (self._critic_guard, self._generator_guard):
+            guard.watch(self.last_checkpoint, wait=True)
 
     def fit(self, batches: Iterable[Any], steps: int, **options: Any) -> int:
         """Call :meth:`step` on ``steps`` batches; see :func:`fastwgan.fit.fit` for options and result."""
@@ -538,6 +554,9 @@ class Trainer:
         if self.world == 1:
             statistics, nonfinite = guard.check(scores)
             return statistics, penalty, nonfinite
+        for p in guard.trained():
+            if p.grad is None:  # a rank that did without a parameter takes part all the same
+                p.grad = torch.zeros_like(p)
         own = functional.score_statistics(scores[0], scores[-1], self.backend)
         parts = [own] if penalty is None else [own, penalty]
         gradients = guard.gradients()
@@ -556,7 +575,10 @@ class Trainer:
         averaged: set[Tensor] = set()
         if isinstance(optimizer, (RMSprop, Adam)):
             optimizer.gate, optimizer.averages, optimizer.decay = guard.gate, averages, self.ema or 0.0
-            optimizer.step()
+            try:
+                optimizer.step()
+            finally:  # the optimizer is the caller's, too
+                optimizer.gate, optimizer.averages = None, {}
             averaged = {p for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
         else:
             skip, factor = guard.gate.tolist()  # any optimizer may come, so the host has to know
@@ -748,7 +770,12 @@ class Trainer:
                 "sample": self._sample_random.get_state(),
             },
             "world": self.world,
-            "ranks": {self.rank: {"fakes": self._fakes, **process_streams(self.device)}},
+            "ranks": {
+                self.rank: {
+                    "fakes": None if self._fakes is None else self._fakes.clone(),
+                    **process_streams(self.device),
+                }
+            },
         }
         return copy.deepcopy(state)
 
@@ -805,9 +832,9 @@ class Trainer:
             self._graphs.forget()
         self.generator.load_state_dict(state["generator"])
         self.critic.load_state_dict(state["critic"])
-        self.generator_optimizer.load_state_dict(state["generator_optimizer"])
+        self.generator_optimizer.load_state_dict(copy.deepcopy(state["generator_optimizer"]))
         clips = [group.get("clip") for group in self.critic_optimizer.param_groups]
-        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        self.critic_optimizer.load_state_dict(copy.deepcopy(state["critic_optimizer"]))
         for group, clip in zip(self.critic_optimizer.param_groups, clips, strict=True):
             if "clip" in group:
                 group["clip"] = clip  # the constraint is the trainer's, not the checkpoint's
@@ -858,14 +885,7 @@ class Trainer:
             OSError: the file cannot be written. A file that was there before is untouched.
         """
         state = self.full_state_dict()
-        failure: Exception | None = None
-        try:
-            if self.rank == 0:
-                checkpoint.save(path, {"trainer": state})
-        except Exception as error:  # the other ranks are to hear of it first
-            failure = error
-        for rank_0s in filter(None, self.ranks.gather(failure)):
-            raise failure or rank_0s
+        self.ranks.once(lambda: checkpoint.save(path, {"trainer": state}))
         self.last_checkpoint = os.fspath(path)
 
     def load(self, path: str | os.PathLike[str]) -> None:

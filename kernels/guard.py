@@ -2,7 +2,7 @@
 
 The update's launch reads the verdict from the gate, so a step with a non-finite gradient is left out whole without the
 host's knowing of it. A loss scale, where there is one, is kept in the same launch: it is halved when a gradient was not
-finite and doubled after GROWTH_INTERVAL steps without one.
+finite and doubled after GROWTH_INTERVAL steps without one, within bounds.
 
 Each gradient is read once: 4 bytes per float32 parameter. One program handles one chunk of one gradient, and a part of
 the scores; the last to arrive adds their partial sums in index order and writes the verdict.
@@ -30,6 +30,7 @@ TALLY = 9
 # The gate (float32): 1 to leave the step out, else 0; what gradients are to be multiplied by.
 # The loss scale (float32): the scale; how many steps in a row it has served.
 GROWTH_INTERVAL = tl.constexpr(2000)
+LEAST_SCALE, MOST_SCALE = tl.constexpr(1.0), tl.constexpr(2.0**24)  # beyond these it is not the scale that is wrong
 
 
 @triton.jit
@@ -134,7 +135,8 @@ def _guard_kernel(
                 served = tl.load(scale_ptr + 1) + 1
                 grown = served >= GROWTH_INTERVAL
                 tl.store(gate_ptr + 1, divide(tl.full([], 1, tl.float32), scale))
-                tl.store(scale_ptr, tl.where(skip, 0.5 * scale, tl.where(grown, 2 * scale, scale)))
+                halved, doubled = tl.maximum(0.5 * scale, LEAST_SCALE), tl.minimum(2 * scale, MOST_SCALE)
+                tl.store(scale_ptr, tl.where(skip, halved, tl.where(grown, doubled, scale)))
                 tl.store(scale_ptr + 1, tl.where(skip | grown, 0, served))
 
 

@@ -541,3 +541,18 @@ def test_packs_and_lazy_penalties_in_float16(backend):
     )  # fmt: skip
     seen = [trainer.critic_step(real).penalty is not None for _ in range(4)]
     assert seen == [True, False, True, False]
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_a_context_of_the_callers_round_many_steps_does_no_harm(amp):
+    """autocast keeps its copies of the weights until the outermost context ends, through any number of updates."""
+    runs = []
+    for outer in (False, True):
+        torch.manual_seed(0)
+        networks = models.mlp([6, 16, 10]), models.mlp([10, 16, 1])
+        trainer = Trainer(*networks, latent=6, constraint=GradientPenalty(), n_critic=2, backend="torch", amp=amp)
+        with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+            scores = [trainer.step(torch.randn(8, 10) + 1).as_dict()["real_score"] for _ in range(6)]
+        runs.append(torch.tensor(scores))
+    torch.testing.assert_close(*runs, rtol=0, atol=0.0 if amp else 0.02)
+    assert (runs[1].diff() != 0).all()

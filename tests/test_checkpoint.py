@@ -193,7 +193,7 @@ class Trap:
 def test_code_in_a_file_does_not_run(trainer, tmp_path):
     trap = Trap(tmp_path / "sprung")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(trap))
-    torch.save({"format": "fastwgan", "version": 1, "trainer": trap}, tmp_path / "zipped.pt")
+    torch.save({"format": "fastwgan", "version": 2, "trainer": trap}, tmp_path / "zipped.pt")
     torch.save(trap, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     for name in ("plain.pt", "zipped.pt", "old.pt"):
         assert_refused(trainer, tmp_path / name, "not a readable checkpoint")
@@ -205,10 +205,10 @@ def test_foreign_files_are_refused(trainer, tmp_path):
     assert_refused(trainer, tmp_path / "other.pt", "not written by fastwgan")
     torch.save([1, 2], tmp_path / "list.pt")
     assert_refused(trainer, tmp_path / "list.pt", "not written by fastwgan")
-    torch.save({"format": "fastwgan", "version": 2, "trainer": {}}, tmp_path / "newer.pt")
-    assert_refused(trainer, tmp_path / "newer.pt", "version 2, expected 1; a newer fastwgan wrote it")
+    torch.save({"format": "fastwgan", "version": 3, "trainer": {}}, tmp_path / "newer.pt")
+    assert_refused(trainer, tmp_path / "newer.pt", "version 3, expected 2; a newer fastwgan wrote it")
     torch.save({"format": "fastwgan"}, tmp_path / "unnumbered.pt")
-    assert_refused(trainer, tmp_path / "unnumbered.pt", "version None, expected 1")
+    assert_refused(trainer, tmp_path / "unnumbered.pt", "version None, expected 2")
     checkpoint.save(tmp_path / "empty.pt", {})
     assert_refused(trainer, tmp_path / "empty.pt", "holds no trainer")
     assert_refused(trainer, tmp_path, "got the directory")

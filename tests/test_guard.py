@@ -574,3 +574,56 @@ def test_a_row_that_ended_before_the_host_looked_is_told_of(device):
     with pytest.raises(FloatingPointError, match="^critic: 2 steps in a row up to 2 had"):
         watch()
     watch()  # once is enough
+
+
+def test_a_scale_stays_within_bounds(device):
+    """Bad data now and then is no fault of the scale's: it must not shrink until nothing moves, or grow to infinity."""
+    launcher, state = kernels.guard.Guard(), fresh(device, 2.0)
+    for _ in range(3):
+        assert_guards(launcher, state, [torch.tensor([math.nan], device=device)])
+    assert state[2][0] == 1
+    state[2].copy_(torch.tensor([2.0**24, 1999.0]))
+    assert_guards(launcher, state, [torch.ones(1, device=device)])
+    assert state[2].tolist() == [2.0**24, 0]
+
+
+def test_a_row_that_has_ended_is_not_held_against_a_resumed_run():
+    guards = [Guard("critic", nn.Linear(2, 1), "torch", limit=limit, scaled=False) for limit in (5, 0)]
+    critic = guards[0]._module
+    for bad in (True, False):
+        critic.weight.grad = torch.full_like(critic.weight, math.nan if bad else 1.0)
+        guards[0].check()
+    guards[1].load_state_dict(guards[0].state_dict())
+    guards[1].watch(None)
+
+
+def test_the_callers_optimizer_is_its_own_between_steps():
+    critic = nn.Linear(10, 1)
+    optimizer = RMSprop(critic.parameters())
+    trainer = Trainer(nn.Linear(6, 10), critic, latent=6, critic_optimizer=optimizer, nonfinite="skip")
+    trainer.critic_step(torch.full((8, 10), math.nan))
+    before = critic.weight.detach().clone()
+    critic.weight.grad = torch.ones_like(critic.weight)
+    optimizer.step()
+    assert not torch.equal(critic.weight, before)
+
+
+def test_a_torch_optimizer_used_again_has_no_bound_of_the_trainer_before():
+    critic = nn.Linear(10, 1)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=1e-3, betas=(0.0, 0.9))
+    quietly(Trainer, nn.Linear(6, 10), critic, latent=6, critic_optimizer=optimizer, constraint=WeightClip(0.01))
+    trainer = Trainer(nn.Linear(6, 10), critic, latent=6, critic_optimizer=optimizer, constraint=GradientPenalty())
+    trainer.critic_step(torch.randn(8, 10))
+    assert critic.weight.abs().max() > 0.02
+
+
+def test_a_state_is_not_written_to_after_it_was_loaded():
+    critic = nn.Linear(10, 1)
+    optimizer = torch.optim.AdamW(critic.parameters())
+    trainer = Trainer(nn.Linear(6, 10), critic, latent=6, critic_optimizer=optimizer, constraint=GradientPenalty())
+    trainer.critic_step(torch.randn(8, 10))
+    state = trainer.state_dict()
+    before = copy.deepcopy(state)
+    trainer.load_state_dict(state)
+    trainer.critic_step(torch.randn(8, 10))
+    assert_same_state(state, before)
