@@ -110,7 +110,7 @@ class Trainer:
     Weights and seed are rank 0's, gradients are averaged, metrics are of the whole batch, and latents and eps are each
     rank's part of what one process would draw: N ranks with batches B / N train as one does with batch B, but for
     layers like BatchNorm, whose batch is the rank's own, as are its averages (a checkpoint has rank 0's). Networks are
-    passed without DistributedDataParallel, or in it. A parameter that gets no gradient gets one of zeros.
+    passed without DistributedDataParallel, or in it.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, or they do not fit together.
@@ -554,17 +554,25 @@ class Trainer:
         if self.world == 1:
             statistics, nonfinite = guard.check(scores)
             return statistics, penalty, nonfinite
-        for p in guard.trained():
-            if p.grad is None:  # a rank that did without a parameter takes part all the same
-                p.grad = torch.zeros_like(p)
         own = functional.score_statistics(scores[0], scores[-1], self.backend)
-        parts = [own] if penalty is None else [own, penalty]
+        trained = guard.trained()
+        used = own.new_ones(len(trained))
+        without = [i for i, p in enumerate(trained) if p.grad is None]
+        for i in without:  # another rank may have used it
+            trained[i].grad = torch.zeros_like(trained[i])
+            used[i] = 0
+        parts = (own.new_full((1,), scores[-1].numel()), used, own, *([] if penalty is None else [penalty]))
         gradients = guard.gradients()
-        measured = self.ranks.sum_(gradients, torch.cat((*parts, own.new_full((1,), scores[-1].numel()))))
-        refuse_uneven("real" if len(scores) == 2 else "batch_size", measured[:, -1], gradients)
-        statistics = measured[:, :4].mean(0)
-        if penalty is not None:
-            means, least, greatest = measured[:, 4:6].mean(0), measured[:, 6].amin(), measured[:, 7].amax()
+        sizes, counts, own, *rest = torch.split(
+            self.ranks.sum_(gradients, torch.cat(parts)), [len(part) for part in parts], dim=1
+        )  # fmt: skip
+        refuse_uneven("real" if len(scores) == 2 else "batch_size", sizes, gradients)
+        for i in without:
+            if not counts[:, i].any():  # nobody has: an optimizer is not to take zeros for its gradient
+                trained[i].grad = None
+        statistics = own.mean(0)
+        if rest:
+            means, least, greatest = rest[0][:, :2].mean(0), rest[0][:, 2].amin(), rest[0][:, 3].amax()
             penalty = torch.cat((means, least[None], greatest[None]))
         _, nonfinite = guard.check()
         return statistics if len(scores) == 2 else -statistics[:1], penalty, nonfinite

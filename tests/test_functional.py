@@ -239,3 +239,15 @@ def test_bad_input_names_the_argument(op, args, options, error, name):
     with pytest.raises(error, match=f"^{name}:"):
         op(*args, **options)
     assert torch.equal(X, torch.zeros(4, 3))
+
+
+def test_a_nan_shows_in_all_statistics_of_norms(device):
+    """A maximum by itself would pass over it."""
+    x = torch.randn(5, 3, device=device)
+    x[2, 1] = torch.nan
+    for backend in ("triton", "torch"):
+        statistics, _ = functional.penalty_cotangent(x, "two-sided", 1.0, 10.0, backend)
+        assert statistics.isnan().all()
+    norms = x[:2].norm(dim=1)
+    statistics, _ = functional.penalty_cotangent(x[:2], "two-sided", 1.0, 10.0, "triton")
+    torch.testing.assert_close(statistics[1:], torch.stack((norms.mean(), norms.min(), norms.max())))

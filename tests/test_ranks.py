@@ -394,6 +394,24 @@ def check_batch_sizes():
     )
 
 
+def check_branches():
+    """Each rank's pass uses another part of the critic: the gradients that there are."""
+
+    class Critic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleList(nn.Linear(10, 1).to(F64) for _ in range(3))
+
+        def forward(self, x):
+            return self.parts[dist.get_rank()](x)
+
+    torch.manual_seed(0)
+    critic = Critic()
+    trainer = Trainer(mlp_pair()[0], critic, latent=LATENT, critic_optimizer=torch.optim.SGD(critic.parameters(), 0.1))
+    trainer.critic_step(torch.ones(4, 10, dtype=F64) * (1 + dist.get_rank()))
+    return {name: p.grad for name, p in critic.named_parameters() if p.grad is not None}
+
+
 def check_settings():
     """Trainers that differ between ranks."""
     rank = dist.get_rank()
@@ -625,6 +643,13 @@ def test_settings_that_differ_between_ranks_are_refused(two):
         assert errors[2] == f"n_critic: expected the same on all ranks, got {3 + rank} on rank {rank} and " + (
             f"{4 - rank} on rank {1 - rank}"
         )
+
+
+def test_ranks_may_use_different_parameters(two):
+    """A gradient goes to its own parameter, whoever has it; what nobody uses has none."""
+    gradients = same_on_all(two["branches"])
+    assert sorted(gradients) == [f"parts.{i}.{name}" for i in (0, 1) for name in ("bias", "weight")]
+    assert all(gradients[f"parts.{i}.weight"].abs().sum() > 0 for i in (0, 1))
 
 
 def test_backend_of_a_device(two):
