@@ -19,7 +19,7 @@ TABLE = Path(__file__).with_name("mutants.md")
 RUN = "test_functional.py test_kernels.py test_optim.py test_memory.py test_matrix.py test_determinism.py"
 CODE = "test_compiled.py"  # compiles for GPUs, which takes minutes
 GRAPHS = "test_recording.py test_graphs.py"
-GUARD = "test_guard.py test_ema.py"
+GUARD = "test_guard.py test_ema.py test_amp.py"
 
 
 class Fault(NamedTuple):

@@ -653,7 +653,7 @@ FILES = [
     case("foreign", lambda path: torch.save(critic().state_dict(), path),
          ValueError, "path: .* was not written by fastwgan"),
     case("module", lambda path: torch.save(critic(), path), ValueError, "path: .* is not a readable checkpoint"),
-    case("newer", newer, ValueError, "path: .* has format version 99, expected 1"),
+    case("newer", newer, ValueError, "path: .* has format version 99, expected 2"),
     case("no-trainer", lambda path: torch.save({"format": "fastwgan", "version": 1, "data": {}}, path),
          ValueError, "path: .* holds no trainer"),
 ]  # fmt: skip
