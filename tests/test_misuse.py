@@ -654,7 +654,7 @@ FILES = [
          ValueError, "path: .* was not written by fastwgan"),
     case("module", lambda path: torch.save(critic(), path), ValueError, "path: .* is not a readable checkpoint"),
     case("newer", newer, ValueError, "path: .* has format version 99, expected 2"),
-    case("no-trainer", lambda path: torch.save({"format": "fastwgan", "version": 1, "data": {}}, path),
+    case("no-trainer", lambda path: torch.save({"format": "fastwgan", "version": 2, "data": {}}, path),
          ValueError, "path: .* holds no trainer"),
 ]  # fmt: skip
 
