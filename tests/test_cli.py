@@ -141,21 +141,26 @@ def torchrun(*args):
 
 def test_two_processes_train_as_one_does(tmp_path):
     """And go on from a checkpoint. One writes, and tells of it."""
-    common = ("train", "--data", "gaussians8", "--constraint", "clip", "--ema", "0.9", "--keep", 2, "--save-every", 20)
-    for steps, resume in ((30, []), (60, ["--resume"])):
+    common = ("train", "--data", "gaussians8", "--constraint", "clip", "--ema", "0.9", "--keep", 2, "--save-every", 3)
+    for steps, resume in ((6, []), (10, ["--resume"])):
         run = torchrun(*common, "--steps", steps, "--out", tmp_path / "two", *resume)
         output, errors = run.communicate(timeout=120)
         assert run.returncode == 0, errors
         assert output.count(f"step {steps} (") == 1
-    fastwgan(*common, "--steps", 60, "--out", tmp_path / "one")
-    assert len(list((tmp_path / "two").glob("step-*.pt"))) == 2
+        fastwgan(*common, "--steps", steps, "--out", tmp_path / "one", *resume)
+    assert sorted(path.name for path in (tmp_path / "two").glob("step-*.pt")) == [
+        "step-000000009.pt",
+        "step-000000010.pt",
+    ]
     one, two = (checkpoint.load(tmp_path / name / "last.pt")["trainer"] for name in ("one", "two"))
+    # RMSprop makes a full step of a gradient that is rounding alone, so this is loose; test_ranks.py has float64.
     for name in ("generator", "critic", "ema"):
-        # RMSprop makes a full step of a gradient that is rounding alone; test_ranks.py compares in float64.
         weights = [torch.cat([x.flatten() for x in state[name].values()]) for state in (one, two)]
-        assert (weights[1] - weights[0]).norm() <= 0.02 * weights[0].norm()
+        assert (weights[1] - weights[0]).norm() <= 0.05 * weights[0].norm()
     logs = [read_log(tmp_path / name) for name in ("one", "two")]
-    assert float(logs[1][0]["wasserstein"]) == pytest.approx(float(logs[0][0]["wasserstein"]), abs=1e-4)
+    assert [row["step"] for row in logs[1]] == ["6", "10"]
+    for rows in zip(*logs, strict=True):
+        assert float(rows[1]["wasserstein"]) == pytest.approx(float(rows[0]["wasserstein"]), rel=0.01)
 
 
 def test_a_process_that_dies_ends_the_run(tmp_path):
