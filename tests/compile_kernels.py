@@ -199,7 +199,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
         "test compares it, so that a change in generated code shows in review. Each cell: registers per thread / bytes",
         "of shared memory / widest access in bits / machine instructions, of the whole program, per element that one",
         "thread handles of a block. The update's program holds a second, masked path for tensor ends, and counts it.",
-        "Nothing spills: a test sees to it, for these and all other specialisations.",
+        "In float32 nothing spills: a test sees to it, for these and all other specialisations.",
         "",
         "| kernel | dtype | " + " | ".join(TARGETS) + " |",
         "|---" * (2 + len(TARGETS)) + "|",
