@@ -31,7 +31,8 @@ def check_count(name: str, value: object) -> int:
 def check_arguments(
     generator: nn.Module, critic: nn.Module, *, latent: object, constraint: object, critic_optimizer: object,
     generator_optimizer: object, critic_scheduler: object, generator_scheduler: object, n_critic: object, seed: object,
-    amp: object, cuda_graph: object, compile: object, ema: object, pack: object, nonfinite: object, max_skipped: object,
+    amp: object, cuda_graph: object, compile: object, ema: object, blend: object, drift: object, instance_noise: object,
+    pack: object, nonfinite: object, max_skipped: object,
 ) -> None:  # fmt: skip
     """Raise TypeError, ValueError or RuntimeError, naming the argument, unless a Trainer can be made of these.
 
@@ -65,6 +66,9 @@ def check_arguments(
     if not callable(n_critic):
         check_count("n_critic", n_critic)
     functional.check_seed("seed", seed)
+    functional.check_blend(blend, drift)
+    if not callable(instance_noise):
+        functional.check_number("instance_noise", instance_noise, minimum=0)
     check_count("pack", pack)
     check_count("max_skipped", max_skipped)
     if nonfinite not in ("raise", "skip"):

@@ -72,14 +72,17 @@ class GradientPenalty:
         weight: lambda > 0.
         kind: "two-sided", "one-sided", "zero-centered" or "power"; see :func:`fastwgan.functional.penalty`.
         target: the norm wanted, >= 0.
-        at: where x lies: "interpolates" between real and fake samples, or at the "real" or "fake" ones (R1, R2).
+        at: where x lies: "interpolates" between real and fake samples, at the "real" or "fake" ones (R1, R2), or
+            "perturbed": real samples with Gaussian noise (DRAGAN).
+        noise: standard deviation of that noise, > 0, in the samples' units. DRAGAN's code takes half that of the data.
         every: compute the penalty on every k-th critic step only, with k times the weight (lazy regularisation,
             arXiv 1912.04958, appendix B).
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range.
 
-    Source: WGAN-GP, arXiv 1704.00028, equation 3.
+    Source: WGAN-GP, arXiv 1704.00028, equation 3; WGAN-LP, 1709.08894, equation 8; R1 and R2, 1801.04406, equations 9
+    and 10 (weight is gamma / 2); WGAN-div, 1712.01026, equation 9 (weight is k = 2); DRAGAN, 1705.07215, equation 3.
 
     >>> GradientPenalty(weight=1.0, kind="zero-centered", at="real").target
     1.0
@@ -88,14 +91,16 @@ class GradientPenalty:
     weight: float = 10.0
     kind: str = "two-sided"
     target: float = 1.0
-    at: Literal["interpolates", "real", "fake"] = "interpolates"
+    at: Literal["interpolates", "real", "fake", "perturbed"] = "interpolates"
     every: int = 1
+    noise: float = 0.5
 
     def __post_init__(self) -> None:
         check_number("weight", self.weight, minimum=0, exclusive=True)
         check_penalty(self.kind, self.target)
-        if self.at not in ("interpolates", "real", "fake"):
-            raise ValueError(f"at: expected 'interpolates', 'real' or 'fake', got {self.at!r}")
+        if self.at not in ("interpolates", "real", "fake", "perturbed"):
+            raise ValueError(f"at: expected 'interpolates', 'real', 'fake' or 'perturbed', got {self.at!r}")
+        check_number("noise", self.noise, minimum=0, exclusive=True)
         if isinstance(self.every, bool) or not isinstance(self.every, int):
             raise TypeError(f"every: expected an int, got {type(self.every).__name__}")
         if self.every < 1:

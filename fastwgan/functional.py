@@ -32,6 +32,7 @@ __all__ = [
     "hinge_critic_loss",
     "interpolate",
     "penalty",
+    "perturb",
     "wasserstein_loss",
 ]
 
@@ -102,6 +103,17 @@ def check_seed(name: str, seed: object) -> None:
         raise ValueError(f"{name}: expected an int in [0, 2**63), got {seed}")
 
 
+def _check_offset(offset: object, device: torch.device) -> int | Tensor:
+    """``offset`` as an int or a 0-d tensor, or an error naming it."""
+    if not isinstance(offset, Tensor):
+        check_seed("offset", offset)
+        return offset  # type: ignore[return-value]
+    if offset.dtype != torch.int64 or offset.numel() != 1 or offset.device != device:
+        got = f"{offset.dtype} {tuple(offset.shape)} on {offset.device}"
+        raise ValueError(f"offset: expected one int64 element on {device}, got {got}")
+    return offset.reshape(())
+
+
 def _apply(function: Any, *args: Any) -> Any:
     """``function.apply(*args)``, which PyTorch leaves untyped."""
     return function.apply(*args)
@@ -137,6 +149,39 @@ class _CriticLoss(_Op):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         real, fake = ctx.shapes
         return (grad / -real.numel()).expand(real), (grad / fake.numel()).expand(fake)
+
+
+class _BlendedLoss(_Op):
+    """The loss on scores ``a`` and, for the critic, ``b``: shapes of both, flat in the kernel."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor | None, blend: float, drift: float, differentiable: bool) -> tuple[Tensor, Tensor]:
+        wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+        loss, _, slopes = kernels.objective.objective(a, b, blend, drift, slopes=wide if differentiable else None)
+        return loss, slopes
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        a, b, ctx.blend, ctx.drift, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(a, b, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None, None
+        a, b, slopes = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a graph is asked for, and the kernel's slopes have none
+            parts = [reference.score_slopes(a, -1, blend=ctx.blend, drift=ctx.drift, weight=1.0)]
+            if b is not None:
+                parts.append(reference.score_slopes(b, 1, blend=ctx.blend, drift=0.0, weight=1.0))
+        else:
+            parts = list(torch.split(slopes, [a.numel(), slopes.numel() - a.numel()]))
+        grads = [
+            (grad * part.view(x.shape)).to(x.dtype) for x, part in zip((a, b), parts, strict=False) if x is not None
+        ]
+        return grads[0], grads[1] if b is not None else None, None, None, None
 
 
 class _GeneratorLoss(_Op):
@@ -187,12 +232,23 @@ class _HingeCriticLoss(_Op):
         return ~(real >= 1) * (real_grad / -real.numel()), ~(fake <= -1) * (fake_grad / fake.numel())
 
 
-def critic_loss(real_scores: Tensor, fake_scores: Tensor, *, backend: Backend = "auto") -> Tensor:
+def check_blend(blend: object, drift: object = 0.0) -> None:
+    """Raise unless ``blend`` is a number in [0, 1] and ``drift`` a finite one >= 0."""
+    if check_number("blend", blend, minimum=0) > 1:
+        raise ValueError(f"blend: expected a number in [0, 1], got {blend}")
+    check_number("drift", drift, minimum=0)
+
+
+def critic_loss(
+    real_scores: Tensor, fake_scores: Tensor, *, blend: float = 0.0, drift: float = 0.0, backend: Backend = "auto"
+) -> Tensor:
     """The critic's loss, mean(fake_scores) - mean(real_scores): minus the Wasserstein estimate.
 
     Args:
         real_scores: D(real), any shape, e.g. [N], [N, 1] or [N, 1, H, W].
         fake_scores: D(fake), any shape; dtype and device as ``real_scores``.
+        blend: alpha in [0, 1], the share of the GAN's loss, mean(softplus(fake)) + mean(softplus(-real)), in it.
+        drift: what mean(real_scores^2) is added with, which keeps scores near zero; >= 0, in 1 / score.
         backend: see :mod:`fastwgan.backend`.
 
     Returns:
@@ -201,23 +257,38 @@ def critic_loss(real_scores: Tensor, fake_scores: Tensor, *, backend: Backend = 
     Raises:
         TypeError, ValueError: an argument is not a floating tensor, is empty, or they do not match.
 
-    Source: WGAN, arXiv 1701.07875, Algorithm 1, line 5 (which ascends; this is to be descended).
+    Source: WGAN, arXiv 1701.07875, Algorithm 1, line 5 (which ascends; this is to be descended). The GAN's loss:
+    arXiv 1406.2661; the drift term: arXiv 1710.10196, appendix A.1.
 
     >>> critic_loss(torch.tensor([3.0, 1.0]), torch.tensor([0.5]))
     tensor(-1.5000)
+    >>> critic_loss(torch.tensor([3.0, 1.0]), torch.tensor([0.5]), drift=0.1)
+    tensor(-1.)
     """
     _check_scores_pair(real_scores, fake_scores)
+    check_blend(blend, drift)
     if resolve(backend, real_scores.device) == "torch":
-        return reference.critic_loss(real_scores, fake_scores)
-    loss: Tensor = _apply(_CriticLoss, real_scores, fake_scores)
+        return reference.critic_loss(real_scores, fake_scores, blend=blend, drift=drift)
+    loss: Tensor
+    if blend or drift:
+        loss, _ = _apply(
+            _BlendedLoss, real_scores, fake_scores, blend, drift, _differentiable(real_scores, fake_scores)
+        )
+    else:
+        loss = _apply(_CriticLoss, real_scores, fake_scores)
     return loss
 
 
-def generator_loss(fake_scores: Tensor, *, backend: Backend = "auto") -> Tensor:
+def _differentiable(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def generator_loss(fake_scores: Tensor, *, blend: float = 0.0, backend: Backend = "auto") -> Tensor:
     """The generator's loss, -mean(fake_scores).
 
     Args:
         fake_scores: D(G(z)), any shape.
+        blend: alpha in [0, 1], the share of the GAN's non-saturating loss, mean(softplus(-fake)), in it.
         backend: see :mod:`fastwgan.backend`.
 
     Returns:
@@ -226,15 +297,20 @@ def generator_loss(fake_scores: Tensor, *, backend: Backend = "auto") -> Tensor:
     Raises:
         TypeError, ValueError: ``fake_scores`` is not a floating tensor or is empty.
 
-    Source: WGAN, arXiv 1701.07875, Algorithm 1, line 10.
+    Source: WGAN, arXiv 1701.07875, Algorithm 1, line 10; the GAN's, arXiv 1406.2661, section 3.
 
     >>> generator_loss(torch.tensor([3.0, 1.0]))
     tensor(-2.)
     """
     _check_tensor("fake_scores", fake_scores)
+    check_blend(blend)
     if resolve(backend, fake_scores.device) == "torch":
-        return reference.generator_loss(fake_scores)
-    loss: Tensor = _apply(_GeneratorLoss, fake_scores)
+        return reference.generator_loss(fake_scores, blend=blend)
+    loss: Tensor
+    if blend:
+        loss, _ = _apply(_BlendedLoss, fake_scores, None, blend, 0.0, _differentiable(fake_scores))
+    else:
+        loss = _apply(_GeneratorLoss, fake_scores)
     return loss
 
 
@@ -303,6 +379,103 @@ def score_statistics(real_scores: Tensor, fake_scores: Tensor, backend: Backend)
     return statistics  # type: ignore[no-any-return]
 
 
+def objective(
+    real_scores: Tensor | None, fake_scores: Tensor, *, blend: float, drift: float, weight: float,
+    scale: Tensor | None, backend: Backend,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One launch, no graph: (:func:`score_statistics`' four, or [the generator's loss]; weight * scale * d loss / d
+    scores, flat, of real scores first, in the scores' dtype). For the trainer.
+    """
+    scores = [x.detach() for x in (real_scores, fake_scores) if x is not None]
+    if resolve(backend, fake_scores.device) == "triton":
+        a, b = (*scores, None)[:2]
+        _, statistics, slopes = kernels.objective.objective(a, b, blend, drift, weight, scale, fake_scores.dtype)
+        return statistics, slopes
+    if real_scores is None:
+        kept = torch.float64 if fake_scores.dtype == torch.float64 else torch.float32
+        statistics = reference.generator_loss(fake_scores.detach().to(kept), blend=blend).reshape(1)
+    else:
+        statistics = reference.score_statistics(*scores, blend=blend, drift=drift)
+    factor = weight if scale is None else weight * scale
+    signs, drifts = (-1, 1), (drift, 0.0)
+    slopes = [
+        reference.score_slopes(x, sign, blend=blend, drift=own, weight=factor).reshape(-1)
+        for x, sign, own in zip(scores, signs, drifts, strict=False)
+    ]
+    return statistics, torch.cat(slopes).to(fake_scores.dtype)
+
+
+# Noise
+
+
+class _Perturb(_Op):
+    @staticmethod
+    def forward(x: Tensor, scale: float | Tensor, seed: int, offset: int | Tensor) -> Any:
+        return kernels.perturb.perturb(x, None, scale, seed, offset)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad, None, None, None
+
+
+def perturb(
+    x: Tensor, *, scale: float | Tensor, seed: int, offset: int | Tensor = 0, backend: Backend = "auto"
+) -> Tensor:
+    """x + scale * n with normal numbers n, drawn inside the launch: instance noise, or DRAGAN's points.
+
+    Args:
+        x: samples [N, ...].
+        scale: standard deviation of the noise, >= 0, in the samples' units; a number or a one-element float32 tensor.
+        seed, offset: sample i has the noise of (seed, offset + i); ints in [0, 2^63). ``offset`` may be a one-element
+            int64 tensor on the samples' device, which a CUDA graph reads anew at each replay.
+        backend: see :mod:`fastwgan.backend`.
+
+    Returns:
+        Samples shaped, typed and laid out like ``x``. The noise goes by the place of an element in memory, so for
+        channels_last it is another than for contiguous samples.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+
+    Source: DRAGAN, arXiv 1705.07215, equation 3; instance noise: arXiv 1701.04862.
+
+    >>> perturb(torch.zeros(2, 3), scale=0.1, seed=0).shape
+    torch.Size([2, 3])
+    """
+    _check_tensor("x", x)
+    if x.dim() == 0:
+        raise ValueError("x: expected shape [N, ...], got a 0-d tensor")
+    check_seed("seed", seed)
+    offset = _check_offset(offset, x.device)
+    if isinstance(scale, Tensor):
+        if scale.dtype != torch.float32 or scale.numel() != 1 or scale.device != x.device:
+            got = f"{scale.dtype} of shape {tuple(scale.shape)} on {scale.device}"
+            raise ValueError(f"scale: expected one float32 element on {x.device}, got {got}")
+        scale = scale.reshape(())
+    else:
+        check_number("scale", scale, minimum=0)
+    if resolve(backend, x.device) == "torch":
+        return reference.perturb(x, scale=scale, seed=seed, offset=offset)
+    out: Tensor = _apply(_Perturb, x, scale, seed, offset)
+    return out
+
+
+def perturb_both(
+    real: Tensor, fake: Tensor, *, scale: float | Tensor, seed: int, offset: int | Tensor, backend: Backend
+) -> Tensor:
+    """One launch, no graph: real and fake samples with noise, one batch [2 N, ...]. For the trainer."""
+    if resolve(backend, real.device) == "torch":
+        both = ((real, 2), (fake, 3))
+        return torch.cat(
+            [reference.perturb(x, scale=scale, seed=seed, offset=offset, stream=stream) for x, stream in both]
+        )
+    return kernels.perturb.perturb(real.detach(), fake.detach(), scale, seed, offset)  # type: ignore[no-any-return]
+
+
 # Penalty
 
 
@@ -360,14 +533,7 @@ def interpolate(
     if fake.dim() == 0:
         raise ValueError("fake: expected shape [N, ...], got a 0-d tensor")
     check_seed("seed", seed)
-    if isinstance(offset, Tensor):
-        if offset.dtype != torch.int64 or offset.numel() != 1 or offset.device != fake.device:
-            got = f"{offset.dtype} {tuple(offset.shape)} on {offset.device}"
-            raise ValueError(f"offset: expected one int64 element on {fake.device}, got {got}")
-    else:
-        check_seed("offset", offset)
-    if isinstance(offset, Tensor):
-        offset = offset.reshape(())
+    offset = _check_offset(offset, fake.device)
     if resolve(backend, fake.device) == "torch":
         return reference.interpolate(real, fake, seed=seed, offset=offset)
     out, _ = _apply(_Interpolate, real, fake, seed, offset)

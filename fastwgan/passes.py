@@ -23,6 +23,9 @@ from fastwgan.constraints import GradientPenalty, WeightClip
 
 __all__ = ["Compiled", "Eager"]
 
+Scores = tuple[Tensor, ...]
+Noise = tuple[float | Tensor, int, int | Tensor]  # scale, seed and offset; see functional.perturb
+
 NO_GRAPH = "its output: expected to depend on its parameters, got one without a graph"
 
 
@@ -44,19 +47,24 @@ def is_batched(cond: Any, batch: int) -> bool:
     return isinstance(cond, Tensor) and cond.dim() > 0 and len(cond) == batch
 
 
-def scores_of_both(
-    critic: Callable[..., Tensor], real: Tensor, fake: Tensor, cond: tuple[Any, ...], pack: int
-) -> Tensor:
-    """The scores of real and fake samples from one forward pass, real ones first."""
-    twice = (torch.cat((c, c)) if is_batched(c, len(real)) else c for c in cond)
-    scores = critic(torch.cat((real, fake)), *twice)
-    functional.check_scores("critic", scores, 2 * len(real), pack)
+def scores_of_both(critic: Callable[..., Tensor], both: Tensor, cond: tuple[Any, ...], pack: int) -> Tensor:
+    """The scores of real samples, the first half of ``both``, and fake ones from one forward pass."""
+    twice = (torch.cat((c, c)) if is_batched(c, len(both) // 2) else c for c in cond)
+    scores = critic(both, *twice)
+    functional.check_scores("critic", scores, len(both), pack)
     return scores
 
 
 def _packed(x: Tensor, pack: int) -> Tensor:
     """Samples [N, ...] as packs [N / pack, pack, ...]."""
     return x if pack == 1 else x.reshape(-1, pack, *x.shape[1:])
+
+
+def _noisy(x: Tensor, noise: Noise | None, backend: Backend) -> Tensor:
+    if noise is None:
+        return x
+    scale, seed, offset = noise
+    return functional.perturb(x, scale=scale, seed=seed, offset=offset, backend=backend)
 
 
 def drop_gradients(name: str, module: nn.Module) -> list[Tensor]:
@@ -70,9 +78,6 @@ def drop_gradients(name: str, module: nn.Module) -> list[Tensor]:
     return trainable  # type: ignore[return-value]
 
 
-Scores = tuple[Tensor, ...]
-
-
 class Eager:
     """The passes, op by op.
 
@@ -80,15 +85,16 @@ class Eager:
         generator, critic, constraint, backend: the trainer's.
         amp: what autocast computes in, or None.
         pack: samples to a score.
+        blend, drift: of the losses; see :func:`fastwgan.functional.critic_loss`.
         share: what the gradients are multiplied by beside the loss scale: this rank's share of the batch.
     """
 
     def __init__(
         self, generator: nn.Module, critic: nn.Module, constraint: WeightClip | GradientPenalty, backend: Backend, *,
-        amp: torch.dtype | None = None, pack: int = 1, share: float = 1.0,
+        amp: torch.dtype | None = None, pack: int = 1, blend: float = 0.0, drift: float = 0.0, share: float = 1.0,
     ) -> None:  # fmt: skip
         self._generator, self._critic, self._constraint, self._backend = generator, critic, constraint, backend
-        self._amp, self._pack, self._share = amp, pack, share
+        self._amp, self._pack, self._blend, self._drift, self._share = amp, pack, blend, drift, share
         self._device = next(critic.parameters()).device
         self._constants: dict[tuple[Any, ...], Tensor] = {}
 
@@ -123,29 +129,33 @@ class Eager:
         return self.samples(z, *cond)
 
     def critic(
-        self, real: Tensor, fake: Tensor, x: Tensor | None, cond: tuple[Any, ...], *,
-        together: bool, weight: float, scale: Tensor | None = None,
-    ) -> tuple[Scores, Tensor | None]:  # fmt: skip
-        """Gradients of the critic's loss; return ((real scores, fake scores), penalty statistics [4] or None).
+        self, samples: tuple[Tensor, ...], x: Tensor | None, cond: tuple[Any, ...], *,
+        weight: float, scale: Tensor | None = None,
+    ) -> tuple[Scores, Tensor | None, Tensor | None]:  # fmt: skip
+        """Gradients of the critic's loss.
 
         Args:
-            real, fake: samples [N, ...], without a graph.
+            samples: real and fake ones [N, ...], without a graph; or both as one batch [2 N, ...], real ones first, to
+                go through the critic in one pass.
             x: where the penalty is taken, [N, ...], or None for no penalty.
             cond: further arguments of the critic.
-            together: whether real and fake samples go through the critic in one batch.
             weight: of the penalty.
             scale: of the gradients, 0-d, or None for 1.
+
+        Returns:
+            ((real scores, fake scores), score statistics [4] if they are known by now, else None; penalty statistics
+            [4] or None).
         """
         parameters = drop_gradients("critic", self._critic)
         with torch.enable_grad():
-            roots, seeds, scores = self._scores(real, fake, cond, together, scale)
+            roots, seeds, scores, statistics = self._scores(samples, cond, scale)
             if not all(root.requires_grad for root in roots):
                 raise ValueError(f"critic: {NO_GRAPH}")
             # A backward pass of its own, which frees what the forward pass has kept before the penalty needs as much.
             torch.autograd.backward(roots, seeds, inputs=parameters)
             del roots
             if x is None:
-                return scores, None
+                return scores, statistics, None
             assert isinstance(self._constraint, GradientPenalty)
             seeds_like: Callable[[Tensor], Tensor] = self._ones_like
             if scale is not None:
@@ -163,16 +173,18 @@ class Eager:
                 cotangent = cotangent * (scale / rounded.float())
             if gradients.requires_grad:
                 torch.autograd.backward([gradients], [cotangent.view(gradients.shape)], inputs=parameters)
-        return scores, penalty
+        return scores, statistics, penalty
 
     def _ones_like(self, x: Tensor) -> Tensor:
         return self._constant(x, 1.0)
 
     def generator(
-        self, z: Any, cond: tuple[Any, ...], batch: int, dtype: torch.dtype | None = None, scale: Tensor | None = None
-    ) -> Scores:
-        """Gradients of the generator's loss; return (fake scores,). ``dtype`` is the samples' where the critic has them
-        in another than the generator's.
+        self, z: Any, cond: tuple[Any, ...], batch: int, dtype: torch.dtype | None = None, scale: Tensor | None = None,
+        noise: Noise | None = None,
+    ) -> tuple[Scores, Tensor | None]:  # fmt: skip
+        """Gradients of the generator's loss; return ((fake scores,), [loss] if it is known by now).
+
+        ``dtype`` is the samples' where the critic has them in another than the generator's; ``noise`` is put on them.
         """
         parameters = drop_gradients("generator", self._generator)
         with torch.enable_grad(), _frozen(self._critic):
@@ -181,32 +193,56 @@ class Eager:
                 raise ValueError(f"generator: its output: expected shape [{batch}, ...], got {tuple(fake.shape)}")
             if not fake.requires_grad:
                 raise ValueError(f"generator: {NO_GRAPH}")
-            scores = self.score(fake.to(dtype or fake.dtype), *cond)
+            scores = self.score(_noisy(fake.to(dtype or fake.dtype), noise, self._backend), *cond)
             functional.check_scores("critic", scores, batch, self._pack)
             if not scores.requires_grad:
                 raise ValueError(functional.NO_DEPENDENCE)
-            seed = self._seed(scores, scale, -self._share / scores.numel())
+            loss = None
+            if self._blend:
+                loss, seed = self._objective(None, scores, scale)
+                seed = seed.view(scores.shape)
+            else:
+                seed = self._seed(scores, scale, -self._share / scores.numel())
             torch.autograd.backward([scores], [seed], inputs=parameters)
-        return (scores.detach(),)
+        return (scores.detach(),), loss
+
+    def _objective(
+        self, real_scores: Tensor | None, fake_scores: Tensor, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(statistics of scores, cotangents of them all, flat), of losses whose gradients are no constants."""
+        return functional.objective(
+            real_scores, fake_scores, blend=self._blend, drift=self._drift, weight=self._share, scale=scale,
+            backend=self._backend,
+        )  # fmt: skip
 
     def _scores(
-        self, real: Tensor, fake: Tensor, cond: tuple[Any, ...], together: bool, scale: Tensor | None
-    ) -> tuple[list[Tensor], list[Tensor], Scores]:
-        """(roots of the backward pass, their cotangents, scores)."""
-        if together:
-            both = scores_of_both(self.score, real, fake, cond, self._pack)
-            value = self._share / (both.numel() // 2)
-            real_scores, fake_scores = both.detach().tensor_split(2)
-            return [both], [self._seed(both, scale, -value, value)], (real_scores, fake_scores)
+        self, samples: tuple[Tensor, ...], cond: tuple[Any, ...], scale: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor], Scores, Tensor | None]:
+        """(roots of the backward pass, their cotangents, scores, statistics of them where the cotangents' launch has
+        taken some).
+        """
+        constant = not (self._blend or self._drift)
+        if len(samples) == 1:
+            both = scores_of_both(self.score, *samples, cond, self._pack)
+            scores = both.detach().tensor_split(2)
+            if constant:
+                value = self._share / (both.numel() // 2)
+                return [both], [self._seed(both, scale, -value, value)], scores, None
+            statistics, slopes = self._objective(scores[0], scores[1], scale)
+            return [both], [slopes.view(both.shape)], scores, statistics
+        real, fake = samples
         before = real._version, fake._version
         real_scores, fake_scores = self.score(real, *cond), self.score(fake, *cond)
         if (real._version, fake._version) != before:  # another batch than the caller's from then on
             raise ValueError(functional.WRITES)
         functional.check_scores("critic", real_scores, len(real), self._pack)
         functional.check_like("critic: its output", fake_scores, "that for real samples", real_scores, shape=True)
-        value = self._share / real_scores.numel()
-        seeds = [self._seed(real_scores, scale, -value), self._seed(fake_scores, scale, value)]
-        return [real_scores, fake_scores], seeds, (real_scores.detach(), fake_scores.detach())
+        roots, scores = [real_scores, fake_scores], (real_scores.detach(), fake_scores.detach())
+        if constant:
+            value = self._share / real_scores.numel()
+            return roots, [self._seed(real_scores, scale, -value), self._seed(fake_scores, scale, value)], scores, None
+        statistics, slopes = self._objective(scores[0], scores[1], scale)
+        return roots, [part.view(real_scores.shape) for part in slopes.tensor_split(2)], scores, statistics
 
     def _seed(self, scores: Tensor, scale: Tensor | None, value: float, second_half: float | None = None) -> Tensor:
         """A constant cotangent of scores. Scaled before it is rounded, as 1 / N may be too small for float16."""
@@ -274,28 +310,36 @@ class Compiled(Eager):
 
     @torch.no_grad()
     def critic(
-        self, real: Tensor, fake: Tensor, x: Tensor | None, cond: tuple[Any, ...], *,
-        together: bool, weight: float, scale: Tensor | None = None,
-    ) -> tuple[Scores, Tensor | None]:  # fmt: skip
+        self, samples: tuple[Tensor, ...], x: Tensor | None, cond: tuple[Any, ...], *,
+        weight: float, scale: Tensor | None = None,
+    ) -> tuple[Scores, Tensor | None, Tensor | None]:  # fmt: skip
         drop_gradients("critic", self._critic)
         state = _state(self._critic)
-        gradients, scores, penalty = self._call(
-            self._trace_critic, real.shape, state, real, fake, x, cond, scale, together=together, weight=weight
+        shapes = tuple(x.shape for x in samples)
+        gradients, scores, statistics, penalty = self._call(
+            self._trace_critic, shapes, state, samples, x, cond, scale, weight=weight
         )
         self._hand_over(state[0], gradients)
-        return scores, None if x is None else penalty
+        return scores, statistics, None if x is None else penalty
 
     @torch.no_grad()
     def generator(
-        self, z: Any, cond: tuple[Any, ...], batch: int, dtype: torch.dtype | None = None, scale: Tensor | None = None
-    ) -> Scores:
+        self, z: Any, cond: tuple[Any, ...], batch: int, dtype: torch.dtype | None = None, scale: Tensor | None = None,
+        noise: Noise | None = None,
+    ) -> tuple[Scores, Tensor | None]:  # fmt: skip
         drop_gradients("generator", self._generator)
         state = _state(self._generator)
-        gradients, scores = self._call(
-            self._trace_generator, batch, state, _state(self._critic), z, cond, scale, batch=batch, dtype=dtype
+        if noise is not None:  # as tensors, for a number that changes would be compiled anew
+            size, seed, offset = noise
+            noise = (
+                torch.as_tensor(size, dtype=torch.float32, device=self._device), seed,
+                torch.as_tensor(offset, device=self._device),
+            )  # fmt: skip
+        gradients, scores, loss = self._call(
+            self._trace_generator, batch, state, _state(self._critic), z, cond, scale, noise, batch=batch, dtype=dtype
         )
         self._hand_over(state[0], gradients)
-        return (scores,)
+        return (scores,), loss
 
     @staticmethod
     def _hand_over(parameters: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
@@ -308,9 +352,9 @@ class Compiled(Eager):
         return self.samples(z, *cond)
 
     def _trace_critic(
-        self, state: State, real: Tensor, fake: Tensor, x: Tensor | None, cond: tuple[Any, ...], scale: Tensor | None,
-        *, together: bool, weight: float,
-    ) -> tuple[dict[str, Tensor], Scores, Tensor]:  # fmt: skip
+        self, state: State, samples: tuple[Tensor, ...], x: Tensor | None, cond: tuple[Any, ...], scale: Tensor | None,
+        *, weight: float,
+    ) -> tuple[dict[str, Tensor], Scores, Tensor, Tensor]:  # fmt: skip
         factor = self._share if scale is None else self._share * scale
 
         def loss(trained: dict[str, Tensor], rest: dict[str, Tensor]) -> tuple[Tensor, Any]:
@@ -318,38 +362,44 @@ class Compiled(Eager):
                 with self._autocast():
                     return functional_call(self._critic, (trained, rest), (samples, *cond))  # type: ignore[no-any-return]
 
-            if together:
-                both = scores_of_both(lambda samples, *cond: forward(samples, rest, cond), real, fake, cond, self._pack)
+            if len(samples) == 1:
+                both = scores_of_both(lambda samples, *cond: forward(samples, rest, cond), *samples, cond, self._pack)
                 real_scores, fake_scores = both[: len(both) // 2], both[len(both) // 2 :]
             else:
-                real_scores, fake_scores = forward(real, rest), forward(fake, rest)
-                functional.check_scores("critic", real_scores, len(real), self._pack)
+                real_scores, fake_scores = (forward(x, rest) for x in samples)
+                functional.check_scores("critic", real_scores, len(samples[0]), self._pack)
             scores = (real_scores.detach(), fake_scores.detach())
-            total = reference.score_statistics(real_scores, fake_scores)[3]
+            statistics = reference.score_statistics(real_scores, fake_scores, blend=self._blend, drift=self._drift)
+            total, statistics = statistics[3], statistics.detach()
             if x is None:
-                return total * factor, (scores, scores[0])
+                return total * factor, (scores, statistics, statistics)
             assert isinstance(self._constraint, GradientPenalty)
             gradients = functional.traced_input_gradient(forward, x, rest, self._pack, scale)
             penalty, _ = reference.penalty_cotangent(
                 _packed(gradients, self._pack), kind=self._constraint.kind, target=self._constraint.target
             )
-            return (total + weight * penalty[0]) * factor, (scores, penalty.detach())
+            return (total + weight * penalty[0]) * factor, (scores, statistics, penalty.detach())
 
-        gradients, (scores, penalty) = grad(loss, has_aux=True)(*state)
-        return gradients, scores, penalty
+        gradients, (scores, statistics, penalty) = grad(loss, has_aux=True)(*state)
+        return gradients, scores, statistics, penalty
 
     def _trace_generator(
-        self, state: State, critic_state: State, z: Any, cond: tuple[Any, ...], scale: Tensor | None, *,
-        batch: int, dtype: torch.dtype | None,
-    ) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
+        self, state: State, critic_state: State, z: Any, cond: tuple[Any, ...], scale: Tensor | None,
+        noise: Noise | None, *, batch: int, dtype: torch.dtype | None,
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:  # fmt: skip
         factor = self._share if scale is None else self._share * scale
 
-        def loss(trained: dict[str, Tensor], rest: dict[str, Tensor], critic_state: State) -> tuple[Tensor, Tensor]:
+        def loss(
+            trained: dict[str, Tensor], rest: dict[str, Tensor], critic_state: State
+        ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
             with self._autocast():
                 fake = functional_call(self._generator, (trained, rest), (z, *cond))
-                scores = functional_call(self._critic, critic_state, (fake.to(dtype or fake.dtype), *cond))
+                fake = _noisy(fake.to(dtype or fake.dtype), noise, self._backend)
+                scores = functional_call(self._critic, critic_state, (fake, *cond))
             functional.check_scores("critic", scores, batch, self._pack)
-            return -reference.score_statistics(scores, scores)[1] * factor, scores.detach()
+            wide = scores.to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
+            total = reference.generator_loss(wide, blend=self._blend)
+            return total * factor, (scores.detach(), total.detach().reshape(1))
 
-        gradients, scores = grad(loss, has_aux=True)(*state, critic_state)
-        return gradients, scores
+        gradients, (scores, total) = grad(loss, has_aux=True)(*state, critic_state)
+        return gradients, scores, total

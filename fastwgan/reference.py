@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 POWER = 6  # WGAN-div's exponent, arXiv 1712.01026
+STREAM = 0x57474150  # Philox's last word for uniform numbers
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -28,14 +30,30 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
 # Scores
 
 
-def critic_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
-    """mean(fake_scores) - mean(real_scores), which the critic minimises. WGAN, Algorithm 1, line 5, negated."""
-    return (_wide(fake_scores).mean() - _wide(real_scores).mean()).to(fake_scores.dtype)
+def critic_loss(real_scores: Tensor, fake_scores: Tensor, *, blend: float = 0.0, drift: float = 0.0) -> Tensor:
+    """mean(fake_scores) - mean(real_scores), which the critic minimises. WGAN, Algorithm 1, line 5, negated.
+
+    With ``blend`` that share of it is the GAN's loss, mean(log(1 + exp(fake))) + mean(log(1 + exp(-real))), of
+    arXiv 1406.2661; ``drift`` adds drift * mean(real^2), arXiv 1710.10196, appendix A.1.
+    """
+    return score_statistics(real_scores, fake_scores, blend=blend, drift=drift)[3].to(fake_scores.dtype)
 
 
-def generator_loss(fake_scores: Tensor) -> Tensor:
-    """-mean(fake_scores). WGAN, Algorithm 1, line 10."""
-    return -fake_scores.mean()
+def generator_loss(fake_scores: Tensor, *, blend: float = 0.0) -> Tensor:
+    """-mean(fake_scores). WGAN, Algorithm 1, line 10. With ``blend`` that share is mean(log(1 + exp(-fake)))."""
+    return _blended(-_wide(fake_scores), blend).mean().to(fake_scores.dtype) if blend else -fake_scores.mean()
+
+
+def _blended(x: Tensor, blend: float) -> Tensor:
+    """blend * log(1 + exp(x)) + (1 - blend) * x."""
+    return -blend * F.logsigmoid(-x) + (1 - blend) * x
+
+
+def score_slopes(scores: Tensor, sign: int, *, blend: float, drift: float, weight: float | Tensor) -> Tensor:
+    """weight * d mean(_blended(sign * scores) + drift * scores^2) / d scores, shaped like them, differentiable."""
+    x = _wide(scores)
+    slope = sign * (blend * torch.sigmoid(sign * x) + (1 - blend)) + 2 * drift * x
+    return slope * (weight / scores.numel())
 
 
 def wasserstein_loss(y_true: Tensor, y_pred: Tensor) -> Tensor:
@@ -49,11 +67,15 @@ def hinge_critic_loss(real_scores: Tensor, fake_scores: Tensor) -> tuple[Tensor,
     return real.to(real_scores.dtype), fake.to(fake_scores.dtype)
 
 
-def score_statistics(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
-    """[mean real, mean fake, mean real - mean fake, mean fake - mean real], float32 or wider."""
-    real, fake = _wide(real_scores).mean(), _wide(fake_scores).mean()
+def score_statistics(real_scores: Tensor, fake_scores: Tensor, *, blend: float = 0.0, drift: float = 0.0) -> Tensor:
+    """[mean real, mean fake, mean real - mean fake, the critic's loss], float32 or wider."""
+    wide_real, wide_fake = _wide(real_scores), _wide(fake_scores)
+    real, fake = wide_real.mean(), wide_fake.mean()
     wasserstein = real - fake
-    return torch.stack((real, fake, wasserstein, -wasserstein))
+    loss = -wasserstein
+    if blend or drift:
+        loss = _blended(wide_fake, blend).mean() + (_blended(-wide_real, blend) + drift * wide_real.square()).mean()
+    return torch.stack((real, fake, wasserstein, loss))
 
 
 # Philox
@@ -78,14 +100,55 @@ def uniform(seed: int, offset: int | Tensor, n: int, device: torch.device | str 
     The top 24 bits of Philox's first word with key ``seed`` and counter (index low, index high, 0, 0x57474150);
     the last word sets the stream apart from PyTorch's own.
     """
+    index = torch.arange(n, device=device) + offset
+    word = _words(seed, index, torch.zeros_like(index), STREAM)[0]
+    return (word >> 8).float() * 2.0**-24
+
+
+def normals(
+    seed: int, offset: int | Tensor, n: int, size: int, device: torch.device | str = "cpu", stream: int = 1
+) -> Tensor:
+    """N(0, 1), float32 [n, size]: row i depends on ``seed``, ``stream`` and ``offset + i`` alone.
+
+    Four numbers come from the four words at each counter (index low, index high, place, 0x57474150 + stream), by Box
+    and Muller (Annals of Mathematical Statistics 29, 1958) of the first two words and of the others.
+    """
+    places = torch.arange(-(-size // 4), device=device)
+    index = (torch.arange(n, device=device) + offset)[:, None].expand(n, len(places))
+    words = (_words(seed, index.reshape(-1), places.repeat(n), STREAM + stream) >> 8).float() * 2.0**-24
+    radius, angle = (-2 * (words[::2] + 2.0**-24).log()).sqrt(), 2 * math.pi * words[1::2]
+    fours = torch.stack((radius * angle.cos(), radius * angle.sin()), -1)  # [2, n * places, 2]
+    return fours.movedim(0, 1).reshape(n, -1)[:, :size]
+
+
+def _words(seed: int, index: Tensor, place: Tensor, stream: int) -> Tensor:
+    """Philox's four words [4, n] of each counter."""
     key: int | Tensor = seed
     if torch.compiler.is_compiling():
-        key = torch.full((), seed, dtype=torch.int64, device=device)  # so that another seed is no other program
-    index = torch.arange(n, device=device) + offset
-    zero = torch.zeros_like(index)
-    counter = torch.stack((index & 0xFFFFFFFF, (index >> 32) & 0xFFFFFFFF, zero, zero + 0x57474150))
-    word = philox(counter, (key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF))[0]
-    return (word >> 8).float() * 2.0**-24
+        key = torch.full((), seed, dtype=torch.int64, device=index.device)  # so that another seed is no other program
+    counter = torch.stack((index & 0xFFFFFFFF, (index >> 32) & 0xFFFFFFFF, place, torch.full_like(index, stream)))
+    return philox(counter, (key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF))
+
+
+# Noise
+
+
+def perturb(x: Tensor, *, scale: float | Tensor, seed: int, offset: int | Tensor = 0, stream: int = 1) -> Tensor:
+    """x + scale * n, n ~ N(0, 1) in the order of a sample's elements in memory. DRAGAN, arXiv 1705.07215, equation 3.
+
+    As instance noise on a critic's inputs: Arjovsky and Bottou, arXiv 1701.04862.
+    """
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    last = channels_last and not x.is_contiguous() and x.is_contiguous(memory_format=channels_last)
+    shape = x.movedim(1, -1).shape if last else x.shape
+    noise = normals(seed, offset, len(x), x[0].numel(), x.device, stream).view(shape)
+    noise = _rounded(scale) * (noise.movedim(-1, 1) if last else noise)
+    return (_wide(x) + noise.to(_wide(x).dtype)).to(x.dtype)
+
+
+def _rounded(scale: float | Tensor) -> float | Tensor:
+    """A scale as float32 holds it."""
+    return scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float32, device="cpu").item()
 
 
 # Penalty

@@ -96,6 +96,11 @@ class Trainer:
             halved where gradients overflow (that step is left out, as the first few may be) and doubled after 2000
             steps without.
         ema: decay in [0, 1) of a running average of the generator's weights, kept in its update's launch, or None.
+        blend: alpha in [0, 1]: the losses are alpha times the non-saturating GAN's and 1 - alpha times WGAN's; see
+            :func:`fastwgan.functional.critic_loss`.
+        drift: what the critic's loss has mean(D(real)^2) added with, which keeps its scores near zero; >= 0.
+        instance_noise: standard deviation of Gaussian noise on all that the critic is shown, in the samples' units, or
+            a callable of the critic iteration for one that decays. The penalty's points are of noisy samples then.
         pack: how many samples, one after the other in the batch, the critic gives one score for. The penalty is then
             of a pack.
         nonfinite: what to do about gradients that are infinite or NaN. They never enter a weight or an optimizer's
@@ -151,6 +156,9 @@ class Trainer:
         cuda_graph: bool | str = "auto",
         compile: bool = False,
         ema: float | None = None,
+        blend: float = 0.0,
+        drift: float = 0.0,
+        instance_noise: float | Callable[[int], float] = 0.0,
         pack: int = 1,
         nonfinite: str = "raise",
         max_skipped: int = PATIENCE,
@@ -160,7 +168,8 @@ class Trainer:
         settings = {
             "latent": latent, "constraint": constraint, "critic_optimizer": critic_optimizer,
             "generator_optimizer": generator_optimizer, "n_critic": n_critic, "amp": amp, "cuda_graph": cuda_graph,
-            "compile": compile, "ema": ema, "pack": pack, "nonfinite": nonfinite, "max_skipped": max_skipped,
+            "compile": compile, "ema": ema, "blend": blend, "drift": drift, "instance_noise": instance_noise,
+            "pack": pack, "nonfinite": nonfinite, "max_skipped": max_skipped,
         }  # fmt: skip
         check_arguments(
             generator, critic, seed=seed, critic_scheduler=critic_scheduler, generator_scheduler=generator_scheduler,
@@ -174,7 +183,7 @@ class Trainer:
         self.latent = latent
         self.n_critic = n_critic
         self.last_checkpoint: str | None = None
-        self._amp, self.pack = amp, pack
+        self._amp, self.pack, self.instance_noise = amp, pack, instance_noise
         self.ranks = Ranks(self.device)
         self.rank, self.world = self.ranks.rank, self.ranks.world
         self.ranks.agree(shapes("generator", generator) | shapes("critic", critic) | settings)
@@ -192,7 +201,10 @@ class Trainer:
         self._fakes: Tensor | None = None  # made ahead for the coming critic steps
         self._fakes_versions: list[int] = []  # of the generator's tensors when they were made
         kind = passes.Compiled if compile else passes.Eager
-        self._passes = kind(generator, critic, constraint, backend, amp=amp, pack=pack, share=1 / self.world)
+        self._passes = kind(
+            generator, critic, constraint, backend, amp=amp, pack=pack, blend=float(blend), drift=float(drift),
+            share=1 / self.world,
+        )  # fmt: skip
         limit = 0 if nonfinite == "raise" and amp != torch.float16 else max_skipped - 1
         self._critic_guard, self._generator_guard = (
             Guard(name, module, backend, limit=limit, scaled=amp == torch.float16)
@@ -267,6 +279,7 @@ class Trainer:
             problem = problem or f"{carrier} cannot be captured"
         if problem is None:
             self._device_offset = torch.zeros((), dtype=torch.int64, device=self.device)
+            self._device_noise = torch.zeros((), device=self.device)
             networks = (self.generator, self.critic)
             return graphs.Graphs(self.device, [self._latent_random], networks, ours, required=wanted is True)
         if wanted is True:
@@ -319,8 +332,7 @@ class Trainer:
         assert nonfinite is not None
         self.critic_iterations += 1
         self._critic_steps_due += 1
-        if weight and isinstance(self.constraint, GradientPenalty) and self.constraint.at == "interpolates":
-            self._eps_offset += batch // self.pack * self.world
+        self._eps_offset += self._numbers(batch, weight)
         if self.critic_scheduler is not None:
             self.critic_scheduler.step()
         return Metrics(scores=scores, penalty=penalty, weight=weight, saturation=saturation, nonfinite=(nonfinite,))
@@ -345,15 +357,16 @@ class Trainer:
         with self._undone_if_refused():
             z = self._given_latents(batch_size)
             outputs = self._run(self._generator_work, batch_size, self._sample_dtype, z, *cond)
-        metrics = self._generator_step_done(outputs)
+        metrics = self._generator_step_done(outputs, batch_size)
         self._generator_guard.watch(self.last_checkpoint)
         return metrics
 
-    def _generator_step_done(self, outputs: tuple[Tensor | None, ...]) -> Metrics:
+    def _generator_step_done(self, outputs: tuple[Tensor | None, ...], batch: int) -> Metrics:
         loss, nonfinite = outputs
         assert loss is not None
         assert nonfinite is not None
         self.generator_iterations += 1
+        self._eps_offset += self._numbers(batch, 0.0)
         self._critic_steps_due = 0
         self._fakes = None
         if self.generator_scheduler is not None:
@@ -404,7 +417,8 @@ class Trainer:
         unconditional = all(len(part) == 1 for part in parts)
         looking = self.critic_iterations < PROBED_STEPS or (unconditional and self._generator_is_unknown())
         uneven = self.world > 1 and len({len(real) for real, *_ in parts}) > 1
-        stepwise = looking or callable(self.latent) or self.critic_scheduler is not None or uneven
+        changing = self.critic_scheduler is not None or callable(self.instance_noise)
+        stepwise = looking or callable(self.latent) or changing or uneven
         if self._graphs is None or stepwise or len(parts) > AHEAD:
             return [self.step(*part) for part in parts]
 
@@ -415,7 +429,7 @@ class Trainer:
         metrics = []
         for weight, (real, *_) in zip(weights, parts, strict=True):
             metrics.append(self._critic_step_done(tuple(islice(outputs, 4)), len(real), weight))
-        metrics[-1].include(self._generator_step_done(tuple(outputs)))
+        metrics[-1].include(self._generator_step_done(tuple(outputs), len(parts[-1][0])))
         for guard in (self._critic_guard, self._generator_guard):
             guard.watch(self.last_checkpoint)
         return metrics
@@ -505,6 +519,8 @@ class Trainer:
         if self._graphs is None:
             return work(*args)
         self._device_offset.fill_(self._eps_offset)
+        if self.instance_noise:
+            self._device_noise.fill_(self._noise_scale())
         early = self.critic_iterations < PROBED_STEPS
         optimizers = self._named_optimizers().values()
         replaced = any(mine is not theirs for mine, theirs in zip(optimizers, self._graphs.optimizers, strict=True))
@@ -527,10 +543,18 @@ class Trainer:
             fake = fake.to(real.dtype)
         functional.check_like("generator: its output", fake, "real", real, shape=True)
         together = self._forward_at_once(real, fake, cond)
+        noise = self._noise(len(real))
+        if noise is not None:
+            scale, seed, offset = noise
+            both = functional.perturb_both(real, fake, scale=scale, seed=seed, offset=offset, backend=self.backend)
+            real, fake = both.tensor_split(2)
+        elif together:
+            both = torch.cat((real, fake))
         x = self._penalised(real, fake) if weight else None
+        samples = (both,) if together else (real, fake)
         guard = self._critic_guard
-        both, penalty = self._passes.critic(real, fake, x, cond, together=together, weight=weight, scale=guard.scale)
-        scores, penalty, nonfinite = self._check(guard, both, penalty)
+        scored, scores, penalty = self._passes.critic(samples, x, cond, weight=weight, scale=guard.scale)
+        scores, penalty, nonfinite = self._check(guard, scored, scores, penalty)
         self._update(self.critic_optimizer, guard)
         saturation = self._clamp(guard.gate) if isinstance(self.constraint, WeightClip) else None
         return scores, penalty, nonfinite, saturation
@@ -540,21 +564,27 @@ class Trainer:
         if not callable(self.latent):
             z = self._draw(batch)
         guard = self._generator_guard
-        scores = self._passes.generator(z, cond, batch, dtype, guard.scale)
-        loss, _, nonfinite = self._check(guard, scores, None)
+        scored, loss = self._passes.generator(z, cond, batch, dtype, guard.scale, self._noise(batch))
+        loss, _, nonfinite = self._check(guard, scored, loss, None)
         self._update(self.generator_optimizer, guard)
         return loss, nonfinite
 
     def _check(
-        self, guard: Guard, scores: tuple[Tensor, ...], penalty: Tensor | None
+        self, guard: Guard, scores: tuple[Tensor, ...], known: Tensor | None, penalty: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Add up what the ranks have, and set the guard's gate: (score statistics, penalty statistics, nonfinite)."""
+        """Add up what the ranks have, and set the guard's gate: (score statistics, penalty statistics, nonfinite).
+
+        ``known`` are the score statistics, if the passes have taken some.
+        """
         optimizer = self.critic_optimizer if guard is self._critic_guard else self.generator_optimizer
         guard.dense = isinstance(optimizer, (RMSprop, Adam)) or self.world > 1
         if self.world == 1:
-            statistics, nonfinite = guard.check(scores)
-            return statistics, penalty, nonfinite
-        own = functional.score_statistics(scores[0], scores[-1], self.backend)
+            statistics, nonfinite = guard.check(scores if known is None else ())
+            return statistics if known is None else known, penalty, nonfinite
+        own = known
+        if own is None:
+            own = functional.score_statistics(scores[0], scores[-1], self.backend)
+            own = own if len(scores) == 2 else -own[:1]
         trained = guard.trained()
         used = own.new_ones(len(trained))
         without = [i for i, p in enumerate(trained) if p.grad is None]
@@ -575,7 +605,7 @@ class Trainer:
             means, least, greatest = rest[0][:, :2].mean(0), rest[0][:, 2].amin(), rest[0][:, 3].amax()
             penalty = torch.cat((means, least[None], greatest[None]))
         _, nonfinite = guard.check()
-        return statistics if len(scores) == 2 else -statistics[:1], penalty, nonfinite
+        return statistics, penalty, nonfinite
 
     def _update(self, optimizer: torch.optim.Optimizer, guard: Guard) -> None:
         """A step of the optimizer and of the averages, unless the guard says no."""
@@ -615,8 +645,7 @@ class Trainer:
         outputs: list[Tensor | None] = []
         for weight, (real, *cond), fake in zip(weights, parts, fakes, strict=True):
             outputs += self._critic_work(weight, real, fake, None, *cond)
-            if weight:
-                self._device_offset += len(real) // self.pack * self.world
+            self._device_offset += self._numbers(len(real), weight)
         _, *cond = parts[-1]
         return *outputs, *self._generator_work(counts[-1], self._sample_dtype, None, *cond)
 
@@ -626,6 +655,33 @@ class Trainer:
         if not isinstance(constraint, GradientPenalty) or iteration % constraint.every:
             return 0.0
         return constraint.weight * constraint.every
+
+    def _numbers(self, batch: int, weight: float) -> int:
+        """How many indices of the streams of eps and noise a step uses up; ``weight`` is the penalty's."""
+        if self.instance_noise:
+            return batch * self.world
+        if not weight or not isinstance(self.constraint, GradientPenalty):
+            return 0
+        return {"interpolates": batch // self.pack, "perturbed": batch}.get(self.constraint.at, 0) * self.world
+
+    def _noise_scale(self) -> float:
+        """Standard deviation of the instance noise of this step."""
+        if not callable(self.instance_noise):
+            return self.instance_noise
+        scale = self.instance_noise(self.critic_iterations)
+        return functional.check_number("instance_noise: its result", scale, minimum=0)
+
+    def _noise(self, batch: int) -> passes.Noise | None:
+        """The instance noise of a step, or None."""
+        if not self.instance_noise:
+            return None
+        scale = self._noise_scale() if self._graphs is None else self._device_noise
+        return scale, self.seed, self._offset(batch)
+
+    def _offset(self, count: int) -> int | Tensor:
+        """Where this rank's ``count`` indices of the streams of eps and noise begin."""
+        offset = self._eps_offset if self._graphs is None else self._device_offset
+        return offset + self.rank * count if self.rank else offset
 
     def _critic_steps_left(self) -> int:
         """Critic steps until the next generator step, this one included."""
@@ -711,7 +767,8 @@ class Trainer:
         if self._one_forward and self.critic_iterations < PROBED_STEPS:
 
             def forward(other: Tensor) -> Tensor:
-                return passes.scores_of_both(self._passes.score, real, other, cond, self.pack)[: len(real) // self.pack]
+                both = torch.cat((real, other))
+                return passes.scores_of_both(self._passes.score, both, cond, self.pack)[: len(real) // self.pack]
 
             apart = mixing.same_beside(self.critic, forward, (fake, 1 - 2 * fake), self.device)
             self._one_forward = self.ranks.all(apart, self.device)
@@ -721,11 +778,14 @@ class Trainer:
         """The points at which the input gradient is taken."""
         assert isinstance(self.constraint, GradientPenalty)
         if self.constraint.at == "interpolates":
-            offset = self._eps_offset if self._graphs is None else self._device_offset
-            if self.rank:
-                offset = offset + self.rank * (len(real) // self.pack)
             pairs = (x if self.pack == 1 else x.reshape(-1, self.pack, *x.shape[1:]) for x in (real.detach(), fake))
+            offset = self._offset(len(real) // self.pack)
             x = functional.interpolate(*pairs, seed=self.seed, offset=offset, backend=self.backend).view(real.shape)
+        elif self.constraint.at == "perturbed":
+            x = functional.perturb(
+                real.detach(), scale=self.constraint.noise, seed=self.seed, offset=self._offset(len(real)),
+                backend=self.backend,
+            )  # fmt: skip
         else:
             x = real if self.constraint.at == "real" else fake
         return x.detach()

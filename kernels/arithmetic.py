@@ -38,6 +38,17 @@ def one_minus_power(log_base, exponent):
 
 
 @triton.jit
+def log1p_of_exp(small):
+    """log(1 + small) for small in [0, 1], with small's digits: 2 artanh(small / (2 + small)) by its series."""
+    x = divide(small, 2 + small)
+    square = x * x
+    series = square * 0
+    for i in tl.static_range(37, 0, -2):  # x is 1/3 at most, and 9^-18 is past float64
+        series = 1.0 / i + square * series
+    return 2 * x * series
+
+
+@triton.jit
 def toward(mean, value, beta, complement):
     """beta * mean + complement * value; from the nearer end, so that beta = 0 gives the value exactly."""
     change = value - mean

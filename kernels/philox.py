@@ -1,14 +1,19 @@
-"""Counter-based uniform numbers: a number is a pure function of (seed, index), so any block size draws the same.
+"""Counter-based random numbers: a number is a pure function of (seed, index), so any block size draws the same.
 
 Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is the 64-bit
-seed; the counter is (index low, index high, 0, STREAM). PyTorch's own CUDA generator uses the same cipher with a
-last counter word of 0, so equal seeds do not make ε repeat the latents.
+seed; the counter is (index low, index high, place, stream). Uniform numbers are at place 0 of STREAM, one to an index;
+normal ones, four to a place, have streams behind it. PyTorch's own CUDA generator uses the same cipher with a last
+counter word of 0, so equal seeds do not make ε repeat the latents.
 """
+
+import math
 
 import triton
 import triton.language as tl
 
 STREAM = 0x57474150
+
+TAU = tl.constexpr(2 * math.pi)
 
 
 @triton.jit
@@ -18,3 +23,26 @@ def uniform(seed, index, STREAM: tl.constexpr):
     high = ((index >> 32) & 0xFFFFFFFF).to(tl.uint32)
     word, _, _, _ = tl.philox(seed, low, high, 0, STREAM)
     return (word >> 8).to(tl.float32) * (1.0 / (1 << 24))
+
+
+@triton.jit
+def _box_muller(a, b):
+    """Two normal numbers of two words, by their top 24 bits: of u in (0, 1] and v in [0, 1)."""
+    radius = tl.sqrt_rn(-2.0 * tl.log(((a >> 8) + 1).to(tl.float32) * (1.0 / (1 << 24))))
+    angle = (b >> 8).to(tl.float32) * (TAU / (1 << 24))
+    return radius * tl.cos(angle), radius * tl.sin(angle)
+
+
+@triton.jit
+def normals(seed, index, places, stream):
+    """N(0, 1) in float32, four for each of the int32 ``places`` [n] of an int64 ``index``: [4 n].
+
+    Of the four words the first two make the first two numbers (Box and Muller, 1958), the others the rest.
+    """
+    zero = places.to(tl.uint32) * 0
+    low = zero + (index & 0xFFFFFFFF).to(tl.uint32)
+    high = zero + ((index >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    a, b, c, d = tl.philox(seed, low, high, places.to(tl.uint32), zero + stream.to(tl.uint32))
+    first, second = _box_muller(a, b)
+    third, fourth = _box_muller(c, d)
+    return tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))
