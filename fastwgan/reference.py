@@ -7,6 +7,7 @@ norm of finite gradients overflows. Arguments are not checked here but in :mod:`
 
 import math
 from collections.abc import Callable, Iterable
+from ctypes import c_float
 from typing import Any
 
 import torch
@@ -52,8 +53,8 @@ def _blended(x: Tensor, blend: float) -> Tensor:
 def score_slopes(scores: Tensor, sign: int, *, blend: float, drift: float, weight: float | Tensor) -> Tensor:
     """weight * d mean(_blended(sign * scores) + drift * scores^2) / d scores, shaped like them, differentiable."""
     x = _wide(scores)
-    slope = sign * (blend * torch.sigmoid(sign * x) + (1 - blend)) + 2 * drift * x
-    return slope * (weight / scores.numel())
+    slope = sign * (blend * torch.sigmoid(sign * x) + (1 - blend))
+    return (slope + 2 * drift * x if drift else slope) * (weight / scores.numel())
 
 
 def wasserstein_loss(y_true: Tensor, y_pred: Tensor) -> Tensor:
@@ -74,7 +75,10 @@ def score_statistics(real_scores: Tensor, fake_scores: Tensor, *, blend: float =
     wasserstein = real - fake
     loss = -wasserstein
     if blend or drift:
-        loss = _blended(wide_fake, blend).mean() + (_blended(-wide_real, blend) + drift * wide_real.square()).mean()
+        on_real = _blended(-wide_real, blend)
+        if drift:
+            on_real = on_real + drift * wide_real.square()
+        loss = _blended(wide_fake, blend).mean() + on_real.mean()
     return torch.stack((real, fake, wasserstein, loss))
 
 
@@ -106,16 +110,16 @@ def uniform(seed: int, offset: int | Tensor, n: int, device: torch.device | str 
 
 
 def normals(
-    seed: int, offset: int | Tensor, n: int, size: int, device: torch.device | str = "cpu", stream: int = 1
+    seed: int, offset: int | Tensor, n: int, size: int, *, stream: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """N(0, 1), float32 [n, size]: row i depends on ``seed``, ``stream`` and ``offset + i`` alone.
+    """N(0, 1), [n, size] in float32 or float64: row i depends on ``seed``, ``stream`` and ``offset + i`` alone.
 
     Four numbers come from the four words at each counter (index low, index high, place, 0x57474150 + stream), by Box
     and Muller (Annals of Mathematical Statistics 29, 1958) of the first two words and of the others.
     """
     places = torch.arange(-(-size // 4), device=device)
     index = (torch.arange(n, device=device) + offset)[:, None].expand(n, len(places))
-    words = (_words(seed, index.reshape(-1), places.repeat(n), STREAM + stream) >> 8).float() * 2.0**-24
+    words = (_words(seed, index.reshape(-1), places.repeat(n), STREAM + stream) >> 8).to(dtype) * 2.0**-24
     radius, angle = (-2 * (words[::2] + 2.0**-24).log()).sqrt(), 2 * math.pi * words[1::2]
     fours = torch.stack((radius * angle.cos(), radius * angle.sin()), -1)  # [2, n * places, 2]
     return fours.movedim(0, 1).reshape(n, -1)[:, :size]
@@ -141,14 +145,10 @@ def perturb(x: Tensor, *, scale: float | Tensor, seed: int, offset: int | Tensor
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     last = channels_last and not x.is_contiguous() and x.is_contiguous(memory_format=channels_last)
     shape = x.movedim(1, -1).shape if last else x.shape
-    noise = normals(seed, offset, len(x), x[0].numel(), x.device, stream).view(shape)
-    noise = _rounded(scale) * (noise.movedim(-1, 1) if last else noise)
-    return (_wide(x) + noise.to(_wide(x).dtype)).to(x.dtype)
-
-
-def _rounded(scale: float | Tensor) -> float | Tensor:
-    """A scale as float32 holds it."""
-    return scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float32, device="cpu").item()
+    wide = _wide(x)
+    noise = normals(seed, offset, len(x), x[0].numel(), stream=stream, dtype=wide.dtype, device=x.device).view(shape)
+    factor = scale if isinstance(scale, Tensor) else c_float(scale).value  # a float32 in any case
+    return (wide + factor * (noise.movedim(-1, 1) if last else noise)).to(x.dtype)
 
 
 # Penalty

@@ -28,8 +28,12 @@ def _term(x, SIGN: tl.constexpr, BLEND: tl.constexpr, DRIFT: tl.constexpr):
     small = tl.exp(-tl.abs(y))
     softplus = tl.maximum(y, 0, propagate_nan=tl.PropagateNan.ALL) + log1p_of_exp(small)
     sigmoid = divide(tl.where(y >= 0, 1, small), 1 + small)
-    value = BLEND * softplus + (1 - BLEND) * y + DRIFT * x * x
-    return value, SIGN * (BLEND * sigmoid + (1 - BLEND)) + 2 * DRIFT * x
+    value = BLEND * softplus + (1 - BLEND) * y
+    slope = SIGN * (BLEND * sigmoid + (1 - BLEND))
+    if DRIFT != 0:  # not + 0 * x, which an infinite score would turn into NaN
+        value += DRIFT * x * x
+        slope += 2 * DRIFT * x
+    return value, slope
 
 
 @triton.jit

@@ -2,10 +2,12 @@
 
 One array, or two one after the other: real and fake samples come out as the one batch that the critic scores. Arrays
 are [N, size] with dense samples; sample i takes the numbers of index offset + i, in the order in which its elements lie
-in memory. One array, the first of two, and the second have streams of their own. Numbers and their scale are float32,
-the sum float32 (float64 for float64 input). One launch reads each array once and writes as much. A program handles one
-block of one sample.
+in memory. One array, the first of two, and the second have streams of their own. Arithmetic is float32 (float64 for
+float64 input), but the scale is a float32 in any case. One launch reads each array once and writes as much. A program
+handles one block of one sample.
 """
+
+from ctypes import c_float
 
 import torch
 import triton
@@ -26,7 +28,7 @@ def _perturb_kernel(
     scale_ptr,  # [1] float32, in place of scale where SCALE_ON_DEVICE
     seed: tl.int64,
     offset: tl.int64,
-    scale,
+    scale: tl.float32,
     batch: tl.int64,  # N
     size,
     blocks,  # per sample
@@ -43,18 +45,17 @@ def _perturb_kernel(
     index = sample + offset
     if OFFSET_ON_DEVICE:
         index += tl.load(offset_ptr)
-    if SCALE_ON_DEVICE:
-        scale = tl.load(scale_ptr)
 
     first = block * BLOCK
     places = (first // 4).to(tl.int32) + tl.arange(0, BLOCK // 4)
-    noise = scale * normals(seed, index, places, STREAM + second.to(tl.int32))
     lanes = tl.arange(0, BLOCK)  # 32-bit, which spares registers
     mask = lanes < size - first
     in_ptr = tl.where(second, y_ptr, x_ptr) + sample * size + first
     x = tl.load(in_ptr + lanes, mask)
     acc = tl.float64 if x.dtype == tl.float64 else tl.float32
-    tl.store(out_ptr + row * size + first + lanes, x.to(acc) + noise.to(acc), mask)
+    factor = tl.load(scale_ptr).to(acc) if SCALE_ON_DEVICE else tl.full([], scale, acc)
+    noise = normals(seed, index, places, STREAM + second.to(tl.int32), acc)
+    tl.store(out_ptr + row * size + first + lanes, x.to(acc) + factor * noise, mask)
 
 
 def perturb(
@@ -83,7 +84,7 @@ def perturb(
         blocks = triton.cdiv(size, block)
         _perturb_kernel[(rows * blocks,)](
             x, x if y is None else y, out, offset if offset_on_device else x, scale if scale_on_device else x, seed,
-            0 if offset_on_device else offset, 0.0 if scale_on_device else scale, batch, size, blocks,
+            0 if offset_on_device else offset, 0.0 if scale_on_device else c_float(scale).value, batch, size, blocks,
             STREAM=STREAM + (1 if y is None else 2), OFFSET_ON_DEVICE=offset_on_device, SCALE_ON_DEVICE=scale_on_device,
             BLOCK=block, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

@@ -11,6 +11,8 @@ import math
 import triton
 import triton.language as tl
 
+from .arithmetic import sqrt
+
 STREAM = 0x57474150
 
 TAU = tl.constexpr(2 * math.pi)
@@ -26,16 +28,16 @@ def uniform(seed, index, STREAM: tl.constexpr):
 
 
 @triton.jit
-def _box_muller(a, b):
+def _box_muller(a, b, acc: tl.constexpr):
     """Two normal numbers of two words, by their top 24 bits: of u in (0, 1] and v in [0, 1)."""
-    radius = tl.sqrt_rn(-2.0 * tl.log(((a >> 8) + 1).to(tl.float32) * (1.0 / (1 << 24))))
-    angle = (b >> 8).to(tl.float32) * (TAU / (1 << 24))
+    radius = sqrt(-2.0 * tl.log(((a >> 8) + 1).to(acc) * (1.0 / (1 << 24))))
+    angle = (b >> 8).to(acc) * (TAU / (1 << 24))
     return radius * tl.cos(angle), radius * tl.sin(angle)
 
 
 @triton.jit
-def normals(seed, index, places, stream):
-    """N(0, 1) in float32, four for each of the int32 ``places`` [n] of an int64 ``index``: [4 n].
+def normals(seed, index, places, stream, acc: tl.constexpr):
+    """N(0, 1) in ``acc``, four for each of the int32 ``places`` [n] of an int64 ``index``: [4 n].
 
     Of the four words the first two make the first two numbers (Box and Muller, 1958), the others the rest.
     """
@@ -43,6 +45,6 @@ def normals(seed, index, places, stream):
     low = zero + (index & 0xFFFFFFFF).to(tl.uint32)
     high = zero + ((index >> 32) & 0xFFFFFFFF).to(tl.uint32)
     a, b, c, d = tl.philox(seed, low, high, places.to(tl.uint32), zero + stream.to(tl.uint32))
-    first, second = _box_muller(a, b)
-    third, fourth = _box_muller(c, d)
+    first, second = _box_muller(a, b, acc)
+    third, fourth = _box_muller(c, d, acc)
     return tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))

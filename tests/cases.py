@@ -40,6 +40,10 @@ OPS = {
     "generator_loss": _op("generator_loss", 1, per_sample=False),
     "wasserstein_loss": _op("wasserstein_loss", 2, per_sample=False),
     "hinge_critic_loss": _op("hinge_critic_loss", 2, per_sample=False),
+    "critic_loss blended": _op("critic_loss", 2, per_sample=False, blend=0.3, drift=0.01),
+    "critic_loss of a GAN": _op("critic_loss", 2, per_sample=False, blend=1.0),
+    "generator_loss blended": _op("generator_loss", 1, per_sample=False, blend=0.3),
+    "perturb": _op("perturb", 1, per_sample=True, scale=0.3, seed=11, offset=2**35),
     "interpolate": _op("interpolate", 2, per_sample=True, seed=11, offset=2**35),
     **{f"penalty {kind}": _op("penalty", 1, per_sample=True, kind=kind, target=0.7) for kind in KINDS},
 }
