@@ -38,14 +38,26 @@ def one_minus_power(log_base, exponent):
 
 
 @triton.jit
-def log1p_of_exp(small):
-    """log(1 + small) for small in [0, 1], with small's digits: 2 artanh(small / (2 + small)) by its series."""
-    x = divide(small, 2 + small)
+def log1p(x):
+    """log(1 + x) for x in [0, 1], to the last digits of a small x: what the sum rounds off is added to first order."""
+    total = 1 + x
+    return tl.log(total) + divide(x - (total - 1), total)
+
+
+@triton.jit
+def cos_and_sin_of_turns(turns):
+    """cos and sin of 2 pi turns for turns in [0, 1). A quarter of a turn is exact, so the rest is, and it is small."""
+    quarter = (4 * turns + 0.5).to(tl.int32)
+    x = (turns - 0.25 * quarter.to(turns.dtype)) * 6.283185307179586  # |x| <= pi / 4
     square = x * x
-    series = square * 0
-    for i in tl.static_range(37, 0, -2):  # x is 1/3 at most, and 9^-18 is past float64
-        series = 1.0 / i + square * series
-    return 2 * x * series
+    cos, sin = square * 0, square * 0
+    for i in tl.static_range(16, 0, -2):  # the series by Horner; 8 terms reach float64 rounding
+        cos = 1 - square * cos * (1.0 / (i * (i - 1)))
+        sin = 1 - square * sin * (1.0 / (i * (i + 1)))
+    sin *= x
+    odd = quarter % 2 == 1
+    near, far = tl.where(odd, -sin, cos), tl.where(odd, cos, sin)
+    return tl.where(quarter // 2 == 1, -near, near), tl.where(quarter // 2 == 1, -far, far)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .arithmetic import divide, log1p_of_exp, mean
+from .arithmetic import divide, log1p, mean
 from .arrival import is_last, zero
 
 BLOCK = 1024
@@ -26,7 +26,7 @@ def _term(x, SIGN: tl.constexpr, BLEND: tl.constexpr, DRIFT: tl.constexpr):
     """f(SIGN x) + DRIFT x^2 and its derivative."""
     y = SIGN * x
     small = tl.exp(-tl.abs(y))
-    softplus = tl.maximum(y, 0, propagate_nan=tl.PropagateNan.ALL) + log1p_of_exp(small)
+    softplus = tl.maximum(y, 0, propagate_nan=tl.PropagateNan.ALL) + log1p(small)
     sigmoid = divide(tl.where(y >= 0, 1, small), 1 + small)
     value = BLEND * softplus + (1 - BLEND) * y
     slope = SIGN * (BLEND * sigmoid + (1 - BLEND))
@@ -139,6 +139,7 @@ def objective(
             a, a if b is None else b, out if slopes is not None else a, loss, stats, partial,
             stats if scale is None else scale, zero(a.device), a.numel(), b_numel,
             CRITIC=b is not None, BLEND=blend, DRIFT=drift, WEIGHT=weight, SCALED=scale is not None,
-            SLOPES=slopes is not None, BLOCK=BLOCK, MAX_PROGRAMS=MAX_PROGRAMS, num_warps=4, enable_fp_fusion=True,
+            SLOPES=slopes is not None, BLOCK=BLOCK, MAX_PROGRAMS=MAX_PROGRAMS,
+            num_warps=8 if acc == torch.float64 else 4, enable_fp_fusion=True,
         )  # fmt: skip
     return loss, stats, out

@@ -86,6 +86,6 @@ def perturb(
             x, x if y is None else y, out, offset if offset_on_device else x, scale if scale_on_device else x, seed,
             0 if offset_on_device else offset, 0.0 if scale_on_device else c_float(scale).value, batch, size, blocks,
             STREAM=STREAM + (1 if y is None else 2), OFFSET_ON_DEVICE=offset_on_device, SCALE_ON_DEVICE=scale_on_device,
-            BLOCK=block, num_warps=4, enable_fp_fusion=True,
+            BLOCK=block, num_warps=8 if x.dtype == torch.float64 else 4, enable_fp_fusion=True,
         )  # fmt: skip
     return out

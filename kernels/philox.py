@@ -6,16 +6,12 @@ normal ones, four to a place, have streams behind it. PyTorch's own CUDA generat
 counter word of 0, so equal seeds do not make ε repeat the latents.
 """
 
-import math
-
 import triton
 import triton.language as tl
 
-from .arithmetic import sqrt
+from .arithmetic import cos_and_sin_of_turns, sqrt
 
 STREAM = 0x57474150
-
-TAU = tl.constexpr(2 * math.pi)
 
 
 @triton.jit
@@ -31,8 +27,8 @@ def uniform(seed, index, STREAM: tl.constexpr):
 def _box_muller(a, b, acc: tl.constexpr):
     """Two normal numbers of two words, by their top 24 bits: of u in (0, 1] and v in [0, 1)."""
     radius = sqrt(-2.0 * tl.log(((a >> 8) + 1).to(acc) * (1.0 / (1 << 24))))
-    angle = (b >> 8).to(acc) * (TAU / (1 << 24))
-    return radius * tl.cos(angle), radius * tl.sin(angle)
+    cos, sin = cos_and_sin_of_turns((b >> 8).to(acc) * (1.0 / (1 << 24)))
+    return radius * cos, radius * sin
 
 
 @triton.jit
