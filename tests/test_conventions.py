@@ -243,6 +243,7 @@ def textbook(critic, real, fake, eps):
 
 @covers(
     "`D_cost = D_fake - D_real + gp`, printed",
+    "`-D_cost`, plotted as the distance",
     "`Wasserstein_D = D_real - D_fake`, printed",
     "`errD = errD_real - errD_fake`, printed only",
     "`0.5 * np.add(d_loss_real, d_loss_fake)`, printed",
@@ -258,6 +259,8 @@ def test_what_is_printed():
     ):
         (name,) = re.findall(r"`metrics\.(\w+)`", SIGNS[row])
         assert_alike(getattr(metrics, name), theirs.detach())
+    plotted = float(metrics.wasserstein - 10 * metrics.penalty)
+    assert plotted == pytest.approx(-(d_fake - d_real + gp).item(), rel=1e-12)
     d_loss_real, d_loss_fake = k_mean(-ONES, critic(real)), k_mean(ONES, critic(fake))
     printed = 0.5 * (d_loss_real + d_loss_fake)
     assert_alike(printed, functional.critic_loss(critic(real), critic(fake), backend="torch") / 2)
@@ -287,7 +290,11 @@ def test_two_updates():
     assert same(mine, theirs, rtol=1e-3)  # to first order in the learning rate
 
 
-@covers("the same plus `10 * gp`", "Keras' `loss_weights=[1, 1, 10]`, labels -1, +1 and a dummy")
+@covers(
+    "the same plus `10 * gp`",
+    "`gradient_penalty.backward()` after the scores'",
+    "Keras' `loss_weights=[1, 1, 10]`, labels -1, +1 and a dummy",
+)
 def test_losses_with_a_penalty():
     critic = networks()[1]
     taken, _, real, fake, eps = step(constraint("the same plus `10 * gp`"))
@@ -295,6 +302,10 @@ def test_losses_with_a_penalty():
     half = 0.5 * (-critic(real).mean() + critic(fake).mean()) + 10 * gp
     assert_alike([g / 2 for g in taken], list(gradients(half, critic)))
     losses = k_mean(-ONES, critic(real)), k_mean(ONES, critic(fake)), gp
+    critic.zero_grad()
+    for loss in (*losses[:2], 10 * gp):
+        loss.backward(retain_graph=True)
+    assert_alike(step(GradientPenalty(10))[0], [p.grad for p in critic.parameters()])
     weighted = sum(weight * loss for weight, loss in zip((1, 1, 10), losses, strict=True))
     keras = "Keras' `loss_weights=[1, 1, 10]`, labels -1, +1 and a dummy"
     assert_alike(step(constraint(keras))[0], list(gradients(weighted, critic)))
@@ -458,27 +469,27 @@ def test_no_epsilon_in_the_norm():
 
 def in_your_loop(row, **names):
     """The ``gradient_penalty(...)`` that README's cell has, evaluated."""
-    (code,) = re.findall(r"in your loop, `(gradient_penalty\(.*\))`", PENALTIES[row])
+    (code,) = re.findall(r"in your loop `(gradient_penalty\(.*\))`", PENALTIES[row])
     return eval(code, {"gradient_penalty": functional.gradient_penalty, "LAMBDA": LAMBDA, "k": K} | names)
 
 
-@covers("WGAN-div, `k / 2 * mean(norm ** 6)`, x real and fake")
+@covers("WGAN-div, `k / 2 * mean(norm ** 6)` of both x")
 def test_wgan_div():
     critic = steep()
     real, fake = data(2)
     theirs = K / 2 * (input_norms(critic, real) ** 6 + input_norms(critic, fake) ** 6).mean()
-    row = "WGAN-div, `k / 2 * mean(norm ** 6)`, x real and fake"
+    row = "WGAN-div, `k / 2 * mean(norm ** 6)` of both x"
     mine = sum(in_your_loop(row, D=critic, x=x) for x in (real, fake))
     assert_alike([mine, *gradients(mine, critic)], [theirs, *gradients(theirs, critic)])
 
 
-@covers("DRAGAN, between `real` and `noisy`, real + 0.5 std u")
+@covers("DRAGAN, from `real` to `noisy`, real + 0.5 std u")
 def test_dragan():
     critic = steep()
     (real,) = data(1)
     noisy = real + 0.5 * real.std() * torch.rand_like(real)
     torch.manual_seed(5)
-    mine = in_your_loop("DRAGAN, between `real` and `noisy`, real + 0.5 std u", D=critic, real=real, noisy=noisy)
+    mine = in_your_loop("DRAGAN, from `real` to `noisy`, real + 0.5 std u", D=critic, real=real, noisy=noisy)
     torch.manual_seed(5)
     alpha = 1 - reference.uniform(int(torch.randint(2**63 - 1, ())), 0, N).double()[:, None]
     theirs = LAMBDA * ((input_norms(critic, real + alpha * (noisy - real)) - 1) ** 2).mean()
