@@ -211,8 +211,8 @@ class Eager:
     ) -> tuple[Tensor, Tensor]:
         """(statistics of scores, cotangents of them all, flat), of losses whose gradients are no constants."""
         return functional.objective(
-            real_scores, fake_scores, blend=self._blend, drift=self._drift, weight=self._share, scale=scale,
-            backend=self._backend,
+            real_scores, fake_scores, blend=self._blend, drift=0.0 if real_scores is None else self._drift,
+            weight=self._share, scale=scale, backend=self._backend,
         )  # fmt: skip
 
     def _scores(

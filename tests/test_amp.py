@@ -280,6 +280,27 @@ def test_an_overflow_halves_the_scale_and_leaves_the_step_out(constraint, backen
     assert trainer._generator_guard.scale == 65536
 
 
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_gradients_of_other_objectives_are_scaled_and_no_more(constraint, backend, device):
+    """Whatever the scale, the same step to half precision."""
+    steps = []
+    for scale in (1.0, 1024.0):
+        trainer = scaled_trainer(
+            backend, constraint, device, blend=0.5, drift=0.1, instance_noise=0.25, nonfinite="skip"
+        )
+        start = torch.cat((weights(trainer.critic), weights(trainer.generator)))
+        for guard in (trainer._critic_guard, trainer._generator_guard):
+            guard.scale.fill_(scale)
+        for _ in range(2):
+            metrics = trainer.step(torch.linspace(-1, 1, 80, device=device).view(8, 10))
+            assert metrics.nonfinite == 0
+        states = [*trainer.critic_optimizer.state.values(), *trainer.generator_optimizer.state.values()]
+        squares = [state["square_avg" if constraint == "clip" else "exp_avg_sq"] for state in states]
+        steps.append(torch.cat([x.flatten() for x in squares]).sqrt())
+        assert not torch.equal(torch.cat((weights(trainer.critic), weights(trainer.generator))), start)
+    assert (steps[0] - steps[1]).norm() <= 0.02 * steps[1].norm()
+
+
 def test_a_scale_that_comes_down_for_too_long_raises(backend, device):
     trainer, real = scaled_trainer(backend, device=device, max_skipped=5), torch.randn(8, 10, device=device)
     trainer._critic_guard.scale.fill_(2.0**60)

@@ -109,6 +109,33 @@ def test_graphed_steps_are_the_eager_ones(constraint, pair, graphed):
     assert torch.equal(trainer._latent_random.get_state(), eager._latent_random.get_state())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"blend": 0.3, "drift": 0.01, "constraint": GradientPenalty()},
+        {"instance_noise": lambda iteration: 0.3 / (1 + iteration), "constraint": WeightClip(0.05)},
+        {"instance_noise": 0.1, "constraint": GradientPenalty(at="perturbed")},
+    ],
+)
+def test_other_objectives_in_graphs(options, graphed):
+    """New noise in each replay, of the scale that is asked for by then, in steps and in whole iterations."""
+    runs = []
+    for cuda_graph in (False, True):
+        trainer, shape = made(graphed, cuda_graph, **options)
+        data = batches(graphed, shape, 24)
+        metrics = [trainer.step(real) for real in data[:12]]
+        for i in range(12, 24, 2):
+            metrics += trainer.iteration(data[i : i + 2])
+        runs.append((trainer, [m.as_dict() for m in metrics]))
+    (eager, expected), (trainer, actual) = runs
+    assert Recorded.made == (2 if callable(options.get("instance_noise")) else 3)
+    assert_close_weights(trainer, eager, 1e-6)
+    for a, e in zip(actual, expected, strict=True):
+        for name in e:
+            assert a[name] == pytest.approx(e[name], rel=1e-4, abs=1e-5), name
+    assert trainer.state_dict()["eps_offset"] == eager.state_dict()["eps_offset"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_metrics_of_a_replay_have_the_dtypes_of_an_eager_step(dtype, graphed):
     trainer, shape = made(graphed, True, dtype=dtype, n_critic=1)

@@ -479,6 +479,10 @@ MAKING = [
                 "ema", "a (finite )?number",
                 ((1.0, ValueError), (-0.1, ValueError), (float("nan"), ValueError), ("0.9", TypeError)),
             ),
+            ("blend", "a (finite )?number", ((1.5, ValueError), (-0.1, ValueError), ("1", TypeError))),
+            ("drift", "a finite number", ((-0.1, ValueError), (float("inf"), ValueError))),
+            ("drift", "a number", ((None, TypeError), (True, TypeError))),
+            ("instance_noise", "a (finite )?number", ((-0.1, ValueError), ("1", TypeError), (None, TypeError))),
             ("compile", "a bool", (("yes", TypeError), (1, TypeError), (None, TypeError))),
             ("cuda_graph", "'auto', True or False", (("yes", ValueError), (1, ValueError), (None, ValueError))),
             (
@@ -708,6 +712,7 @@ OPS = (  # the name of each tensor, and how to call the op with it
     ("wasserstein_loss", "y_pred", lambda x: functional.wasserstein_loss(X, x)),
     ("interpolate", "real", lambda x: functional.interpolate(x, X, seed=0)),
     ("interpolate", "fake", lambda x: functional.interpolate(X, x, seed=0)),
+    ("perturb", "x", lambda x: functional.perturb(x, scale=1.0, seed=0)),
     ("penalty", "gradients", functional.penalty),
     ("gradient_penalty", "real", lambda x: functional.gradient_penalty(LINEAR, x, X)),
     ("gradient_penalty", "fake", lambda x: functional.gradient_penalty(LINEAR, X, x)),
@@ -720,6 +725,10 @@ def interpolated(**options):
 
 def penalised(of=lambda x: x.sum(1), real=X, fake=X, **options):
     return lambda: functional.gradient_penalty(of, real, fake, **options)
+
+
+def perturbed(x=X, **options):
+    return lambda: functional.perturb(x, **({"scale": 1.0, "seed": 0} | options))
 
 
 def scored(of):
@@ -764,6 +773,22 @@ ALONE = [
          ValueError, "offset: expected one int64 element on cpu, got"),
     case("offset-two", interpolated(offset=torch.zeros(2).long()),
          ValueError, "offset: expected one int64 element on cpu, "),
+    case("perturb-0-d", perturbed(X[0, 0]), ValueError, r"x: expected shape \[N, ...\], got a 0-d"),
+    case("perturb-seed", perturbed(seed=-1), ValueError, r"seed: expected an int in \[0, 2\*\*63\), got -1"),
+    case("perturb-offset", perturbed(offset=torch.zeros(1)), ValueError, "offset: expected one int64 element on cpu, "),
+    case("scale-negative", perturbed(scale=-1.0), ValueError, "scale: expected a finite number >= 0, got -1"),
+    case("scale-none", perturbed(scale=None), TypeError, "scale: expected a number, got NoneType"),
+    case("scale-double", perturbed(scale=torch.ones(1, dtype=torch.float64)),
+         ValueError, "scale: expected one float32 element on cpu, got torch.float64"),
+    case("scale-two", perturbed(scale=torch.ones(2)),
+         ValueError, "scale: expected one float32 element on cpu, got torch.float32 of shape"),
+    case("scale-meta", perturbed(scale=META[0, :1]), ValueError, "scale: expected one float32 element on cpu, got"),
+    case("blend-above-one", lambda: functional.critic_loss(X, X, blend=1.1),
+         ValueError, r"blend: expected a number in \[0, 1\], got 1.1"),
+    case("blend-negative", lambda: functional.generator_loss(X, blend=-1),
+         ValueError, "blend: expected a finite number >= 0, got -1"),
+    case("drift-nan", lambda: functional.critic_loss(X, X, drift=float("nan")),
+         ValueError, "drift: expected a finite number >= 0, got nan"),
     case("backend-unknown", interpolated(backend="cuda"),
          ValueError, "backend: expected 'auto', 'triton' or 'torch', got"),
     case("gradients-0-d", lambda: functional.penalty(X[0, 0]),

@@ -865,6 +865,8 @@ def test_score_shapes(constraint):
         (lambda: GradientPenalty(kind="three-sided"), ValueError, "kind"),
         (lambda: GradientPenalty(target=-1), ValueError, "target"),
         (lambda: GradientPenalty(at="noise"), ValueError, "at"),
+        (lambda: GradientPenalty(at="perturbed", noise=0), ValueError, "noise"),
+        (lambda: GradientPenalty(at="perturbed", noise="0.5"), TypeError, "noise"),
         (lambda: GradientPenalty(every=0), ValueError, "every"),
         (lambda: GradientPenalty(every=1.0), TypeError, "every"),
     ],
