@@ -35,7 +35,7 @@ def _project_elements(
     lanes = tl.arange(0, BLOCK)
     mask = lanes < numel - start
     w_ptr = table.pointers(entry_ptr, table.PARAM, start, lanes, DTYPE, False)
-    w = tl.load(w_ptr, mask, other=0).to(ACC)
+    w = tl.load(w_ptr, mask).to(ACC)
     norms = tl.abs(w)
     finite = norms < float("inf")
     bound = tl.full([BLOCK], BOUND, ACC)
@@ -82,11 +82,11 @@ def _project_row(
     norm = divide(root, scale)
     finite = root < float("inf")
     if finite & (norm > BOUND):
-        factor = divide(tl.full([], BOUND, ACC), root)
+        inverse = divide(tl.full([], 1, ACC), root)
         for column in range(0, size, BLOCK):
             left = tl.minimum(size - column, BLOCK).to(tl.int32)
             w = scale * tl.load(w_ptr + column, lanes < left, other=0).to(ACC)
-            tl.store(w_ptr + column, (w * factor).to(DTYPE), lanes < left)
+            tl.store(w_ptr + column, (w * inverse * BOUND).to(DTYPE), lanes < left)
     return (finite & (norm >= BOUND)).to(tl.int32)
 
 
@@ -110,13 +110,14 @@ def _project_kernel(
     chunk = program - tl.load(entry_ptr + table.FIRST_CHUNK)
     size = tl.where(skip, 0, tl.load(entry_ptr + table.HYPER_ROW))
     whole = size % (128 // DTYPE.primitive_bitwidth) == 0
+    part: tl.constexpr = BLOCK // 4  # where each element has a pointer of its own, which takes registers
     if size == 1:
         numel = tl.load(entry_ptr + table.NUMEL)
-        on_bound = _project_elements(entry_ptr, chunk * BLOCK, numel, BOUND, DTYPE, ACC, BLOCK)
+        on_bound = _project_elements(entry_ptr, chunk * part, numel, BOUND, DTYPE, ACC, part)
     elif (tl.load(entry_ptr + table.ALIGNED) != 0) & whole:
         on_bound = _project_row(entry_ptr, chunk, size, BOUND, DTYPE, ACC, BLOCK, True)
     else:
-        on_bound = _project_row(entry_ptr, chunk, size, BOUND, DTYPE, ACC, BLOCK, False)
+        on_bound = _project_row(entry_ptr, chunk, size, BOUND, DTYPE, ACC, part, False)
     tl.atomic_add(count_ptr, on_bound.to(tl.int64), sem="relaxed")  # an integer, so the order cannot matter
 
     if is_last(counter_ptr):
@@ -144,7 +145,7 @@ class Project:
         with torch.cuda.device_of(params[0]):
             acc = tl.float64 if self._dtype == tl.float64 else tl.float32
             block = min(max(triton.next_power_of_2(max(sizes)), MIN_BLOCK), MAX_BLOCK)
-            chunks = [block if size == 1 else size for size in sizes]
+            chunks = [block // 4 if size == 1 else size for size in sizes]
             entries, owners = self._tables.addresses(params, None, [()] * len(params), None, sizes, chunks)
             rows = sum(p.numel() // size for p, size in zip(params, sizes, strict=True))
             share = torch.empty((), dtype=torch.float32, device=params[0].device)
