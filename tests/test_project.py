@@ -60,6 +60,48 @@ def graded(shape, dtype, device):
     return p.to(dtype)
 
 
+# The share on the bound, and the gate
+
+
+@pytest.mark.parametrize("per", PER)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_share_on_the_bound(dtype, per, backend, device):
+    """Of rows at the bound or outside, before: 3, 4 has norm 5 in every dtype."""
+    three_four = torch.tensor([[3.0, 4.0], [0.0, -5.0], [3.0, 3.0], [30.0, 4.0], [math.nan, 9.0], [math.inf, 9.0]])
+    params = [three_four, torch.tensor([5.0, -5.0, 4.5, 50.0, -50.0, math.nan, -math.inf]), torch.zeros(3000)]
+    params += [torch.tensor(-6.0), torch.zeros(0), torch.full((3, 8200), 1.0)]
+    params = [p.to(device, dtype) for p in params]
+    on_bound, of = (3 + 4 + 1 + 3, 6 + 7 + 3000 + 1 + 3) if per == "row" else (2, 5)
+    share, total = functional.project_and_count_(params, 5.0, per, backend)
+    assert total == of
+    assert share.item() == pytest.approx(on_bound / of, rel=1e-6)
+
+
+def test_the_share_of_several_dtypes_is_of_all_rows(backend, device):
+    params = [torch.ones(n, 4, device=device, dtype=dtype) for n, dtype in zip((1, 2, 3, 10), DTYPES, strict=True)]
+    params[-1][:] = 0.0
+    share, total = functional.project_and_count_(params, 1.0, "row", backend)
+    assert total == 16
+    assert share.item() == pytest.approx(6 / 16)
+    assert functional.project_and_count_([torch.zeros(0, device=device)], 1.0, "row", backend) is None
+
+
+@pytest.mark.parametrize("per", PER)
+def test_a_shut_gate_leaves_all_alone_and_counts_nothing(per, backend, device):
+    params = [torch.randn(shape, device=device) for shape in ((40, 30), (7,), (3, 9000), (5, 7))]
+    before = [p.clone() for p in params]
+    gate = torch.tensor([1.0, 1.0], device=device)
+    share, total = functional.project_and_count_(params, 1e-3, per, backend, gate)
+    assert share.isnan()
+    assert total == (40 + 7 + 3 + 5 if per == "row" else 4)
+    assert_same_state(params, before)
+    gate[:] = torch.tensor([0.0, 0.25])  # a loss scale's factor is of gradients
+    share, _ = functional.project_and_count_(params, 1e-3, per, backend, gate)
+    assert share == 1
+    for p, q in zip(params, before, strict=True):
+        torch.testing.assert_close(p.cpu(), projected(q, 1e-3, per).float())
+
+
 # Values
 
 
@@ -170,48 +212,6 @@ def test_all_parameters_are_one_launch(per):
     with count_kernels() as counts:
         functional.clip_norms_(params, 0.1, per=per)
     assert ours(counts) == {"_project_kernel": 1}
-
-
-# The share on the bound, and the gate
-
-
-@pytest.mark.parametrize("per", PER)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_share_on_the_bound(dtype, per, backend, device):
-    """Of rows at the bound or outside, before: 3, 4 has norm 5 in every dtype."""
-    three_four = torch.tensor([[3.0, 4.0], [0.0, -5.0], [3.0, 3.0], [30.0, 4.0], [math.nan, 9.0], [math.inf, 9.0]])
-    params = [three_four, torch.tensor([5.0, -5.0, 4.5, 50.0, -50.0, math.nan, -math.inf]), torch.zeros(3000)]
-    params += [torch.tensor(-6.0), torch.zeros(0), torch.full((3, 8200), 1.0)]
-    params = [p.to(device, dtype) for p in params]
-    on_bound, of = (3 + 4 + 1 + 3, 6 + 7 + 3000 + 1 + 3) if per == "row" else (2, 5)
-    share, total = functional.project_and_count_(params, 5.0, per, backend)
-    assert total == of
-    assert share.item() == pytest.approx(on_bound / of, rel=1e-6)
-
-
-def test_the_share_of_several_dtypes_is_of_all_rows(backend, device):
-    params = [torch.ones(n, 4, device=device, dtype=dtype) for n, dtype in zip((1, 2, 3, 10), DTYPES, strict=True)]
-    params[-1][:] = 0.0
-    share, total = functional.project_and_count_(params, 1.0, "row", backend)
-    assert total == 16
-    assert share.item() == pytest.approx(6 / 16)
-    assert functional.project_and_count_([torch.zeros(0, device=device)], 1.0, "row", backend) is None
-
-
-@pytest.mark.parametrize("per", PER)
-def test_a_shut_gate_leaves_all_alone_and_counts_nothing(per, backend, device):
-    params = [torch.randn(shape, device=device) for shape in ((40, 30), (7,), (3, 9000), (5, 7))]
-    before = [p.clone() for p in params]
-    gate = torch.tensor([1.0, 1.0], device=device)
-    share, total = functional.project_and_count_(params, 1e-3, per, backend, gate)
-    assert share.isnan()
-    assert total == (40 + 7 + 3 + 5 if per == "row" else 4)
-    assert_same_state(params, before)
-    gate[:] = torch.tensor([0.0, 0.25])  # a loss scale's factor is of gradients
-    share, _ = functional.project_and_count_(params, 1e-3, per, backend, gate)
-    assert share == 1
-    for p, q in zip(params, before, strict=True):
-        torch.testing.assert_close(p.cpu(), projected(q, 1e-3, per).float())
 
 
 # Misuse
