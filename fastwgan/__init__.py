@@ -1,7 +1,7 @@
 """FastWGAN: Wasserstein GANs whose critic step is a few Triton kernels. See README.md."""
 
 from fastwgan import functional, reference
-from fastwgan.constraints import GradientPenalty, WeightClip
+from fastwgan.constraints import GradientPenalty, NormClip, WeightClip
 from fastwgan.metrics import Metrics
 from fastwgan.optim import Adam, RMSprop
 from fastwgan.trainer import Trainer, warmup_schedule
@@ -12,6 +12,7 @@ __all__ = [
     "Adam",
     "GradientPenalty",
     "Metrics",
+    "NormClip",
     "RMSprop",
     "Trainer",
     "WeightClip",

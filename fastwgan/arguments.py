@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastwgan import functional, graphs
 from fastwgan.backend import DTYPES, Backend
-from fastwgan.constraints import GradientPenalty, WeightClip
+from fastwgan.constraints import Clip, GradientPenalty, WeightClip
 from fastwgan.optim import Adam, RMSprop
 
 __all__ = ["Called", "check_arguments", "check_count", "check_mode", "has_hooks", "momentum", "shapes", "take_over"]
@@ -61,8 +61,9 @@ def check_arguments(
             raise TypeError(f"latent: expected an int or a callable, got {type(latent).__name__}")
         if latent < 1:
             raise ValueError(f"latent: expected an int >= 1, got {latent}")
-    if not isinstance(constraint, (WeightClip, GradientPenalty)):
-        raise TypeError(f"constraint: expected WeightClip or GradientPenalty, got {type(constraint).__name__}")
+    if not isinstance(constraint, (Clip, GradientPenalty)):
+        got = type(constraint).__name__
+        raise TypeError(f"constraint: expected WeightClip, NormClip or GradientPenalty, got {got}")
     if not callable(n_critic):
         check_count("n_critic", n_critic)
     functional.check_seed("seed", seed)
@@ -85,7 +86,7 @@ def check_arguments(
     _check_optimizer("generator_optimizer", generator_optimizer, generator)
     _check_scheduler("critic_scheduler", critic_scheduler, critic_optimizer)
     _check_scheduler("generator_scheduler", generator_scheduler, generator_optimizer)
-    if isinstance(constraint, WeightClip):
+    if isinstance(constraint, Clip):
         _check_clip(constraint, critic, critic_optimizer)
     if cuda_graph is True and (problem := graphs.device_problem(next(iter(devices)))):
         raise RuntimeError(f"cuda_graph: True was asked for, but {problem}")
@@ -113,10 +114,12 @@ def _check_scheduler(name: str, scheduler: object, optimizer: object) -> None:
         raise ValueError(f"{name}: expected a scheduler of {name.replace('scheduler', 'optimizer')}, got another's")
 
 
-def _check_clip(constraint: WeightClip, critic: nn.Module, optimizer: object) -> None:
+def _check_clip(constraint: Clip, critic: nn.Module, optimizer: object) -> None:
     for p in constraint.clipped(critic):
         functional.check_parameter("critic", p)
         functional.check_bound("bound", constraint.bound, p.dtype)
+    if not isinstance(constraint, WeightClip):
+        return
     for group in optimizer.param_groups if isinstance(optimizer, (RMSprop, Adam)) else ():
         if group.get("clip") not in (None, constraint.bound):
             got = f"its clip {group['clip']} contradicts the constraint's {constraint.bound}"

@@ -1,4 +1,4 @@
-"""How the critic is kept Lipschitz: WGAN's weight clipping or WGAN-GP's gradient penalty."""
+"""How the critic is kept Lipschitz: WGAN's weight clipping, a bound on norms, or WGAN-GP's gradient penalty."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,13 +7,49 @@ from typing import Literal
 
 from torch import nn
 
-from fastwgan.functional import check_number, check_penalty
+from fastwgan.functional import check_number, check_penalty, check_per
 
-__all__ = ["GradientPenalty", "WeightClip"]
+__all__ = ["GradientPenalty", "NormClip", "WeightClip"]
+
+
+class Clip:
+    """What :class:`WeightClip` and :class:`NormClip` share: a bound, and parameters that are left alone."""
+
+    bound: float
+    exclude: tuple[str | type[nn.Module], ...]
+
+    def __post_init__(self) -> None:
+        check_number("bound", self.bound, minimum=0, exclusive=True)
+        if isinstance(self.exclude, (str, type)):
+            object.__setattr__(self, "exclude", (self.exclude,))
+        elif not isinstance(self.exclude, Iterable):
+            raise TypeError(f"exclude: expected parameter-name patterns or module types, got {self.exclude!r}")
+        else:
+            object.__setattr__(self, "exclude", tuple(self.exclude))
+        for entry in self.exclude:
+            if not isinstance(entry, str) and not (isinstance(entry, type) and issubclass(entry, nn.Module)):
+                raise TypeError(f"exclude: expected parameter-name patterns or module types, got {entry!r}")
+
+    def clipped(self, critic: nn.Module) -> list[nn.Parameter]:
+        """The critic's parameters that are to be kept within the bound.
+
+        Raises:
+            ValueError: an entry of ``exclude`` matches nothing in the critic.
+        """
+        excluded: set[nn.Parameter] = set()
+        for entry in self.exclude:
+            if isinstance(entry, str):
+                matched = [p for name, p in critic.named_parameters() if fnmatchcase(name, entry)]
+            else:
+                matched = [p for m in critic.modules() if isinstance(m, entry) for p in m.parameters()]
+            if not matched:
+                raise ValueError(f"exclude: {entry!r} matches no parameter of the critic")
+            excluded.update(matched)
+        return [p for p in critic.parameters() if p not in excluded]
 
 
 @dataclass(frozen=True)
-class WeightClip:
+class WeightClip(Clip):
     """Clamp every critic weight to [-bound, bound] after each update, in the update's launch.
 
     Args:
@@ -34,34 +70,36 @@ class WeightClip:
     bound: float = 0.01
     exclude: tuple[str | type[nn.Module], ...] = ()
 
+
+@dataclass(frozen=True)
+class NormClip(Clip):
+    """Project the critic's weights onto a ball after each update, in one launch: their L2 norm is at most ``bound``.
+
+    What lies outside is scaled, so that its direction stays, where :class:`WeightClip` drives weights into the corners
+    of a box.
+
+    Args:
+        bound: c > 0.
+        per: what has a norm: "row", the weights of each output of a layer, and each element of a vector; or "tensor",
+            each parameter as a whole. See :func:`fastwgan.functional.clip_norms_`.
+        exclude: as :class:`WeightClip`'s.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+
+    Source: Hinton et al., arXiv 1207.0580, section 2.
+
+    >>> NormClip(exclude=nn.LayerNorm).per
+    'row'
+    """
+
+    bound: float = 1.0
+    per: Literal["row", "tensor"] = "row"
+    exclude: tuple[str | type[nn.Module], ...] = ()
+
     def __post_init__(self) -> None:
-        check_number("bound", self.bound, minimum=0, exclusive=True)
-        if isinstance(self.exclude, (str, type)):
-            object.__setattr__(self, "exclude", (self.exclude,))
-        elif not isinstance(self.exclude, Iterable):
-            raise TypeError(f"exclude: expected parameter-name patterns or module types, got {self.exclude!r}")
-        else:
-            object.__setattr__(self, "exclude", tuple(self.exclude))
-        for entry in self.exclude:
-            if not isinstance(entry, str) and not (isinstance(entry, type) and issubclass(entry, nn.Module)):
-                raise TypeError(f"exclude: expected parameter-name patterns or module types, got {entry!r}")
-
-    def clipped(self, critic: nn.Module) -> list[nn.Parameter]:
-        """The critic's parameters that are to be clamped.
-
-        Raises:
-            ValueError: an entry of ``exclude`` matches nothing in the critic.
-        """
-        excluded: set[nn.Parameter] = set()
-        for entry in self.exclude:
-            if isinstance(entry, str):
-                matched = [p for name, p in critic.named_parameters() if fnmatchcase(name, entry)]
-            else:
-                matched = [p for m in critic.modules() if isinstance(m, entry) for p in m.parameters()]
-            if not matched:
-                raise ValueError(f"exclude: {entry!r} matches no parameter of the critic")
-            excluded.update(matched)
-        return [p for p in critic.parameters() if p not in excluded]
+        super().__post_init__()
+        check_per(self.per)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from fastwgan.constraints import GradientPenalty, WeightClip
+from fastwgan.constraints import Clip, GradientPenalty, WeightClip
 
 __all__ = ["Health", "HealthWarning"]
 
@@ -55,7 +55,7 @@ class Health:
         constraint: how the critic is kept Lipschitz, which is what its gradient norms are measured by.
     """
 
-    def __init__(self, constraint: WeightClip | GradientPenalty) -> None:
+    def __init__(self, constraint: Clip | GradientPenalty) -> None:
         self._constraint = constraint
         self._window: list[Mapping[str, float]] = []
         self._first = True
@@ -117,6 +117,8 @@ class Health:
         return {}
 
     def _judge_clip(self) -> dict[str, str]:
+        if not isinstance(self._constraint, WeightClip):  # rows on their bound still have a direction
+            return {}
         share = _mean(self._window, "saturation")
         if share > SATURATION:
             return {

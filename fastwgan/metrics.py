@@ -21,7 +21,8 @@ class Metrics:
         real_score, fake_score: mean(D(real)), mean(D(fake)).
         gradient_norm, gradient_norm_min, gradient_norm_max: mean, least and greatest norm, over the samples, of the
             critic's input gradient; None where penalty is.
-        saturation: share of the clamped weights that lie on their bound; None under GradientPenalty.
+        saturation: share of the clamped weights that lie on their bound; under NormClip, of the rows whose norm was the
+            bound or more before the projection; None under GradientPenalty.
         generator_loss: -mean(D(G(z))); None when no generator step was due.
         nonfinite: how many elements of the gradients were infinite or NaN. Unless it is 0, the update was skipped.
     """

@@ -19,7 +19,7 @@ from torch.func import functional_call, grad
 
 from fastwgan import functional, reference
 from fastwgan.backend import Backend
-from fastwgan.constraints import GradientPenalty, WeightClip
+from fastwgan.constraints import Clip, GradientPenalty
 
 __all__ = ["Compiled", "Eager"]
 
@@ -90,7 +90,7 @@ class Eager:
     """
 
     def __init__(
-        self, generator: nn.Module, critic: nn.Module, constraint: WeightClip | GradientPenalty, backend: Backend, *,
+        self, generator: nn.Module, critic: nn.Module, constraint: Clip | GradientPenalty, backend: Backend, *,
         amp: torch.dtype | None = None, pack: int = 1, blend: float = 0.0, drift: float = 0.0, share: float = 1.0,
     ) -> None:  # fmt: skip
         self._generator, self._critic, self._constraint, self._backend = generator, critic, constraint, backend

@@ -249,6 +249,38 @@ def saturation(parameters: Iterable[Tensor], bound: float) -> tuple[Tensor, int]
     return flat.abs_().ge_(limit).sum(), flat.numel()
 
 
+def _rows(p: Tensor, per: str) -> tuple[Tensor, Tensor, Tensor]:
+    """p's rows [n, size], each divided by its largest magnitude; these magnitudes and the rows' norms then, [n, 1].
+
+    The norms of the rows themselves are the products; so no square leaves the range.
+    """
+    rows = _wide(p.detach()).reshape(len(p) if per == "row" and p.dim() else 1, -1)
+    largest = rows.abs().amax(1, keepdim=True)
+    rows = rows / torch.where(largest == 0, 1, largest)
+    return rows, largest, rows.square().sum(1, keepdim=True).sqrt()
+
+
+@torch.no_grad()
+def clip_norms_(parameters: Iterable[Tensor], bound: float, per: str = "row") -> None:
+    """w = w * min(1, bound / ||w||) in place, for each row or each whole tensor. Hinton et al., arXiv 1207.0580.
+
+    A row is a slice along the first dimension: of a vector, an element. One with NaN or an infinity stays as it is.
+    """
+    for p in parameters:
+        if p.numel():
+            rows, largest, norms = _rows(p, per)
+            projected = (rows * (bound / norms)).view(p.shape)
+            outside = (largest * norms > bound).expand_as(rows).view(p.shape)
+            p.copy_(torch.where(outside, projected.to(p.dtype), p))
+
+
+def norm_saturation(parameters: Iterable[Tensor], bound: float, per: str = "row") -> tuple[Tensor, int]:
+    """(how many rows, or whole tensors, have a norm of their bound or more, of how many)."""
+    found = [largest * norms >= bound for _, largest, norms in (_rows(p, per) for p in parameters)]
+    on_bound = torch.cat(found)
+    return on_bound.sum(), on_bound.numel()
+
+
 @torch.no_grad()
 def rmsprop_step_(
     param: Tensor,

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from fastwgan import checkpoint, functional, graphs, mixing, passes
 from fastwgan.arguments import Called, check_arguments, check_count, check_mode, has_hooks, momentum, shapes, take_over
 from fastwgan.backend import Backend, resolve
-from fastwgan.constraints import GradientPenalty, WeightClip
+from fastwgan.constraints import Clip, GradientPenalty, NormClip, WeightClip
 from fastwgan.guard import PATIENCE, Guard
 from fastwgan.metrics import Metrics
 from fastwgan.optim import Adam, RMSprop
@@ -75,10 +75,10 @@ class Trainer:
         critic: maps samples [N, ...] (and conditions) to scores [N, ...].
         latent: width of a standard normal z [N, latent], or a callable (batch_size, device) -> z. With several
             processes a callable has to draw other latents in each.
-        constraint: :class:`WeightClip` (WGAN) or :class:`GradientPenalty` (WGAN-GP).
+        constraint: :class:`WeightClip` (WGAN), :class:`NormClip` or :class:`GradientPenalty` (WGAN-GP).
         critic_optimizer, generator_optimizer: any ``torch.optim.Optimizer``; a plain torch RMSprop or Adam is
             replaced by ours, sharing its groups and state. None takes the paper's: RMSprop at lr 5e-5 for
-            WeightClip, Adam at lr 1e-4 and betas (0, 0.9) for GradientPenalty.
+            WeightClip and NormClip, Adam at lr 1e-4 and betas (0, 0.9) for GradientPenalty.
         critic_scheduler, generator_scheduler: learning-rate schedulers of the given optimizers, or None. Each takes a
             step after each of its network's, and is part of the state.
         n_critic: critic steps to a generator step, or a callable of the generator iteration, such as
@@ -144,7 +144,7 @@ class Trainer:
         critic: nn.Module,
         *,
         latent: Latent,
-        constraint: WeightClip | GradientPenalty = WeightClip(),  # noqa: B008 - it is frozen
+        constraint: WeightClip | NormClip | GradientPenalty = WeightClip(),  # noqa: B008 - it is frozen
         critic_optimizer: torch.optim.Optimizer | None = None,
         generator_optimizer: torch.optim.Optimizer | None = None,
         critic_scheduler: LRScheduler | None = None,
@@ -221,12 +221,13 @@ class Trainer:
         if ema is not None:
             self._start_averages()
         self._graphs = self._make_graphs(cuda_graph)
-        if isinstance(constraint, WeightClip):
+        if isinstance(constraint, Clip):
             self._clipped = constraint.clipped(critic)
-            self._assign_clip(constraint.bound)
+            if isinstance(constraint, WeightClip):
+                self._assign_clip(constraint.bound)
             if momentum(self.critic_optimizer) > 0:
                 warnings.warn(
-                    "WeightClip with a critic optimizer that has momentum: training becomes unstable "
+                    f"{type(constraint).__name__} with a critic optimizer that has momentum: training becomes unstable "
                     "(arXiv 1701.07875, section 4); RMSprop without momentum is the usual choice",
                     stacklevel=2,
                 )
@@ -243,7 +244,7 @@ class Trainer:
         if optimizer is not None:
             return take_over(optimizer, self.backend)
         trainable = [p for p in module.parameters() if p.requires_grad]
-        if isinstance(self.constraint, WeightClip):
+        if isinstance(self.constraint, Clip):
             return RMSprop(trainable, lr=5e-5, backend=self.backend)
         return Adam(trainable, lr=1e-4, betas=(0.0, 0.9), backend=self.backend)
 
@@ -556,7 +557,7 @@ class Trainer:
         scored, scores, penalty = self._passes.critic(samples, x, cond, weight=weight, scale=guard.scale)
         scores, penalty, nonfinite = self._check(guard, scored, scores, penalty)
         self._update(self.critic_optimizer, guard)
-        saturation = self._clamp(guard.gate) if isinstance(self.constraint, WeightClip) else None
+        saturation = self._clamp(guard.gate) if isinstance(self.constraint, Clip) else None
         return scores, penalty, nonfinite, saturation
 
     def _generator_work(self, batch: int, dtype: torch.dtype | None, z: Any, *cond: Any) -> tuple[Tensor | None, ...]:
@@ -791,7 +792,11 @@ class Trainer:
         return x.detach()
 
     def _clamp(self, gate: Tensor) -> Tensor | None:
-        """Clamp what the optimizer's launch did not, unless the gate says no; return the share on their bound."""
+        """Clamp what the optimizer's launch did not, or project, unless the gate says no; return the share on bound."""
+        if isinstance(self.constraint, NormClip):
+            bound, per = self.constraint.bound, self.constraint.per
+            projected = functional.project_and_count_(self._clipped, bound, per, self.backend, gate)
+            return None if projected is None else projected[0]
         assert isinstance(self.constraint, WeightClip)
         shares, fused = [], set()
         if isinstance(self.critic_optimizer, (RMSprop, Adam)):

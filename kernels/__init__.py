@@ -7,20 +7,12 @@ chooses the grid and launches once. Nothing here checks arguments or knows autog
 
 import triton
 
-from . import arrival, guard, interpolate, objective, penalty, perturb, scores, table, update
+from . import arrival, guard, interpolate, objective, penalty, perturb, project, scores, table, update
 
 # Triton decides at definition time whether a kernel is compiled or interpreted, so this holds for the process.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
 __all__ = [
-    "INTERPRETED",
-    "arrival",
-    "guard",
-    "interpolate",
-    "objective",
-    "penalty",
-    "perturb",
-    "scores",
-    "table",
+    "INTERPRETED", "arrival", "guard", "interpolate", "objective", "penalty", "perturb", "project", "scores", "table",
     "update",
-]
+]  # fmt: skip

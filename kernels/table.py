@@ -136,13 +136,18 @@ class Tables:
         states: Sequence[Sequence[torch.Tensor | None]],
         steps: Sequence[torch.Tensor] | None,
         hyper_rows: Sequence[int],
-        block: int,
+        blocks: int | Sequence[int],
         averages: Sequence[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows [tensors, COLUMNS] int64, chunk owners [chunks] int32): which tensor each block of elements is in."""
+        """(rows [tensors, COLUMNS] int64, chunk owners [chunks] int32): which tensor each block of elements is in.
+
+        ``blocks`` are the elements of a block, of all tensors or of each.
+        """
+        if isinstance(blocks, int):
+            blocks = [blocks] * len(params)
         rows, chunks = [], []
         first = 0
-        for i, param in enumerate(params):
+        for i, (param, block) in enumerate(zip(params, blocks, strict=True)):
             pointers = [param.data_ptr(), grads[i].data_ptr() if grads else 0, 0, 0, 0, 0]
             if averages is not None:
                 pointers[AVERAGE.value] = averages[i].data_ptr()

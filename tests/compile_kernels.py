@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import triton
-from fastwgan.kernels import guard, interpolate, objective, penalty, perturb, scores, table, update
+from fastwgan.kernels import guard, interpolate, objective, penalty, perturb, project, scores, table, update
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -68,6 +68,11 @@ def _guard(dtype: torch.dtype, numel: int, scores: tuple[torch.Tensor, ...], sca
     tally = torch.empty(guard.TALLY, dtype=torch.int64, device="meta")
     gate, scale = torch.empty(2, device="meta"), torch.empty(2, device="meta")
     guard.Guard().launch(gradients, scores, tally, gate, scale if scaled else None)
+
+
+def _project(shape: tuple[int, ...], size: int, dtype: torch.dtype) -> None:
+    params = [torch.empty(shape, dtype=dtype, device="meta")] * 6
+    project.Project(torch.device("meta"), dtype).launch(params, [size] * 6, 1.0)
 
 
 def cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -146,6 +151,8 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         yield name, (count, scaled) == (2, False), partial(_guard, dtype, 5000, (new(64),) * count, scaled)
     for n in (1, 17, HUGE):
         yield f"guard {n}", False, partial(_guard, dtype, n, (new(n), new(17)), False)
+    for size in (4608, 1, 1025, 2049):  # each block size
+        yield f"project {size}", size == 4608, partial(_project, (2, size), size, dtype)
 
 
 def _nvidia(compiled: Any, main: bool) -> dict[str, Any]:

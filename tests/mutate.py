@@ -20,6 +20,7 @@ RUN = "test_functional.py test_kernels.py test_optim.py test_memory.py test_matr
 CODE = "test_compiled.py"  # compiles for GPUs, which takes minutes
 GRAPHS = "test_recording.py test_graphs.py"
 GUARD = "test_guard.py test_ema.py test_amp.py"
+PROJECT = "test_project.py"
 
 
 class Fault(NamedTuple):
@@ -161,6 +162,33 @@ FAULTS = [
     Fault("guard's generator loss negated", "guard", "tl.store(stats_ptr, -mean_a)", "tl.store(stats_ptr, mean_a)", GUARD),
     Fault("blocks of scores left out", "guard", "range(program * BLOCK, numel, stride)", "range(program * BLOCK, numel, 2 * stride)", GUARD),
     Fault("verdict before the last dtype", "guard", "        if FINAL:\n", "        if True:\n", GUARD),
+    # project
+    Fault("gate ignored", "project", "tl.where(skip, 0, tl.load(entry_ptr + table.HYPER_ROW))", "tl.load(entry_ptr + table.HYPER_ROW)", PROJECT),
+    Fault("share of a step left out", "project", 'tl.where(skip, float("nan"), share)', "share", PROJECT),
+    Fault("count of the bound not put back", "project", "        tl.store(count_ptr, 0)\n", "", PROJECT),
+    Fault("norm not rooted", "project", "root = sqrt(square)", "root = square", PROJECT),
+    Fault("rows within scaled, too", "project", "    if finite & (norm > BOUND):", "    if finite & (norm > 0):", PROJECT),
+    Fault("onto the unit sphere", "project", "(w * inverse * BOUND)", "(w * inverse)", PROJECT),
+    Fault("half of the bound", "project", "(w * inverse * BOUND)", "(w * inverse * BOUND * 0.5)", PROJECT),
+    Fault("rows on their bound not counted", "project", "(finite & (norm >= BOUND))", "(finite & (norm > BOUND))", PROJECT),
+    Fault("elements on their bound not counted", "project", "mask & finite & (norms >= bound)", "mask & finite & (norms > bound)", PROJECT),
+    Fault("lanes past the end counted", "project", "(mask & finite & (norms >= bound))", "(finite & (norms >= bound))", PROJECT),
+    Fault("store mask dropped", "project", ".to(DTYPE), mask & finite & (norms > bound))", ".to(DTYPE), finite & (norms > bound))", PROJECT),
+    Fault("sign of an element lost", "project", "tl.where(w < 0, -bound, bound)", "tl.where(w < 0, bound, bound)", PROJECT),
+    Fault("an infinite element clamped", "project", 'finite = norms < float("inf")', 'finite = norms <= float("inf")', PROJECT),
+    Fault("a row with an infinity zeroed", "project", 'finite = root < float("inf")', 'finite = root <= float("inf")', PROJECT),
+    Fault("overflowing squares", "project", 'if (square == float("inf")) | (square < least):', "if square < least:", PROJECT),
+    Fault("vanishing squares", "project", 'if (square == float("inf")) | (square < least):', 'if square == float("inf"):', PROJECT),
+    Fault("scaled the wrong way", "project", "tl.where(square < least, tl.full([], shift, ACC), tl.full([], 1 / shift, ACC))", "tl.where(square < least, tl.full([], 1 / shift, ACC), tl.full([], shift, ACC))", PROJECT),
+    Fault("norm of the scaled row", "project", "norm = divide(root, scale)", "norm = root", PROJECT),
+    Fault("part of a row left out of its norm", "project", "for column in range(0, size, BLOCK):\n        left", "for column in range(0, tl.minimum(size, BLOCK), BLOCK):\n        left", PROJECT),
+    Fault("part of a row not projected", "project", "for column in range(0, size, BLOCK):\n            left", "for column in range(0, tl.minimum(size, BLOCK), BLOCK):\n            left", PROJECT),
+    Fault("neighbours in the norm", "project", "w = scale * tl.load(w_ptr + column, lanes < left, other=0).to(scale.dtype)", "w = scale * tl.load(w_ptr + column, lanes < left + 1, other=0).to(scale.dtype)", PROJECT),
+    Fault("neighbours projected", "project", "(w * inverse * BOUND).to(DTYPE), lanes < left)", "(w * inverse * BOUND).to(DTYPE), lanes < left + 1)", PROJECT),
+    Fault("row taken for another", "project", "table.PARAM, row * size, lanes", "table.PARAM, row * BLOCK, lanes", PROJECT),
+    Fault("rows that end elsewhere taken for aligned", "project", "if ALIGNED:", "if True:", PROJECT),
+    Fault("vectors in chunks of a block", "project", "chunks = [block // 4 if", "chunks = [block if", PROJECT),
+    Fault("factor of the row's size hidden", "project", "size = size // width * width", "size = size", CODE),
 ]  # fmt: skip
 
 
@@ -190,7 +218,7 @@ def caught_by(fault: Fault) -> str:
         (tree / "fastwgan" / "kernels").symlink_to("../kernels")
         plant(fault, tree)
         env = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        for suite in sorted((RUN, GUARD, GRAPHS, CODE), key=lambda suite: suite != fault.first):
+        for suite in sorted((RUN, PROJECT, GUARD, GRAPHS, CODE), key=lambda suite: suite != fault.first):
             command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--deselect"]
             command.append("tests/test_compiled.py::test_generated_code_is_the_committed")  # which any change fails
             files = [f"tests/{name}" for name in suite.split()]

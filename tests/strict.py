@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
-from fastwgan.kernels import guard, update
+from fastwgan.kernels import guard, project, update
 from triton.runtime import interpreter
 
 POISON = 97
@@ -27,6 +27,7 @@ _load, _store, _atomic = _Builder.create_masked_load, _Builder.create_masked_sto
 _set_grid_dim, _set_grid_idx = _Builder.set_grid_dim, _Builder.set_grid_idx
 _run, _init_args, _restore_args = _Executor.__call__, _Executor._init_args_hst, _Executor._restore_args_dev
 _launch_update, _launch_guard = update.Update.launch, guard.Guard.launch
+_launch_project = project.Project.launch
 _convert_float = interpreter._convert_float
 
 
@@ -167,6 +168,11 @@ def _guard(self: Any, gradients: Any, *args: Any) -> Any:
         return _launch_guard(self, gradients, *args)
 
 
+def _project(self: Any, params: Any, *args: Any) -> Any:
+    with _reached_by_address(params):
+        return _launch_project(self, params, *args)
+
+
 @contextmanager
 def _reached_by_address(tensors: Iterable[Any]) -> Iterator[None]:
     """A launch reaches these, which are none of its arguments."""
@@ -185,7 +191,7 @@ def install() -> None:
     _Builder.create_minnumf = lambda self, x, y: self.binary_op(x, y, np.fmin)
     _Builder.set_grid_dim, _Builder.set_grid_idx = _grid_dim, _grid_idx
     _Executor.__call__, _Executor._init_args_hst, _Executor._restore_args_dev = _call, _args, _restore
-    update.Update.launch, guard.Guard.launch = _update, _guard
+    update.Update.launch, guard.Guard.launch, project.Project.launch = _update, _guard, _project
 
 
 @contextmanager

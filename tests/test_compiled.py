@@ -6,12 +6,15 @@ import pytest
 import triton
 from compile_kernels import DTYPES, SNAPSHOT, TARGETS, summary
 
-KERNELS = ("_guard_kernel", "_scores_kernel", "_interpolate_kernel", "_penalty_kernel", "_update_kernel")
+KERNELS = (
+    "_guard_kernel", "_scores_kernel", "_interpolate_kernel", "_penalty_kernel", "_project_kernel", "_update_kernel",
+)  # fmt: skip
 ARRAYS = {  # read and written, by case; each 16 bytes at a time
     "scores critic": (2, 0),
     "interpolate 3072": (2, 1),
     "penalty one read": (1, 1),
     "penalty two reads": (2, 1),
+    "project 4608": (3, 1),  # the norm, the norm of what is scaled, and the projection
     "update rmsprop": (3, 2),
     "update rmsprop momentum centered": (5, 4),
     "update adam": (4, 3),

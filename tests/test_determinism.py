@@ -47,6 +47,18 @@ def updates(name, device, dtype=torch.float32):
     return launch
 
 
+def projection(per, device):
+    """A function that makes the same tensors anew, projects them, and gives them and the share on the bound."""
+
+    def launch():
+        torch.manual_seed(3)
+        params = [torch.randn(shape, device=device) for shape in ((700,), (9, 300), (3, 8200), (5, 7))]
+        share, _ = functional.project_and_count_(params, 16.0, per, "triton")
+        return (*params, share)
+
+    return launch
+
+
 def assert_same_bits(actual, expected):
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == e.dtype
@@ -59,6 +71,8 @@ LAUNCHES = {
     **{op: lambda device, op=op: results(op, (37, 301), torch.float32, device) for op in OPS},
     "penalty of two reads": lambda device: results("penalty two-sided", (5, 16385), torch.float32, device),
     "scores in bfloat16": lambda device: results("critic_loss", (11_000,), torch.bfloat16, device),
+    "projection of rows": lambda device: projection("row", device),
+    "projection of tensors": lambda device: projection("tensor", device),
     "RMSprop": lambda device: updates("RMSprop", device),
     "Adam": lambda device: updates("Adam", device),
 }
@@ -101,7 +115,7 @@ def test_counters_are_zero_between_launches(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [name for name in LAUNCHES if name not in ("RMSprop", "Adam")])
+@pytest.mark.parametrize("name", [n for n in LAUNCHES if not n.startswith(("RMSprop", "Adam", "projection"))])
 def test_graph_replays_give_the_same_bits(name):
     device = torch.device("cuda", 0)
     launch = LAUNCHES[name](device)

@@ -194,6 +194,7 @@ def test_each_forward_is_one_launch():
         "_interpolate_kernel": [lambda: functional.interpolate(x, y, seed=0)],
         "_penalty_kernel": [lambda: functional.penalty(x), lambda: functional.penalty(x.clone().requires_grad_())],
         "_update_kernel": [lambda: functional.clip_weights_([x.clone() for _ in range(30)], 0.1)],
+        "_project_kernel": [lambda: functional.clip_norms_([x.clone() for _ in range(30)], 0.1)],
     }
     for kernel, calls in cases.items():
         for call in calls:

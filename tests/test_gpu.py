@@ -48,16 +48,16 @@ def test_each_launch_of_a_critic_step_is_one():
         assert kernels_of(call) == [f"_{kernel}_kernel"]
 
 
-@pytest.mark.parametrize("name", ["RMSprop", "Adam", "clip_weights_"])
+@pytest.mark.parametrize("name", ["RMSprop", "Adam", "clip_weights_", "clip_norms_"])
 def test_each_update_is_one_launch(name):
     params = [nn.Parameter(torch.randn(1 + 50 * i, device=DEVICE)) for i in range(100)]
     for p in params:
         p.grad = torch.randn_like(p)
-    if name == "clip_weights_":
-        names = kernels_of(lambda: functional.clip_weights_(params, 0.1, backend="triton"))
+    if name.startswith("clip"):
+        names = kernels_of(lambda: getattr(functional, name)(params, 0.1, backend="triton"))
     else:
         names = kernels_of(getattr(fastwgan, name)(params, clip=0.1, backend="triton").step)
-    assert names == ["_update_kernel"]
+    assert names == ["_project_kernel" if name == "clip_norms_" else "_update_kernel"]
 
 
 @contextmanager

@@ -123,6 +123,20 @@ def test_updates_stay_inside(name, options, dtype, offset, guarded, device):
         assert optimizer.state[p]["step"] == 2
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("per", ["row", "tensor"])
+def test_projections_stay_inside(per, dtype, offset, guarded, device):
+    shapes = ((1,), (17,), (1025,), (1, 1), (3, 17), (3, 16), (2, 8193), (2, 8192), (5, 3, 3, 3))
+    params = [guarded.copy(torch.randn(shape, device=device).to(dtype), offset) for shape in shapes]
+    with guarded.inside(device):
+        share, _ = functional.project_and_count_(params, 0.25, per, "triton")
+    assert 0 < share <= 1
+    for p in params:
+        rows = p.double().view(len(p) if per == "row" else 1, -1)
+        assert rows.norm(dim=1).max() <= 0.25 * (1 + 4 * torch.finfo(dtype).eps)
+
+
 def test_the_share_on_the_bound_counts_what_is_there(device):
     """Also in chunks that a tensor fills in part: lanes beyond its end count for nothing."""
     params = [torch.full((n,), 5.0, device=device) for n in (1, 3, 700, 2049)]
@@ -189,25 +203,27 @@ def test_scores_address_past_2_31():
     assert loaded[-1] == size - 1
 
 
+class Huge(torch.Tensor):
+    """A tensor of so many elements at an address of its own, as a pointer table sees one."""
+
+    def numel(self):
+        return self.elements
+
+    def data_ptr(self):
+        import strict
+
+        return self.argument + 1 << strict.REGION
+
+
+def huge(argument, elements=HUGE):
+    x = torch.empty(1, dtype=torch.float16).as_subclass(Huge)
+    x.argument, x.elements = argument, elements
+    return x
+
+
 @pytest.mark.interpreted
 @pytest.mark.parametrize("algorithm", ["clamp", "rmsprop", "adam"])
 def test_update_addresses_past_2_31(algorithm):
-    import strict
-
-    class Huge(torch.Tensor):
-        """A tensor of HUGE elements at an address of its own, as a pointer table sees one."""
-
-        def numel(self):
-            return HUGE
-
-        def data_ptr(self):
-            return self.argument + 1 << strict.REGION
-
-    def huge(argument):
-        x = torch.empty(1, dtype=torch.float16).as_subclass(Huge)
-        x.argument = argument
-        return x
-
     p, g, s, m = map(huge, range(4))
     step, hyper = torch.ones(()), ((0.5,) * kernels.table.HYPER_COLUMNS.value,)
     launcher = kernels.update.Update(torch.device("cpu"), torch.float16)
@@ -218,6 +234,22 @@ def test_update_addresses_past_2_31(algorithm):
         assert at("load", argument, 2) == list(range(start, HUGE))
     for argument in touched:
         assert at("store", argument, 2) == list(range(start, HUGE))
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("size", [1, 2**17, 2**17 + 5])
+def test_projection_addresses_past_2_31(size):
+    """The last row, or block of rows of one element; 16-byte accesses and others."""
+    rows = HUGE if size == 1 else 16_387
+    assert rows * size > 2**31
+    p = huge(0, rows * size)
+    launcher = kernels.project.Project(torch.device("cpu"), torch.float16)
+    at = asked(lambda: launcher.launch([p], [size], 1.0))
+    part = kernels.project.MIN_BLOCK // 4
+    start = rows // part * part if size == 1 else (rows - 1) * size
+    assert sorted(set(at("load", 0, 2))) == list(range(start, rows * size))
+    if size == 1:  # elsewhere what is not there reads as zero, which lies within
+        assert at("store", 0, 2) == list(range(start, rows * size))
 
 
 @pytest.mark.gpu

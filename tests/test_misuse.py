@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import fastwgan.backend
-from fastwgan import Adam, GradientPenalty, RMSprop, Trainer, WeightClip, functional
+from fastwgan import Adam, GradientPenalty, NormClip, RMSprop, Trainer, WeightClip, functional
 
 REAL = torch.linspace(-1, 1, 24).view(8, 3)
 NETWORKS = ("generator", "critic", "generator_optimizer", "critic_optimizer")
@@ -486,7 +486,7 @@ MAKING = [
             ("compile", "a bool", (("yes", TypeError), (1, TypeError), (None, TypeError))),
             ("cuda_graph", "'auto', True or False", (("yes", ValueError), (1, ValueError), (None, ValueError))),
             (
-                "constraint", "WeightClip or GradientPenalty",
+                "constraint", "WeightClip, NormClip or GradientPenalty",
                 (("clip", TypeError), (WeightClip, TypeError), (None, TypeError), (0.01, TypeError)),
             ),
         )
@@ -504,6 +504,10 @@ MAKING = [
          ValueError, "exclude: .*Conv2d.* matches no parameter of the critic"),
     case("bound-too-large", lambda: {"critic": half, "constraint": WeightClip(1e6)},
          ValueError, "bound: expected a number that"),
+    case("norm-too-large", lambda: {"critic": half, "constraint": NormClip(1e6)},
+         ValueError, "bound: expected a number that"),
+    case("norm-exclude-nothing", lambda: {"constraint": NormClip(exclude="norm.*")},
+         ValueError, "exclude: 'norm.\\*' matches no parameter of the critic"),
     # optimizers and schedulers
     case("optimizer-class", lambda: {"critic_optimizer": torch.optim.Adam},
          TypeError, "critic_optimizer: expected .*got type"),
@@ -836,15 +840,30 @@ ALONE = [
     case("clip-sparse", clipped(X, X.to_sparse()), TypeError, r"parameters\[1\]: expected a dense tensor, got layout"),
     case("clip-expanded", clipped(X, X[:1].expand(4, 3)),
          ValueError, r"parameters\[1\]: expected each element to have its"),
+    # clip_norms_
+    case("norms-zero", lambda: functional.clip_norms_(X, 0), ValueError, "bound: expected a finite number > 0, got 0"),
+    case("norms-per", lambda: functional.clip_norms_(X, 0.1, per="column"),
+         ValueError, "per: expected 'row' or 'tensor', got 'column'"),
+    case("norms-module", lambda: functional.clip_norms_(LINEAR, 0.1),
+         TypeError, "parameters: expected tensors, got L"),
+    case("norms-expanded", lambda: functional.clip_norms_((X, X[:1].expand(4, 3)), 0.1),
+         ValueError, r"parameters\[1\]: expected each element to have its"),
     # constraints
     *(
-        case(f"bound-{value}", lambda value=value: WeightClip(value), error, "bound: expected a ")
+        case(f"NormClip-per-{value}", lambda value=value: NormClip(per=value),
+             ValueError, "per: expected 'row' or 'tensor', got ")
+        for value in ("rows", None, 1)
+    ),
+    *(
+        case(f"{kind.__name__}-bound-{value}", lambda kind=kind, value=value: kind(value), error, "bound: expected a ")
+        for kind in (WeightClip, NormClip)
         for value, error in ((0, ValueError), (-0.1, ValueError), (NAN, ValueError), (float("inf"), ValueError),
                              ("0.1", TypeError), (None, TypeError), (True, TypeError))
     ),
     *(
-        case(f"exclude-{value}", lambda value=value: WeightClip(exclude=value),
+        case(f"{kind.__name__}-exclude-{value}", lambda kind=kind, value=value: kind(exclude=value),
              TypeError, "exclude: expected parameter-name pat")
+        for kind in (WeightClip, NormClip)
         for value in (3, None, (3,), int, ("norm.*", nn.Linear(1, 1)))
     ),
     *(
