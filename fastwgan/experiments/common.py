@@ -85,6 +85,7 @@ class Fixed(nn.Module):
 # Okabe and Ito's colours, which colour-blind readers tell apart. What a colour stands for is the same in all pictures.
 COLORS = {
     "real": "#8c8c8c",  # real samples
+    "fake": "#e69f00",  # generated ones, where they are not one constraint's
     "exact": "#000000",  # what theory or an exact solver says
     "penalty": "#0072b2",  # WGAN-GP, and what its generator makes
     "clip": "#d55e00",  # WGAN with weight clipping
