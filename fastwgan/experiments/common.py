@@ -11,7 +11,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLORS", "PALETTE", "Check", "Experiment", "Fixed", "at_least", "at_most", "new_figure", "scaled"]
+__all__ = [
+    "COLORS",
+    "PALETTE",
+    "Check",
+    "Experiment",
+    "Fixed",
+    "at_least",
+    "at_most",
+    "new_figure",
+    "scaled",
+    "starting_at_zero",
+]
 
 
 # The form of an experiment
@@ -78,6 +89,17 @@ class Fixed(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return z
+
+
+def starting_at_zero(network: nn.Sequential) -> nn.Sequential:
+    """The network, its last layer's weights and biases set to zero.
+
+    For critics under the penalty in one or two dimensions: the two-sided one is for any slope of norm 1, and may keep a
+    critic that starts with one of the wrong sign from turning. From zero the first step turns the right way.
+    """
+    for p in network[-1].parameters():
+        nn.init.zeros_(p)
+    return network
 
 
 # Pictures

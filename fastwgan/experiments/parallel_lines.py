@@ -5,9 +5,6 @@ on the lines alone. Under the penalty of weight lambda, a slope s is worth s |th
 it settles on s = 1 + |theta| / (2 lambda): with lambda = 20 its estimate is up to 2.5% too large. Under clipping its
 slope is the largest that the bound allows, some K whatever theta is, so that the estimate is K |theta|.
 
-The critic's last layer starts at zero. From a random slope of the wrong sign the penalty, which is for any slope of
-norm 1, could keep it from turning; from zero the first step turns the right way.
-
 Source: arXiv 1701.07875, example 1 and figure 1.
 """
 
@@ -21,7 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from fastwgan import Adam, GradientPenalty, RMSprop, Trainer, WeightClip
 from fastwgan.distances import js_divergence, kl_divergence, wasserstein
-from fastwgan.experiments.common import COLORS, Check, Fixed, at_least, at_most, new_figure, scaled
+from fastwgan.experiments.common import COLORS, Check, Fixed, at_least, at_most, new_figure, scaled, starting_at_zero
 
 TITLE = "Parallel lines: W and the critic's estimate move with the distance, JS and KL do not (WGAN, example 1)"
 
@@ -54,9 +51,7 @@ def _exact(theta: float) -> tuple[float, float, float]:
 def _estimate(theta: float, constraint: WeightClip | GradientPenalty, seed: int, scale: float) -> float:
     """What a critic trained on the two lines says of their distance."""
     torch.manual_seed(seed)  # the same critic for each theta
-    last = nn.Linear(WIDTH, 1)
-    nn.init.zeros_(last.weight)
-    critic = nn.Sequential(nn.Linear(2, WIDTH), nn.Tanh(), last)
+    critic = starting_at_zero(nn.Sequential(nn.Linear(2, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1)))
     random = torch.Generator().manual_seed(seed)
     optimizer: torch.optim.Optimizer
     if isinstance(constraint, WeightClip):
