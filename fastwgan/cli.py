@@ -1,4 +1,4 @@
-"""The command line: fastwgan train | sample | bench | info."""
+"""The command line: fastwgan train | sample | experiment | bench | info."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import fastwgan
-from fastwgan import checkpoint, data, files, functional, runs
+from fastwgan import checkpoint, data, experiments, files, functional, runs
 from fastwgan.backend import triton_problem
 from fastwgan.baselines import IMPLEMENTATIONS
 from fastwgan.bench import PRECISIONS
@@ -180,6 +180,23 @@ def _sample(args: argparse.Namespace) -> int:
     return 0
 
 
+def _experiment(args: argparse.Namespace) -> int:
+    if args.list:
+        for name in experiments.EXPERIMENTS:
+            print(f"{name:<18} {experiments.load(name).TITLE}")
+        return 0
+    with _problems():
+        import matplotlib  # noqa: F401
+        import rich  # noqa: F401 - both are for the end, which is minutes away
+
+        if args.name is None:
+            raise ValueError(f"NAME: expected all or one of {', '.join(experiments.EXPERIMENTS)}, got none")
+    names = list(experiments.EXPERIMENTS) if args.name == "all" else [args.name]
+    seeds = range(args.seed, args.seed + args.seeds)
+    passed = [experiments.run(name, seeds=seeds, out=args.out) for name in names]
+    return 0 if all(passed) else 1
+
+
 def _bench(args: argparse.Namespace) -> int:
     with _problems():
         import rich  # noqa: F401 - for the tables
@@ -326,6 +343,19 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--count", type=_int(1, MOST), default=100)
     sample.add_argument("--seed", type=_int(0, 2**63 - 1), default=0)
     sample.add_argument("--out", type=Path, required=True, help="F.npy for the numbers, F.png for a picture")
+
+    experiment = commands.add_parser("experiment", help="train what the papers show, and check that it comes out")
+    experiment.set_defaults(run=_experiment)
+    experiment.add_argument(
+        "name", nargs="?", choices=(*experiments.EXPERIMENTS, "all"), metavar="NAME",
+        help=f"{', '.join(experiments.EXPERIMENTS)}, or all; the exit status is 1 if a check fails",
+    )  # fmt: skip
+    experiment.add_argument("--list", action="store_true", help="say what each of them shows")
+    experiment.add_argument("--seeds", type=_int(1, 1000), default=3, help="how many; default: 3")
+    experiment.add_argument("--seed", type=_int(0, 2**62), default=0, help="the first of them; default: 0")
+    experiment.add_argument(
+        "--out", type=Path, default=Path("runs") / "experiments", help="directory; default: runs/experiments"
+    )
 
     bench = commands.add_parser("bench", help="time a critic step against PyTorch's, or each op by itself")
     bench.set_defaults(run=_bench)
