@@ -5,6 +5,7 @@ from fastwgan.constraints import GradientPenalty, WeightClip
 from fastwgan.metrics import Metrics
 from fastwgan.optim import Adam, RMSprop
 from fastwgan.trainer import Trainer, warmup_schedule
+from fastwgan.verify import verify
 
 __version__ = "0.1.0"
 
@@ -17,5 +18,6 @@ __all__ = [
     "WeightClip",
     "functional",
     "reference",
+    "verify",
     "warmup_schedule",
 ]
