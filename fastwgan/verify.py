@@ -11,8 +11,8 @@ difference of larger ones, these are roundings of the larger ones. For networks 
 itself, the floor is eight times as much.
 
 Plain PyTorch runs twice, as one run's error may be small by luck: once apart, and once on the trainer's fake samples,
-points of the penalty and batches, so that a ReLU's input that lies within a rounding of zero is on one side in both.
-The worse of the two counts.
+points of the penalty and batches, so that a ReLU's input that lies within a rounding of zero is on one side in both, and
+sums over a batch cancel in both. The worse of the two counts.
 """
 
 import copy
@@ -367,6 +367,8 @@ def _critic_pass(networks: nn.ModuleList, step: _Step, z: Any, seen: _Seen | Non
     else:
         real_scores, fake_scores = critic(step.real, *step.cond), critic(fake, *step.cond)
     terms = [-real_scores.mean(), fake_scores.mean()]
+    if seen is not None and seen.together:
+        terms = [terms[1] + terms[0]]  # in one backward pass, whose sums over the batch may cancel
     summands = sum(x.detach().double().abs().mean().item() for x in (real_scores, fake_scores))
     gradient, depends = None, False
     x = step.points(fake) if seen is None else seen.x
@@ -446,7 +448,7 @@ class _Judge:
         """How many gradients are not finite, and whether the step was taken: only if there are none."""
         found = [p.grad.isfinite().logical_not().sum() for p in module.parameters() if p.grad is not None]
         count = torch.stack(found).sum()
-        self("guard", "non-finite", metrics.nonfinite, [count], count)
+        self("guard", "non-finite", None if metrics.nonfinite is None else metrics.nonfinite.long(), [count], count)
         changed = [x.any() for state in optimizer.state.values() for x in state.values()]
         changed += [(p != before[name]).any() for name, p in module.named_parameters()]
         taken, right = torch.stack([x.to(count.device) for x in changed]).any().int(), (count == 0).int()
@@ -485,9 +487,11 @@ class _Judge:
             self("clamp", name, p.detach(), [plain], wide)
 
     def buffers(self, ours: nn.Module, eager: nn.Module, exact: nn.Module) -> None:
+        """Of both networks, generator first."""
         named = zip(ours.named_buffers(), eager.buffers(), exact.buffers(), strict=True)
         for (name, own), plain, wide in named:
-            self("buffers", name, own, [plain], wide)
+            network, _, path = name.partition(".")
+            self("buffers", f"{('generator', 'critic')[int(network)]}: {path}", own, [plain], wide)
 
 
 def _error(x: Tensor | None, exact: Tensor, size: float) -> float:
@@ -665,10 +669,9 @@ def verify(
         raise RuntimeError("torch.autocast: expected a call outside of it, got one inside")
     streams = process_streams(device)
     try:
-        with torch.enable_grad():
-            rows, notes = _verified(
-                networks, _Step(real.detach(), tuple(cond), constraint, pack, seed), latent, backend
-            )
+        with torch.enable_grad():  # whatever the caller has
+            step = _Step(_copied(real), tuple(map(_copied, cond)), constraint, pack, seed)
+            rows, notes = _verified(networks, step, latent, backend)
     finally:
         set_process_streams(streams, device)
     dtype = next(p.dtype for p in networks[1].parameters() if p.is_floating_point())
