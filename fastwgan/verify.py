@@ -11,156 +11,40 @@ difference of larger ones, these are roundings of the larger ones. For networks 
 itself, the floor is eight times as much.
 
 Plain PyTorch runs twice, as one run's error may be small by luck: once apart, and once on the trainer's fake samples,
-points of the penalty and batches, so that a ReLU's input that lies within a rounding of zero is on one side in both, and
-sums over a batch cancel in both. The worse of the two counts.
+points of the penalty and batches, so that a ReLU's input that lies within a rounding of zero is on one side in both,
+and sums over a batch cancel in both. The worse of the two counts.
 """
 
 import copy
 import math
 import platform
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import fields
+from functools import partial
 from importlib import metadata
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from fastwgan import functional, reference
+from fastwgan import functional
 from fastwgan.arguments import check_count, check_mode
 from fastwgan.backend import Backend, resolve
 from fastwgan.baselines import ADAM, RMSPROP
 from fastwgan.constraints import GradientPenalty, WeightClip
 from fastwgan.metrics import Metrics
 from fastwgan.optim import Adam, RMSprop
-from fastwgan.passes import scores_of_both
+from fastwgan.plain import Constraint, Pass, Step, critic_pass, generator_pass, to_dtype
 from fastwgan.ranks import Ranks, unwrapped
+from fastwgan.report import Report, Row
 from fastwgan.streams import process_streams, set_process_streams
 from fastwgan.trainer import Latent, Trainer
 
-__all__ = ["Report", "Row", "verify"]
+__all__ = ["verify"]
 
 THROUGH_NETWORKS = ("generate", "forward", "input gradient", "loss", "backward", "buffers")
 CANCELLED = 1e-10  # of its summands' size: a sum below it is rounding, in float64 too
-
-Constraint = WeightClip | GradientPenalty
-
-
-# The result
-
-
-@dataclass(frozen=True)
-class Row:
-    """One tensor of one stage.
-
-    Attributes:
-        step: "critic" or "generator".
-        op: the stage: generate, interpolate, forward, scores, input gradient, penalty, loss, backward, guard, update,
-            clamp or buffers.
-        name: of the tensor; in backward, update and clamp the parameter's, with the optimizer's state behind a colon.
-        error: ||ours - float64|| / ||float64||; absolute where float64 has zero; NaN where ours is not there or has
-            another shape.
-        eager: the same of plain PyTorch in the same dtype.
-        tolerance: of error.
-    """
-
-    step: str
-    op: str
-    name: str
-    error: float
-    eager: float
-    tolerance: float
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.tolerance  # NaN is not
-
-
-@dataclass(frozen=True)
-class Report:
-    """What :func:`verify` found. ``print`` shows a table of it: each stage's worst row, and every row that failed.
-
-    Attributes:
-        rows: in the order of the step.
-        constraint, device, backend, dtype, batch, seed: what was verified; backend is the one that ran.
-        versions: of fastwgan, torch, triton and python.
-        notes: what was done to the networks' copies.
-    """
-
-    rows: tuple[Row, ...]
-    constraint: str
-    device: str
-    backend: str
-    dtype: str
-    batch: int
-    seed: int
-    versions: dict[str, str | None]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        return not self.failed
-
-    @property
-    def failed(self) -> tuple[Row, ...]:
-        """The rows that failed. The first one's stage is the one at fault."""
-        return tuple(row for row in self.rows if not row.passed)
-
-    @property
-    def title(self) -> str:
-        """What was verified, in a line."""
-        return f"{self.constraint}: {self.backend} on {self.device}, {self.dtype}, batch {self.batch}"
-
-    @property
-    def verdict(self) -> str:
-        """The outcome, in a sentence."""
-        if self.passed:
-            return f"passed: {len(self.rows)} rows"
-        first = self.failed[0]
-        where = f"first {first.op} ({first.name}) in the {first.step} step"
-        return f"FAILED: {len(self.failed)} of {len(self.rows)} rows, {where}"
-
-    def lines(self) -> list[tuple[str, ...]]:
-        """The table's lines below its HEADER: of each op the worst row of those that passed, and all that failed."""
-        table = []
-        for (step, op), group in groupby(self.rows, lambda row: (row.step, row.op)):
-            members = list(group)
-            failed, passed = ([row for row in members if row.passed is verdict] for verdict in (False, True))
-            worst = [max(passed, key=lambda row: row.error / row.tolerance if row.tolerance else 0.0)] if passed else []
-            for row in failed + worst:
-                count = 1 if not row.passed else len(passed)
-                numbers = (f"{x:.2g}" for x in (row.error, row.eager, row.tolerance))
-                table.append((step, op, str(count), row.name, *numbers, "ok" if row.passed else "FAIL"))
-        return table
-
-    def __str__(self) -> str:
-        table = [HEADER, *self.lines()]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if name in WORDS else cell.rjust(width)
-                for name, cell, width in zip(HEADER, line, widths, strict=True)
-            ).rstrip()
-            for line in table
-        ]
-        return "\n".join((self.title, *(f"note: {note}" for note in self.notes), *lines, self.verdict))
-
-    def as_dict(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it: a number that is not finite is None."""
-        result = asdict(self) | {"passed": self.passed}
-        result["rows"] = [
-            {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in asdict(row).items()}
-            | {"passed": row.passed}
-            for row in self.rows
-        ]
-        return result
-
-
-HEADER = ("step", "op", "rows", "worst", "error", "eager", "allowed", "")
-WORDS = ("step", "op", "worst", "")  # columns that are none of numbers
-
 
 # What goes through the trainer's step
 
@@ -253,149 +137,6 @@ def _copied(x: Any) -> Any:
     return x.detach().clone() if isinstance(x, Tensor) else x
 
 
-# The same step in plain PyTorch
-
-
-def _to(value: Any, dtype: torch.dtype) -> Any:
-    """Floating tensors in ``dtype``, inside tuples, lists and dicts too; all else as it is."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: _to(each, dtype) for key, each in value.items()}
-    return type(value)(_to(each, dtype) for each in value) if type(value) in (tuple, list) else value
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What a step is taken on. The formulas here are on purpose not those of :mod:`fastwgan.reference`."""
-
-    real: Tensor
-    cond: tuple[Any, ...]
-    constraint: Constraint
-    pack: int
-    seed: int
-
-    def to(self, dtype: torch.dtype) -> "_Step":
-        return replace(self, real=self.real.to(dtype), cond=_to(self.cond, dtype))
-
-    def points(self, fake: Tensor) -> Tensor | None:
-        """Where the penalty is taken, in the fake samples' dtype; None where there is none."""
-        if isinstance(self.constraint, WeightClip):
-            return None
-        real = self.real.to(fake.dtype)
-        if self.constraint.at == "interpolates":
-            eps = reference.uniform(self.seed, 0, len(real) // self.pack, real.device).repeat_interleave(self.pack)
-            eps = eps.to(real.dtype).view(-1, *[1] * (real.dim() - 1))
-            return eps * real + (1 - eps) * fake
-        return real if self.constraint.at == "real" else fake
-
-    def norms(self, gradients: Tensor) -> Tensor:
-        """Of each pack, [N / pack]."""
-        norms: Tensor = gradients.reshape(len(gradients) // self.pack, -1).norm(dim=1)
-        return norms
-
-    def penalty(self, gradients: Tensor, sign: int = 1) -> Tensor:
-        """The mean, without its weight; with ``sign=-1`` of the sums that it has differences of."""
-        assert isinstance(self.constraint, GradientPenalty)
-        norms, target = self.norms(gradients), sign * self.constraint.target
-        each = {
-            "two-sided": lambda: (norms - target) ** 2,
-            "one-sided": lambda: (norms - target).clamp(min=0) ** 2,
-            "zero-centered": lambda: norms**2,
-            "power": lambda: norms**6,
-        }[self.constraint.kind]()
-        return each.mean()
-
-    def cotangent(self, gradients: Tensor, sign: int = 1) -> Tensor:
-        """d (weight * penalty) / d gradients."""
-        leaf = gradients.detach().requires_grad_()
-        return torch.autograd.grad(self.weight * self.penalty(leaf, sign), leaf)[0]
-
-    @property
-    def weight(self) -> float:
-        """Of the penalty in a first step."""
-        return self.constraint.weight * self.constraint.every if isinstance(self.constraint, GradientPenalty) else 0.0
-
-
-@dataclass
-class _Pass:
-    """What plain PyTorch has come to.
-
-    Attributes:
-        fake, scores, gradient: as in :class:`_Seen`, the scores by halves.
-        depends: whether that gradient depends on the critic's parameters.
-        loss, summands: and the size of what it is a sum of.
-        gradients: by parameter; zeros where the loss does not depend on it.
-        sizes: of each gradient, the norms of the loss's terms' added up.
-    """
-
-    fake: Tensor
-    scores: tuple[Tensor, ...]
-    gradient: Tensor | None
-    depends: bool
-    loss: Tensor
-    summands: float
-    gradients: dict[str, Tensor]
-    sizes: dict[str, float]
-
-
-def _gradients(module: nn.Module, terms: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Of the sum of ``terms`` by parameter, and for each the size of its summands."""
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    total = {name: torch.zeros_like(p) for name, p in trained.items()}
-    sizes = dict.fromkeys(trained, 0.0)
-    for term in terms:
-        parts: Iterable[Tensor | None] = [None] * len(trained)
-        if term.requires_grad:
-            parts = torch.autograd.grad(term, list(trained.values()), retain_graph=True, allow_unused=True)
-        for name, part in zip(trained, parts, strict=True):
-            if part is not None:
-                total[name] = total[name] + part
-                sizes[name] += part.double().norm().item()
-    return total, sizes
-
-
-def _critic_pass(networks: nn.ModuleList, step: _Step, z: Any, seen: _Seen | None = None) -> _Pass:
-    """A critic step's passes; of ``seen``, where given, the fake samples, the points and the batches are taken."""
-    generator, critic = networks
-    with torch.no_grad():
-        fake: Any = generator(z, *step.cond) if seen is None else seen.fake
-    fake = fake.to(step.real.dtype)
-    if seen is not None and seen.together:
-        both = scores_of_both(critic, step.real, fake, step.cond, step.pack)
-        real_scores, fake_scores = both.tensor_split(2)
-    else:
-        real_scores, fake_scores = critic(step.real, *step.cond), critic(fake, *step.cond)
-    terms = [-real_scores.mean(), fake_scores.mean()]
-    if seen is not None and seen.together:
-        terms = [terms[1] + terms[0]]  # in one backward pass, whose sums over the batch may cancel
-    summands = sum(x.detach().double().abs().mean().item() for x in (real_scores, fake_scores))
-    gradient, depends = None, False
-    x = step.points(fake) if seen is None else seen.x
-    if x is not None:
-        x = x.detach().clone().requires_grad_()
-        at_x = critic(x, *step.cond)
-        (gradient,) = torch.autograd.grad(at_x, x, torch.ones_like(at_x), create_graph=True)
-        depends = gradient.requires_grad
-        terms.append(step.weight * step.penalty(gradient))
-        gradient = gradient.detach()
-        summands += step.weight * step.penalty(gradient, sign=-1).item()
-    gradients, sizes = _gradients(critic, terms)
-    loss = torch.stack([term.detach() for term in terms]).sum()
-    scores = (real_scores.detach(), fake_scores.detach())
-    return _Pass(fake, scores, gradient, depends, loss, summands, gradients, sizes)
-
-
-def _generator_pass(networks: nn.ModuleList, step: _Step, z: Any) -> _Pass:
-    generator, critic = networks
-    fake = generator(z, *step.cond)
-    scores = critic(fake.to(step.real.dtype), *step.cond)
-    loss = -scores.mean()
-    gradients, sizes = _gradients(generator, [loss])
-    summands = scores.detach().double().abs().mean().item()
-    return _Pass(fake.detach(), (scores.detach(),), None, False, loss.detach(), summands, gradients, sizes)
-
-
 # The verdict
 
 
@@ -432,7 +173,7 @@ class _Judge:
         wide = torch.full_like(scores, value, dtype=torch.float64)
         self("scores", f"seed at {which} scores", seed, [torch.full_like(scores, value)], wide)
 
-    def backward(self, module: nn.Module, eagers: Sequence[_Pass], exact: _Pass) -> None:
+    def backward(self, module: nn.Module, eagers: Sequence[Pass], exact: Pass) -> None:
         largest = max(g.norm().item() for g in exact.gradients.values())
         for name, p in module.named_parameters():
             if p.requires_grad:
@@ -456,21 +197,20 @@ class _Judge:
 
     def update(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, before: dict[str, Tensor], backend: Backend,
-        constraint: Constraint, clipped: set[str] | None,
+        step: Step, clipped: set[str] | None,
     ) -> None:  # fmt: skip
         """Weights and optimizer state, all from the trainer's own gradients; ``clipped`` weights once more, clamped."""
         named = dict(module.named_parameters())
         grads = {name: p.grad for name, p in named.items() if p.grad is not None}
         old = {name: before[name] for name in grads}
-        names = ("RMSprop", RMSPROP) if isinstance(constraint, WeightClip) else ("Adam", ADAM)
-        theirs, ours = getattr(torch.optim, names[0]), {"RMSprop": RMSprop, "Adam": Adam}[names[0]]
-        eager, eager_state = _updated(lambda ps: theirs(ps, foreach=False, **names[1]), old, grads)
-        exact, exact_state = _updated(
-            lambda ps: theirs(ps, foreach=False, **names[1]), _to(old, torch.float64), _to(grads, torch.float64)
-        )
+        name, options = ("RMSprop", RMSPROP) if isinstance(step.constraint, WeightClip) else ("Adam", ADAM)
+        theirs = partial(getattr(torch.optim, name), foreach=False, **options)
+        eager, eager_state = _updated(theirs, old, grads)
+        exact, exact_state = _updated(theirs, to_dtype(old, torch.float64), to_dtype(grads, torch.float64))
         new: dict[str, Any] = dict(named)
         if clipped is not None:  # what the optimizer does without the clamp
-            new, _ = _updated(lambda ps: ours(ps, backend=backend, **names[1]), old, grads)
+            fused = {"RMSprop": RMSprop, "Adam": Adam}[name]
+            new, _ = _updated(partial(fused, backend=backend, **options), old, grads)
         for name in grads:
             self("update", name, new[name].detach(), [eager[name]], exact[name])
             state = optimizer.state.get(named[name], {})
@@ -478,11 +218,10 @@ class _Judge:
                 self("update", f"{name}: {key}", state.get(key), [eager_state[name][key]], value)
         if clipped is None:
             return
-        assert isinstance(constraint, WeightClip)
         for name, p in named.items():
             plain, wide = (each.get(name, before[name]) for each in (eager, exact))
             if name in clipped:
-                bound = _bound(constraint, p.dtype)
+                bound = step.bound(p.dtype)
                 plain, wide = plain.clamp(-bound, bound), wide.double().clamp(-bound, bound)
             self("clamp", name, p.detach(), [plain], wide)
 
@@ -506,11 +245,6 @@ def _largest(errors: Iterable[float]) -> float:
     return torch.tensor(list(errors), dtype=torch.float64).max().item()
 
 
-def _bound(constraint: WeightClip, dtype: torch.dtype) -> float:
-    """As the dtype holds it."""
-    return torch.tensor(constraint.bound, dtype=dtype).item()
-
-
 def _updated(
     make: Callable[[list[Tensor]], torch.optim.Optimizer], weights: dict[str, Tensor], grads: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
@@ -526,8 +260,8 @@ def _updated(
 
 
 def _judge_critic(
-    judge: _Judge, trainer: Trainer, seen: _Seen, metrics: Metrics, step: _Step, before: dict[str, Tensor],
-    passes: Sequence[_Pass], exact: _Pass,
+    judge: _Judge, trainer: Trainer, seen: _Seen, metrics: Metrics, step: Step, before: dict[str, Tensor],
+    passes: Sequence[Pass], exact: Pass,
 ) -> None:  # fmt: skip
     """The rows of a critic step; ``passes`` are plain PyTorch's two."""
     wide = step.to(torch.float64)
@@ -578,36 +312,30 @@ def _judge_critic(
     if isinstance(constraint, WeightClip):
         members = set(constraint.clipped(critic))
         clipped = {name for name, p in critic.named_parameters() if p in members}
-    judge.update(critic, trainer.critic_optimizer, before, trainer.backend, constraint, clipped)
+    judge.update(critic, trainer.critic_optimizer, before, trainer.backend, step, clipped)
     if isinstance(constraint, WeightClip) and members:
-        on_bound = [p.detach().abs().ge(_bound(constraint, p.dtype)).flatten() for p in members]
+        on_bound = [p.detach().abs().ge(step.bound(p.dtype)).flatten() for p in members]
         share = torch.cat(on_bound).double().mean()
         judge("clamp", "saturation", metrics.saturation, [share.float()], share)
 
 
 def _judge_generator(
-    judge: _Judge, trainer: Trainer, seen: _Seen, metrics: Metrics, step: _Step, before: dict[str, Tensor],
-    eager: _Pass, exact: _Pass,
+    judge: _Judge, trainer: Trainer, seen: _Seen, metrics: Metrics, step: Step, before: dict[str, Tensor],
+    eager: Pass, exact: Pass,
 ) -> None:  # fmt: skip
     judge("generate", "fake samples", seen.fake, [eager.fake], exact.fake)
     scores = seen.scores[0] if seen.together else None
     judge("forward", "fake scores", scores, [eager.scores[0]], exact.scores[0])
     if scores is not None:
         own = scores.double()
-        judge(
-            "scores",
-            "-mean of fake",
-            metrics.generator_loss,
-            [-scores.mean()],
-            -own.mean(),
-            own.abs().mean().item(),
-        )
+        size = own.abs().mean().item()
+        judge("scores", "-mean of fake", metrics.generator_loss, [-scores.mean()], -own.mean(), size)
         judge.scores("fake", scores, seen.seeds[0], -1)
     judge("loss", "generator loss", metrics.generator_loss, [eager.loss], exact.loss, exact.summands, eager.loss.dtype)
     generator = trainer.generator
     judge.backward(generator, [eager], exact)
     judge.guard(generator, trainer.generator_optimizer, before, metrics)
-    judge.update(generator, trainer.generator_optimizer, before, trainer.backend, step.constraint, None)
+    judge.update(generator, trainer.generator_optimizer, before, trainer.backend, step, None)
 
 
 # Preparing
@@ -670,7 +398,7 @@ def verify(
     streams = process_streams(device)
     try:
         with torch.enable_grad():  # whatever the caller has
-            step = _Step(_copied(real), tuple(map(_copied, cond)), constraint, pack, seed)
+            step = Step(_copied(real), tuple(map(_copied, cond)), constraint, pack, seed)
             rows, notes = _verified(networks, step, latent, backend)
     finally:
         set_process_streams(streams, device)
@@ -728,7 +456,7 @@ def _copy(networks: Iterable[nn.Module]) -> nn.ModuleList:
 
 
 def _verified(
-    networks: list[nn.Module], step: _Step, latent: Latent | None, backend: Backend
+    networks: list[nn.Module], step: Step, latent: Latent | None, backend: Backend
 ) -> tuple[list[Row], list[str]]:
     """(rows, notes)."""
     template = _copy(networks)
@@ -751,8 +479,8 @@ def _verified(
 
     before = {name: p.detach().clone() for name, p in trainer.critic.named_parameters()}
     metrics = trainer.critic_step(step.real, *step.cond)
-    passes = [_critic_pass(apart, step, seen.z), _critic_pass(beside, step, seen.z, seen)]
-    truth = _critic_pass(exact, wide, _to(seen.z, torch.float64))
+    passes = [critic_pass(apart, step, seen.z), critic_pass(beside, step, seen.z, seen)]
+    truth = critic_pass(exact, wide, to_dtype(seen.z, torch.float64))
     judge = _Judge("critic", rows)
     _judge_critic(judge, trainer, seen, metrics, step, before, passes, truth)
     judge.buffers(ours, apart, exact)
@@ -762,8 +490,8 @@ def _verified(
         _match(other, ours)
     before = {name: p.detach().clone() for name, p in trainer.generator.named_parameters()}
     metrics = trainer.generator_step(len(step.real), *step.cond)
-    eager = _generator_pass(apart, step, seen.z)
-    truth = _generator_pass(exact, wide, _to(seen.z, torch.float64))
+    eager = generator_pass(apart, step, seen.z)
+    truth = generator_pass(exact, wide, to_dtype(seen.z, torch.float64))
     judge = _Judge("generator", rows)
     _judge_generator(judge, trainer, seen, metrics, step, before, eager, truth)
     judge.buffers(ours, apart, exact)
@@ -784,27 +512,26 @@ def _drawn(networks: nn.ModuleList, latent: Latent, batch: int) -> Any:
     return latent(batch, p.device) if callable(latent) else torch.randn(batch, latent, device=p.device, dtype=p.dtype)
 
 
-def _width(networks: nn.ModuleList, step: _Step) -> int:
+def _width(networks: nn.ModuleList, step: Step) -> int:
     """Of the latents, by the generator's first layer; it is tried out, as that layer may be for something else."""
-    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    for m in networks[0].modules():
-        if not isinstance(m, (nn.Linear, *transposed)):
-            continue
-        width = m.in_features if isinstance(m, nn.Linear) else m.in_channels
+    layers = (nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    first = next((m for m in networks[0].modules() if isinstance(m, layers)), None)
+    problem: Exception | None = None
+    if first is not None:
+        width = first.in_features if isinstance(first, nn.Linear) else first.in_channels
         try:
             with torch.no_grad():
                 fake = _copy(networks)[0](_drawn(networks, width, len(step.real)), *step.cond)
-        except (RuntimeError, ValueError, TypeError, IndexError):
-            break
-        if fake.shape == step.real.shape:
-            return width
-        break
+            if fake.shape == step.real.shape:
+                return width
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            problem = error
     raise ValueError(
         "latent: expected a width or a callable, as the generator's first layer does not tell it; got None"
-    )
+    ) from problem
 
 
-def _check_networks(networks: nn.ModuleList, step: _Step, latent: Latent) -> None:
+def _check_networks(networks: nn.ModuleList, step: Step, latent: Latent) -> None:
     """Raise unless each network, from the same state, does the same with the same input, and runs in float64."""
     inputs = (_drawn(networks, latent, len(step.real)), step.real)
     for i, name in enumerate(("generator", "critic")):
@@ -819,7 +546,7 @@ def _check_networks(networks: nn.ModuleList, step: _Step, latent: Latent) -> Non
                     "a form without randomness"
                 )
             try:
-                wide = _copy(networks).double()[i](*_to((inputs[i], *step.cond), torch.float64))
+                wide = _copy(networks).double()[i](*to_dtype((inputs[i], *step.cond), torch.float64))
             except RuntimeError as error:
                 raise ValueError(f"{name}: expected a network that runs in float64, got {error}") from error
             if wide.dtype != torch.float64:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fastwgan import models
 from fastwgan.backend import Backend
 from fastwgan.constraints import GradientPenalty, WeightClip
-from fastwgan.verify import HEADER, WORDS, Report, verify
+from fastwgan.report import HEADER, WORDS, Report
+from fastwgan.verify import verify
 from fastwgan.workloads import WORKLOADS
 
 __all__ = ["BUILT_IN", "CONSTRAINTS", "run"]
