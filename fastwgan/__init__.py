@@ -5,6 +5,7 @@ from fastwgan.constraints import GradientPenalty, NormClip, WeightClip
 from fastwgan.metrics import Metrics
 from fastwgan.optim import Adam, RMSprop
 from fastwgan.trainer import Trainer, warmup_schedule
+from fastwgan.verify import verify
 
 __version__ = "0.1.0"
 
@@ -18,5 +19,6 @@ __all__ = [
     "WeightClip",
     "functional",
     "reference",
+    "verify",
     "warmup_schedule",
 ]

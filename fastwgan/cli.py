@@ -1,4 +1,4 @@
-"""The command line: fastwgan train | sample | experiment | bench | info."""
+"""The command line: fastwgan train | sample | experiment | bench | verify | info."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import fastwgan
-from fastwgan import checkpoint, data, experiments, files, functional, runs
+from fastwgan import checkpoint, data, experiments, files, functional, runs, verify_run
 from fastwgan.backend import triton_problem
 from fastwgan.baselines import IMPLEMENTATIONS
 from fastwgan.bench import PRECISIONS
@@ -26,6 +26,7 @@ from fastwgan.workloads import WORKLOADS
 
 MOST = 1_000_000  # samples in a batch or a file
 AT_ONCE = 500  # samples that one forward pass makes for a file
+FAILED = 1  # exit status of a verification
 INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
 
 
@@ -218,6 +219,20 @@ def _bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def _verify(args: argparse.Namespace) -> int:
+    with _problems():
+        if args.networks is not None and args.workload:
+            raise ValueError("--workload: names built-in networks, and --networks others")
+        if args.json is not None and not args.json.absolute().parent.is_dir():
+            raise ValueError(f"--json: {args.json.parent} is no directory")
+        device = None if args.networks is not None and args.device is None else _device(args.device)
+        passed = verify_run.run(
+            args.workload or list(verify_run.BUILT_IN), args.networks, args.constraint or list(verify_run.CONSTRAINTS),
+            device, backend=args.backend, seed=args.seed, path=args.json,
+        )  # fmt: skip
+    return 0 if passed else FAILED
+
+
 def _version(module: str) -> str:
     try:
         return str(__import__(module).__version__)
@@ -372,13 +387,27 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--minutes", type=_minutes, default=8.0, help="that it should take; default: 8")
     bench.add_argument("--json", type=Path, help="file for all figures")
 
+    verify = commands.add_parser("verify", help="judge a step on your networks and device, op by op, against float64")
+    verify.set_defaults(run=_verify)
+    verify.add_argument(
+        "--networks", metavar="MODULE:FACTORY",
+        help="yours: a function without arguments that returns (generator, critic, real), or a dict of the arguments "
+        "of fastwgan.verify; default: built-in ones",
+    )  # fmt: skip
+    for option, known in (("--workload", [*verify_run.BUILT_IN]), ("--constraint", [*verify_run.CONSTRAINTS])):
+        verify.add_argument(option, nargs="+", choices=known, metavar="NAME", help=f"{', '.join(known)}; default: all")
+    verify.add_argument("--device", help="such as cpu or cuda:0; default: where --networks are, else as in bench")
+    verify.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto")
+    verify.add_argument("--seed", type=_int(0, 2**63 - 1), default=0)
+    verify.add_argument("--json", type=Path, help="file for all rows")
+
     info = commands.add_parser("info", help="versions, devices, and which backend each op uses there and why")
     info.set_defaults(run=_info)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit status: 0, 2 on a bad argument, 130 after Ctrl-C."""
+    """Run a command; return its exit status: 0, 1 if a verification failed, 2 on a bad argument, 130 after Ctrl-C."""
     parser = _parser()
     args = parser.parse_args(argv)
     try:
