@@ -141,7 +141,7 @@ def critic_pass(networks: nn.ModuleList, step: Step, z: Any, seen: Observed | No
         fake: Any = generator(z, *step.cond) if seen is None else seen.fake
     fake = fake.to(step.real.dtype)
     if seen is not None and seen.together:
-        both = scores_of_both(critic, step.real, fake, step.cond, step.pack)
+        both = scores_of_both(critic, torch.cat((step.real, fake)), step.cond, step.pack)
         real_scores, fake_scores = both.tensor_split(2)
     else:
         real_scores, fake_scores = critic(step.real, *step.cond), critic(fake, *step.cond)
