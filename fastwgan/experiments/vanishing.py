@@ -2,8 +2,8 @@
 
 Real samples are N(-2.5, 0.5^2), generated ones N(2.5, 0.5^2), ten standard deviations apart. Each network is trained on
 fresh samples of both while its learning rate decays to zero. What the generator then follows at its own samples is the
-slope of log(1 - D(x)), downhill, or of a critic's score, uphill. The better the discriminator, the less of a slope it
-leaves there, while the critics come near straight lines, for the exact distance the optimum.
+slope of log(1 - D(x)), downhill, or of a critic's score, uphill. The better the discriminator, the less slope it leaves
+there, while the best critic of two such heaps is a straight line.
 
 Source: arXiv 1701.07875, figure 2.
 """
