@@ -21,6 +21,7 @@ CODE = "test_compiled.py"  # compiles for GPUs, which takes minutes
 GRAPHS = "test_recording.py test_graphs.py"
 GUARD = "test_guard.py test_ema.py test_amp.py"
 PROJECT = "test_project.py"
+OBJECTIVES = "test_objectives.py"
 
 
 class Fault(NamedTuple):
@@ -39,7 +40,14 @@ FAULTS = [
     Fault("high half of the index dropped", "philox", "high = ((index >> 32) & 0xFFFFFFFF)", "high = (index & 0)"),
     Fault("stream word dropped", "philox", "low, high, 0, STREAM)", "low, high, 0, 0)"),
     Fault("23 bits, not 24", "philox", "(word >> 8)", "(word >> 9 << 1)"),
-    Fault("scaled to (0, 2)", "philox", "1.0 / (1 << 24)", "2.0 / (1 << 24)"),
+    Fault("scaled to (0, 2)", "philox", "(word >> 8).to(tl.float32) * (1.0 /", "(word >> 8).to(tl.float32) * (2.0 /"),
+    Fault("normal numbers of the low index alone", "philox", "high = zero + ((index >> 32)", "high = zero + ((index >> 63)", OBJECTIVES),
+    Fault("the same four in each place", "philox", "places.to(tl.uint32), zero", "zero, zero", OBJECTIVES),
+    Fault("streams alike", "philox", "zero + stream.to(tl.uint32)", "zero", OBJECTIVES),
+    Fault("one word for both", "philox", "_box_muller(c, d, acc)", "_box_muller(a, b, acc)", OBJECTIVES),
+    Fault("log of zero", "philox", "((a >> 8) + 1)", "(a >> 8)", OBJECTIVES),
+    Fault("pairs out of order", "philox", "tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))", "tl.interleave(tl.interleave(first, second), tl.interleave(third, fourth))", OBJECTIVES),
+    Fault("variance of one half", "philox", "sqrt(-2.0 *", "sqrt(-1.0 *", OBJECTIVES),
     # arithmetic
     Fault("approximate division", "arithmetic", "tl.div_rn(x, y)", "x / y", CODE),
     Fault("approximate root", "arithmetic", "tl.sqrt_rn(x)", "tl.sqrt(x)", CODE),
@@ -47,6 +55,11 @@ FAULTS = [
     Fault("1 - beta^t by cancellation", "arithmetic", "x > -0.5, -root * (root + 2)", "x > 1, -root * (root + 2)"),
     Fault("wrong sign in the moving mean", "arithmetic", "mean + complement * change", "mean - complement * change"),
     Fault("beta = 0 not exact", "arithmetic", "tl.where(complement < 0.5,", "tl.where(complement < 2.0,"),
+    Fault("log1p by cancellation", "arithmetic", "+ divide(x - (total - 1), total)", "+ 0", OBJECTIVES),
+    Fault("a quarter taken for another", "arithmetic", "(4 * turns + 0.5)", "(4 * turns)", OBJECTIVES),
+    Fault("sine and cosine exchanged", "arithmetic", "tl.where(odd, -sin, cos), tl.where(odd, cos, sin)", "tl.where(odd, cos, sin), tl.where(odd, -sin, cos)", OBJECTIVES),
+    Fault("half turns not negated", "arithmetic", "tl.where(quarter // 2 == 1, -near, near)", "near", OBJECTIVES),
+    Fault("sine of too few terms", "arithmetic", "tl.static_range(16, 0, -2)", "tl.static_range(8, 0, -2)", OBJECTIVES),
     # arrival
     Fault("first to arrive adds up", "arrival", "arrived == tl.num_programs(0) - 1", "arrived == 0"),
     Fault("counter not put back", "arrival", "tl.store(counter_ptr, 0)", "tl.store(counter_ptr, 1)"),
@@ -79,6 +92,38 @@ FAULTS = [
     Fault("store mask dropped", "interpolate", "(real - fake), mask)", "(real - fake))"),
     Fault("32-bit sample offset", "interpolate", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)"),
     Fault("half-precision arithmetic", "interpolate", "real, fake = real.to(acc), fake.to(acc)", "eps = eps.to(real.dtype)"),
+    # perturb
+    Fault("one noise for the batch", "perturb", "index = sample + offset", "index = sample * 0 + offset", OBJECTIVES),
+    Fault("one noise for each block", "perturb", "places = (first // 4).to(tl.int32) + tl.arange", "places = tl.arange", OBJECTIVES),
+    Fault("noise of the block's number", "perturb", "(first // 4)", "first", OBJECTIVES),
+    Fault("offset on the device ignored", "perturb", "index += tl.load(offset_ptr)", "index += 0", OBJECTIVES),
+    Fault("scale on the device ignored", "perturb", "tl.load(scale_ptr).to(acc) if SCALE_ON_DEVICE", "tl.full([], 1, acc) if SCALE_ON_DEVICE", OBJECTIVES),
+    Fault("noise subtracted", "perturb", "+ factor * noise", "- factor * noise", OBJECTIVES),
+    Fault("the same noise on real and fake", "perturb", "STREAM + second.to(tl.int32)", "STREAM + second.to(tl.int32) * 0", OBJECTIVES),
+    Fault("fake samples in order of the batch of both", "perturb", "sample = tl.where(second, row - batch, row)", "sample = tl.minimum(row, batch - 1)", OBJECTIVES),
+    Fault("real samples twice", "perturb", "tl.where(second, y_ptr, x_ptr)", "x_ptr", OBJECTIVES),
+    Fault("mask dropped", "perturb", "x.to(acc) + factor * noise, mask)", "x.to(acc) + factor * noise)", OBJECTIVES),
+    Fault("half-precision noise", "perturb", "acc = tl.float64 if x.dtype == tl.float64 else tl.float32", "acc = x.dtype", RUN),
+    Fault("32-bit rows", "perturb", "program = tl.program_id(0).to(tl.int64)", "program = tl.program_id(0)"),
+    # objective
+    Fault("GAN's loss with the wrong sign", "objective", "value = BLEND * softplus", "value = -BLEND * softplus", OBJECTIVES),
+    Fault("blend of the other share", "objective", "(1 - BLEND) * y", "BLEND * y", OBJECTIVES),
+    Fault("slope of the other side", "objective", "tl.where(y >= 0, 1, small)", "tl.where(y <= 0, 1, small)", OBJECTIVES),
+    Fault("drift's slope", "objective", "slope += 2 * DRIFT * x", "slope += DRIFT * x", OBJECTIVES),
+    Fault("drift of the score, not its square", "objective", "value += DRIFT * x * x", "value += DRIFT * x", OBJECTIVES),
+    Fault("drift on fake scores", "objective", "            0.0, SLOPES, BLOCK", "            DRIFT, SLOPES, BLOCK", OBJECTIVES),
+    Fault("an infinite score drifts to NaN", "objective", "if DRIFT != 0:", "if DRIFT == DRIFT:", RUN),
+    Fault("softplus swallows NaN", "objective", "tl.maximum(y, 0, propagate_nan=tl.PropagateNan.ALL)", "tl.maximum(y, 0)", RUN),
+    Fault("exponential overflows", "objective", "tl.exp(-tl.abs(y))", "tl.exp(-y)", RUN),
+    Fault("padding counted", "objective", "tl.where(mask, value, 0)", "value", OBJECTIVES),
+    Fault("slopes over the other's count", "objective", "b_numel, mean(weight, b_numel), acc", "b_numel, mean(weight, a_numel), acc"),
+    Fault("slopes of fake on those of real", "objective", "b_ptr, slope_ptr + a_numel,", "b_ptr, slope_ptr,", OBJECTIVES),
+    Fault("scale ignored", "objective", "weight *= tl.load(scale_ptr)", "weight *= 1", GUARD),
+    Fault("blocks overlap", "objective", "stride = tl.num_programs(0) * BLOCK", "stride = BLOCK"),
+    Fault("32-bit start", "objective", "program.to(tl.int64) * BLOCK", "program * BLOCK"),
+    Fault("loss of real scores alone", "objective", "loss += _mean(partial_ptr + 3 * MAX_PROGRAMS", "loss += 0 * _mean(partial_ptr + 3 * MAX_PROGRAMS", OBJECTIVES),
+    Fault("+ for - in the estimate", "objective", "tl.store(stats_ptr + 2, mean_a - mean_b)", "tl.store(stats_ptr + 2, mean_a + mean_b)", OBJECTIVES),
+    Fault("a missing partial", "objective", "used = slots < tl.num_programs(0)", "used = slots < tl.num_programs(0) - 1"),
     # penalty
     Fault("norm not rooted", "penalty", "        norm = sqrt(tl.sum(g * g, axis=0))", "        norm = tl.sum(g * g, axis=0)"),
     Fault("an eps inside the root", "penalty", "sqrt(tl.sum(squares, axis=0))", "sqrt(tl.sum(squares, axis=0) + 1e-6)"),
@@ -218,7 +263,7 @@ def caught_by(fault: Fault) -> str:
         (tree / "fastwgan" / "kernels").symlink_to("../kernels")
         plant(fault, tree)
         env = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        for suite in sorted((RUN, PROJECT, GUARD, GRAPHS, CODE), key=lambda suite: suite != fault.first):
+        for suite in sorted((RUN, PROJECT, OBJECTIVES, GUARD, GRAPHS, CODE), key=lambda suite: suite != fault.first):
             command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--deselect"]
             command.append("tests/test_compiled.py::test_generated_code_is_the_committed")  # which any change fails
             files = [f"tests/{name}" for name in suite.split()]
