@@ -4,7 +4,6 @@ Each row's own code is run beside what its other cell says, in float64: to the s
 the same gradients. Cells that are code (``GradientPenalty(...)``) are evaluated as they stand in README.
 """
 
-import math
 import re
 
 import pytest
@@ -44,7 +43,7 @@ def table(heading):
 
 SIGNS, PENALTIES = table("losses, signs and labels in your code"), table("penalty in your code")
 COVERED = set()
-LAMBDA, GAMMA, TARGET, K = 7.0, 3.0, 2.5, 3
+LAMBDA, GAMMA, TARGET, K, ALPHA, SIGMA = 7.0, 3.0, 2.5, 3, 0.3, 0.25
 SEED = 7
 SGD = torch.optim.SGD, {"lr": 1e-3}
 ONES = torch.ones(N, 1, dtype=torch.float64)
@@ -211,14 +210,14 @@ def test_a_factor_of_the_loss_is_one_of_the_learning_rate_to_SGD_only(factor, re
             assert same(mine, expected, rtol=1e-6)
 
 
-def step(constraint, critic=None):
+def step(constraint, critic=None, **options):
     """A trainer's first critic step, SGD at a learning rate of 1: (minus the update, metrics, real, fake, eps)."""
     generator, fresh = networks()
     critic = critic or fresh
     before = [p.detach().clone() for p in critic.parameters()]
     trainer = Trainer(
         generator, critic, latent=noise, constraint=constraint, backend="torch", seed=SEED,
-        critic_optimizer=torch.optim.SGD(critic.parameters(), lr=1.0),
+        critic_optimizer=torch.optim.SGD(critic.parameters(), lr=1.0), **options,
     )  # fmt: skip
     (real,) = data(1)
     torch.manual_seed(3)
@@ -329,23 +328,39 @@ def test_hinge():
     assert_alike(functional.generator_loss(fake, backend="torch"), -fake.mean())
 
 
-@covers("`softplus(-D(real)).mean() + softplus(D(fake)).mean()`", "`BCEWithLogitsLoss`, real 1, fake 0")
-def test_logistic_losses_are_others():
-    _, critic = networks()
-    real, fake = (critic(x) for x in data(2))
+def logistic(real, fake):
+    return softplus(-real).mean() + softplus(fake).mean()
 
-    def logistic(scale):
-        return softplus(-scale * real).mean() + softplus(scale * fake).mean()
 
-    bce = binary_cross_entropy_with_logits(real, ONES) + binary_cross_entropy_with_logits(fake, 0 * ONES)
-    assert_alike([bce, *gradients(bce, critic)], [logistic(1), *gradients(logistic(1), critic)])
-    wasserstein = functional.critic_loss(real, fake, backend="torch")
-    near = 1e-7  # where softplus(s) is log 2 + s / 2
-    torch.testing.assert_close(logistic(near) - 2 * math.log(2), near * wasserstein / 2, rtol=1e-5, atol=0)
-    for theirs, mine in zip(gradients(logistic(near), critic), gradients(near * wasserstein / 2, critic), strict=True):
-        torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-14)
-    sizes = [sum(g.abs().sum() for g in gradients(loss, critic)) for loss in (logistic(1000) / 1000, wasserstein / 2)]
-    assert abs(sizes[0] / sizes[1] - 1) > 0.1  # far from there it is not
+def bce(real, fake):
+    return binary_cross_entropy_with_logits(real, ONES) + binary_cross_entropy_with_logits(fake, 0 * ONES)
+
+
+BLENDED = {
+    "`softplus(-D(real)).mean() + softplus(D(fake)).mean()`, `softplus(-D(G(z))).mean()`": (
+        logistic,
+        lambda fake: softplus(-fake).mean(),
+    ),
+    "`BCEWithLogitsLoss`, real 1, fake 0, and 1 for `G(z)`": (
+        bce,
+        lambda fake: binary_cross_entropy_with_logits(fake, ONES),
+    ),
+    "`alpha * gan + (1 - alpha) * wgan` of both networks": (
+        lambda real, fake: ALPHA * bce(real, fake) + (1 - ALPHA) * (fake.mean() - real.mean()),
+        lambda fake: ALPHA * softplus(-fake).mean() - (1 - ALPHA) * fake.mean(),
+    ),
+}
+
+
+@covers(*BLENDED)
+@pytest.mark.parametrize("row", BLENDED)
+def test_logistic_losses(row):
+    text = SIGNS[row] if SIGNS[row] != "the same" else SIGNS[next(iter(BLENDED))]
+    (blend,) = re.findall(r"^`blend=(.+)`$", text)
+    theirs = train(*BLENDED[row])
+    for mine, expected in zip(ours(20, blend=eval(blend, {"alpha": ALPHA})), theirs, strict=True):
+        assert same(mine, expected)
+    assert not same(ours(20)[1], theirs[1])
 
 
 # Penalties. Somebody's, of (critic, real, fake, eps); README's cell is the constraint.
@@ -356,6 +371,7 @@ def at_interpolates(of_norms, reduce=torch.sum):
 
 
 EVALUATED = {
+    "WGAN-div, `k * mean(norm ** 6)` at interpolates": at_interpolates(lambda norm: K * (norm**6).mean()),
     "`calc_gradient_penalty(D, real, fake)`": at_interpolates(lambda norm: ((norm - 1) ** 2).mean() * LAMBDA),
     "`mean(LAMBDA * (1 - norm) ** 2)`": at_interpolates(lambda norm: (LAMBDA * (1 - norm) ** 2).mean()),
     "`LAMBDA * sum((norm - 1) ** 2)`": at_interpolates(lambda norm: LAMBDA * ((norm - 1) ** 2).sum()),
@@ -378,7 +394,7 @@ EVALUATED = {
 def constraint(row):
     """The ``GradientPenalty(...)`` that README's cell has."""
     (code,) = re.findall(r"`(GradientPenalty\(.*?\))`", (SIGNS | PENALTIES)[row])
-    names = {"LAMBDA": LAMBDA, "N": N, "gamma": GAMMA, "target": TARGET, "k": K}
+    names = {"LAMBDA": LAMBDA, "N": N, "gamma": GAMMA, "target": TARGET, "k": K, "sigma": SIGMA}
     return eval(code, {"GradientPenalty": GradientPenalty} | names)
 
 
@@ -473,12 +489,12 @@ def in_your_loop(row, **names):
     return eval(code, {"gradient_penalty": functional.gradient_penalty, "LAMBDA": LAMBDA, "k": K} | names)
 
 
-@covers("WGAN-div, `k / 2 * mean(norm ** 6)` of both x")
-def test_wgan_div():
+@covers("the same, `k / 2` of it at real and `k / 2` at fake samples")
+def test_wgan_div_at_both():
     critic = steep()
     real, fake = data(2)
     theirs = K / 2 * (input_norms(critic, real) ** 6 + input_norms(critic, fake) ** 6).mean()
-    row = "WGAN-div, `k / 2 * mean(norm ** 6)` of both x"
+    row = "the same, `k / 2` of it at real and `k / 2` at fake samples"
     mine = sum(in_your_loop(row, D=critic, x=x) for x in (real, fake))
     assert_alike([mine, *gradients(mine, critic)], [theirs, *gradients(theirs, critic)])
 
@@ -496,16 +512,27 @@ def test_dragan():
     assert_alike([mine, *gradients(mine, critic)], [theirs, *gradients(theirs, critic)])
 
 
+@covers("the same at `real + sigma * randn_like(real)`, as in its paper")
+def test_dragan_of_the_paper():
+    row = "the same at `real + sigma * randn_like(real)`, as in its paper"
+    critic = steep()
+    taken, metrics, real, fake, _ = step(constraint(row), steep())
+    normal = reference.normals(SEED, 0, N, real[0].numel(), stream=1, dtype=real.dtype, device=real.device)
+    at = real + SIGMA * normal
+    loss = critic(fake).mean() - critic(real).mean() + LAMBDA * ((input_norms(critic, at) - 1) ** 2).mean()
+    assert_alike(taken, list(gradients(loss, critic)))
+    assert_alike(metrics.critic_loss, loss.detach())
+
+
 @covers("drift, `0.001 * mean(D(real) ** 2)`")
 def test_drift():
-    critic = networks()[1]
-    real, fake = data(2)
-    eps = reference.uniform(SEED, 0, N).double()[:, None]
-    drift = 0.001 * (critic(real) ** 2).mean()
-    theirs = critic(fake).mean() - critic(real).mean() + 10 * textbook(critic, real, fake, eps) + drift
-    mine = functional.critic_loss(critic(real), critic(fake), backend="torch") + drift
-    mine = mine + functional.gradient_penalty(critic, real, fake, seed=SEED, backend="torch")
-    assert_alike([mine, *gradients(mine, critic)], [theirs, *gradients(theirs, critic)])
+    (drift,) = re.findall(r"^`drift=(.+)`$", PENALTIES["drift, `0.001 * mean(D(real) ** 2)`"])
+    critic = steep()
+    taken, metrics, real, fake, eps = step(GradientPenalty(10), steep(), drift=float(drift))
+    loss = critic(fake).mean() - critic(real).mean() + 10 * textbook(critic, real, fake, eps)
+    loss = loss + 0.001 * (critic(real) ** 2).mean()
+    assert_alike(taken, list(gradients(loss, critic)))
+    assert_alike(metrics.critic_loss, loss.detach())
 
 
 def test_every_row_is_covered():
