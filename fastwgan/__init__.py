@@ -1,6 +1,6 @@
 """FastWGAN: Wasserstein GANs whose critic step is a few Triton kernels. See README.md."""
 
-from fastwgan import functional, reference
+from fastwgan import distances, functional, reference
 from fastwgan.constraints import GradientPenalty, NormClip, WeightClip
 from fastwgan.metrics import Metrics
 from fastwgan.optim import Adam, RMSprop
@@ -17,6 +17,7 @@ __all__ = [
     "RMSprop",
     "Trainer",
     "WeightClip",
+    "distances",
     "functional",
     "reference",
     "verify",

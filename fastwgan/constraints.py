@@ -87,7 +87,7 @@ class NormClip(Clip):
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range.
 
-    Source: Hinton et al., arXiv 1207.0580, section 2.
+    Source: Hinton et al., arXiv 1207.0580.
 
     >>> NormClip(exclude=nn.LayerNorm).per
     'row'

@@ -251,7 +251,7 @@ def _matching_cost(cost: np.ndarray) -> float:
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
-        raise ImportError("scipy: wasserstein matches points with it; pip install scipy") from error
+        raise ImportError("scipy: wasserstein matches points with it; pip install 'fastwgan[distances]'") from error
     return float(cost[linear_sum_assignment(cost)].mean())
 
 
@@ -259,9 +259,10 @@ def _transport_cost(cost: np.ndarray) -> float:
     """The least mean cost of carrying equally weighted rows to equally weighted columns."""
     n, m = cost.shape
     try:
-        import ot  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        import ot
     except ImportError as error:
-        raise ImportError(f"ot: wasserstein matches {n} with {m} points with it; pip install pot") from error
+        needed = "pip install 'fastwgan[distances]'"
+        raise ImportError(f"ot: wasserstein matches {n} with {m} points with it; {needed}") from error
     total, log = ot.emd2([], [], cost, numItermax=10**9, log=True)
     if log["warning"] is not None:
         raise RuntimeError(f"ot: no optimum was found for {n} and {m} points: {log['warning']}")

@@ -955,7 +955,7 @@ def clip_norms_(parameters: Iterable[Tensor], bound: float, *, per: str = "row",
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range. Nothing is changed then.
 
-    Source: Hinton et al., arXiv 1207.0580, section 2.
+    Source: Hinton et al., arXiv 1207.0580.
 
     >>> w = torch.tensor([[3.0, 4.0], [0.3, 0.4]])
     >>> clip_norms_([w], 1.0)
