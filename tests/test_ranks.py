@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastwgan import Adam, GradientPenalty, RMSprop, WeightClip, models
+from fastwgan import Adam, GradientPenalty, NormClip, RMSprop, WeightClip, models
 from fastwgan import Trainer as _Trainer
 from fastwgan.ranks import Ranks
 
@@ -183,6 +183,7 @@ EQUAL = {  # name: (how far the weights may be from those of one process, what t
     "bfloat16": (1e-3, mlp_pair, {"constraint": PENALTY, "dtype": F32, "amp": torch.bfloat16, "lr": 1e-4}),
     "partial": (1e-12, partial_pair, {"constraint": CLIP}),
     "blend, drift": (1e-12, mlp_pair, {"constraint": PENALTY, "blend": 0.3, "drift": 0.05}),
+    "norms": (1e-12, mlp_pair, {"constraint": NormClip(0.5)}),
     "noise": (1e-12, mlp_pair, {"constraint": CLIP, "instance_noise": 0.25}),
     "perturbed": (1e-12, packed_pair, {"constraint": GradientPenalty(at="perturbed"), "pack": 2}),
     "sgd": (1e-12, partial_pair, {"constraint": PENALTY, "critic_optimizer": "SGD"}),
