@@ -173,7 +173,8 @@ class _BlendedLoss(_Op):
         if grad is None:
             return None, None, None, None, None
         a, b, slopes = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a graph is asked for, and the kernel's slopes have none
+        # A graph is asked for, and the kernel's slopes have none; or it has made none, as vmap hides requires_grad.
+        if torch.is_grad_enabled() or slopes.numel() == 0:
             parts = [reference.score_slopes(a, -1, blend=ctx.blend, drift=ctx.drift, weight=1.0)]
             if b is not None:
                 parts.append(reference.score_slopes(b, 1, blend=ctx.blend, drift=0.0, weight=1.0))
@@ -564,9 +565,10 @@ class _Penalty(_Op):
         if grad is None:
             return None, None, None, None
         gradients, cotangent = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a graph is asked for, and the kernel's cotangent has none
-            wide = gradients.to(cotangent.dtype)
-            cotangent = reference.penalty_cotangent(wide, kind=ctx.kind, target=ctx.target)[1]
+        # A graph is asked for, and the kernel's cotangent has none; or it has made none, as vmap hides requires_grad.
+        if torch.is_grad_enabled() or cotangent.numel() == 0:
+            wide = torch.float64 if gradients.dtype == torch.float64 else torch.float32
+            cotangent = reference.penalty_cotangent(gradients.to(wide), kind=ctx.kind, target=ctx.target)[1]
         return (grad * cotangent).to(gradients.dtype), None, None, None
 
 
