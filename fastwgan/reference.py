@@ -47,6 +47,8 @@ def generator_loss(fake_scores: Tensor, *, blend: float = 0.0) -> Tensor:
 
 def _blended(x: Tensor, blend: float) -> Tensor:
     """blend * log(1 + exp(x)) + (1 - blend) * x."""
+    if blend in (0, 1):  # not 0 times the other, which an infinite score would turn into NaN
+        return -F.logsigmoid(-x) if blend else x
     return -blend * F.logsigmoid(-x) + (1 - blend) * x
 
 
