@@ -84,7 +84,7 @@ def check_number(name: str, value: object, *, minimum: float, exclusive: bool = 
     """``value`` as a finite float not below ``minimum`` (above it where ``exclusive``), or an error naming it."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
+    if not minimum <= value < math.inf or (exclusive and value == minimum):
         raise ValueError(f"{name}: expected a finite number {'>' if exclusive else '>='} {minimum:g}, got {value}")
     return float(value)
 
@@ -173,7 +173,8 @@ class _BlendedLoss(_Op):
         if grad is None:
             return None, None, None, None, None
         a, b, slopes = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a graph is asked for, and the kernel's slopes have none
+        # A graph is asked for, and the kernel's slopes have none; or it has made none, as vmap hides requires_grad.
+        if torch.is_grad_enabled() or slopes.numel() == 0:
             parts = [reference.score_slopes(a, -1, blend=ctx.blend, drift=ctx.drift, weight=1.0)]
             if b is not None:
                 parts.append(reference.score_slopes(b, 1, blend=ctx.blend, drift=0.0, weight=1.0))
@@ -436,8 +437,8 @@ def perturb(
         backend: see :mod:`fastwgan.backend`.
 
     Returns:
-        Samples shaped, typed and laid out like ``x``. The noise goes by the place of an element in memory, so for
-        channels_last it is another than for contiguous samples.
+        Samples shaped, typed and laid out like ``x``, differentiable in ``x``. The noise goes by the place of an
+        element in memory, so for channels_last it is another than for contiguous samples.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range.
@@ -456,7 +457,7 @@ def perturb(
         if scale.dtype != torch.float32 or scale.numel() != 1 or scale.device != x.device:
             got = f"{scale.dtype} of shape {tuple(scale.shape)} on {scale.device}"
             raise ValueError(f"scale: expected one float32 element on {x.device}, got {got}")
-        scale = scale.reshape(())
+        scale = scale.detach().reshape(())
     else:
         check_number("scale", scale, minimum=0)
     if resolve(backend, x.device) == "torch":
@@ -470,6 +471,8 @@ def perturb_both(
 ) -> Tensor:
     """One launch, no graph: real and fake samples with noise, one batch [2 N, ...]. For the trainer."""
     if resolve(backend, real.device) == "torch":
+        if real.stride() != fake.stride():  # one order of elements for both, as the kernel has it
+            real, fake = real.contiguous(), fake.contiguous()
         both = ((real, 2), (fake, 3))
         return torch.cat(
             [reference.perturb(x, scale=scale, seed=seed, offset=offset, stream=stream) for x, stream in both]
@@ -564,9 +567,10 @@ class _Penalty(_Op):
         if grad is None:
             return None, None, None, None
         gradients, cotangent = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a graph is asked for, and the kernel's cotangent has none
-            wide = gradients.to(cotangent.dtype)
-            cotangent = reference.penalty_cotangent(wide, kind=ctx.kind, target=ctx.target)[1]
+        # A graph is asked for, and the kernel's cotangent has none; or it has made none, as vmap hides requires_grad.
+        if torch.is_grad_enabled() or cotangent.numel() == 0:
+            wide = torch.float64 if gradients.dtype == torch.float64 else torch.float32
+            cotangent = reference.penalty_cotangent(gradients.to(wide), kind=ctx.kind, target=ctx.target)[1]
         return (grad * cotangent).to(gradients.dtype), None, None, None
 
 

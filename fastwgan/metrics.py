@@ -15,7 +15,7 @@ class Metrics:
     Reading a value (``float``, ``print``, :meth:`as_dict`) is the only thing here that waits for the device.
 
     Attributes:
-        critic_loss: -wasserstein + weight * penalty.
+        critic_loss: -wasserstein, or what ``blend`` and ``drift`` make of it, + weight * penalty.
         wasserstein: mean(D(real)) - mean(D(fake)); positive when the critic is any good.
         penalty: the mean penalty, without its weight; None under WeightClip and on a lazy penalty's off steps.
         real_score, fake_score: mean(D(real)), mean(D(fake)).
@@ -23,7 +23,7 @@ class Metrics:
             critic's input gradient; None where penalty is.
         saturation: share of the clamped weights that lie on their bound; under NormClip, of the rows whose norm was the
             bound or more before the projection; None under GradientPenalty.
-        generator_loss: -mean(D(G(z))); None when no generator step was due.
+        generator_loss: -mean(D(G(z))), or what ``blend`` makes of it; None when no generator step was due.
         nonfinite: how many elements of the gradients were infinite or NaN. Unless it is 0, the update was skipped.
     """
 

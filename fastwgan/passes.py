@@ -332,14 +332,17 @@ class Compiled(Eager):
         if noise is not None:  # as tensors, for a number that changes would be compiled anew
             size, seed, offset = noise
             noise = (
-                torch.as_tensor(size, dtype=torch.float32, device=self._device), seed,
-                torch.as_tensor(offset, device=self._device),
+                self._device_scalar(size, torch.float32), seed, self._device_scalar(offset, torch.int64)
             )  # fmt: skip
         gradients, scores, loss = self._call(
             self._trace_generator, batch, state, _state(self._critic), z, cond, scale, noise, batch=batch, dtype=dtype
         )
         self._hand_over(state[0], gradients)
         return (scores,), loss
+
+    def _device_scalar(self, value: float | Tensor, dtype: torch.dtype) -> Tensor:
+        """By a launch that fills it: a copy from the host would wait for the device."""
+        return value if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=self._device)
 
     @staticmethod
     def _hand_over(parameters: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:

@@ -7,7 +7,6 @@ norm of finite gradients overflows. Arguments are not checked here but in :mod:`
 
 import math
 from collections.abc import Callable, Iterable
-from ctypes import c_float
 from typing import Any
 
 import torch
@@ -47,6 +46,8 @@ def generator_loss(fake_scores: Tensor, *, blend: float = 0.0) -> Tensor:
 
 def _blended(x: Tensor, blend: float) -> Tensor:
     """blend * log(1 + exp(x)) + (1 - blend) * x."""
+    if blend in (0, 1):  # not 0 times the other, which an infinite score would turn into NaN
+        return -F.logsigmoid(-x) if blend else x
     return -blend * F.logsigmoid(-x) + (1 - blend) * x
 
 
@@ -147,7 +148,7 @@ def perturb(x: Tensor, *, scale: float | Tensor, seed: int, offset: int | Tensor
     shape = x.movedim(1, -1).shape if last else x.shape
     wide = _wide(x)
     noise = normals(seed, offset, len(x), x[0].numel(), stream=stream, dtype=wide.dtype, device=x.device).view(shape)
-    factor = scale if isinstance(scale, Tensor) else c_float(scale).value  # a float32 in any case
+    factor = torch.as_tensor(scale, dtype=torch.float32)  # in any case
     return (wide + factor * (noise.movedim(-1, 1) if last else noise)).to(x.dtype)
 
 

@@ -25,12 +25,14 @@ MAX_PROGRAMS = 512  # several per multiprocessor on any current GPU; also the wi
 def _term(x, SIGN: tl.constexpr, BLEND: tl.constexpr, DRIFT: tl.constexpr):
     """f(SIGN x) + DRIFT x^2 and its derivative."""
     y = SIGN * x
-    small = tl.exp(-tl.abs(y))
-    softplus = tl.maximum(y, 0, propagate_nan=tl.PropagateNan.ALL) + log1p(small)
-    sigmoid = divide(tl.where(y >= 0, 1, small), 1 + small)
-    value = BLEND * softplus + (1 - BLEND) * y
-    slope = SIGN * (BLEND * sigmoid + (1 - BLEND))
-    if DRIFT != 0:  # not + 0 * x, which an infinite score would turn into NaN
+    value, slope = y, tl.full(y.shape, SIGN, y.dtype)
+    if BLEND != 0:  # here and below not + 0 times it, which an infinite score would turn into NaN
+        small = tl.exp(-tl.abs(y))
+        softplus = tl.maximum(y, 0, propagate_nan=tl.PropagateNan.ALL) + log1p(small)
+        sigmoid = divide(tl.where(y >= 0, 1, small), 1 + small)
+        value = softplus if BLEND == 1 else BLEND * softplus + (1 - BLEND) * y
+        slope = SIGN * (BLEND * sigmoid + (1 - BLEND))
+    if DRIFT != 0:
         value += DRIFT * x * x
         slope += 2 * DRIFT * x
     return value, slope

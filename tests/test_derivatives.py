@@ -45,6 +45,12 @@ def scalar(op, which):
     return fn
 
 
+def backward_of_vmap(f, xs):
+    """By autograd's own backward pass, without a graph."""
+    ys = [x.clone().requires_grad_() for x in xs]
+    return torch.autograd.grad(torch.func.vmap(f)(*ys).square().sum(), ys)
+
+
 TRANSFORMS = {
     "grad": lambda f, xs: torch.func.grad(f)(*(x[0] for x in xs)),
     "vjp": lambda f, xs: torch.func.vjp(f, *(x[0] for x in xs))[1](torch.ones((), dtype=F64, device=xs[0].device)),
@@ -53,6 +59,7 @@ TRANSFORMS = {
         xs[0].transpose(0, 1), *(x[0] for x in xs[1:])
     ),
     "grad of vmap": lambda f, xs: torch.func.grad(lambda *ys: torch.func.vmap(f)(*ys).square().sum())(*xs),
+    "backward of vmap": backward_of_vmap,
     "vmap of grad": lambda f, xs: torch.func.vmap(torch.func.grad(f))(*xs),
     "vmap of grad of grad": lambda f, xs: torch.func.vmap(
         torch.func.grad(lambda *ys: torch.func.grad(f)(*ys).square().sum())

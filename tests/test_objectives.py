@@ -212,6 +212,25 @@ def test_a_loss_of_scores_that_are_told_apart_keeps_its_digits(dtype):
             torch.testing.assert_close(loss.double(), expected, rtol=20 * torch.finfo(dtype).eps, atol=0)
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize(
+    ("blend", "drift", "real", "fake", "expected"),
+    [
+        (1.0, 0.0, math.inf, 0.0, math.log(2)),  # told apart for certain: nothing to lose
+        (1.0, 0.0, 0.0, -math.inf, math.log(2)),
+        (1.0, 0.0, 0.0, math.inf, math.inf),
+        (0.0, 0.1, 0.0, math.inf, math.inf),
+        (0.0, 0.1, -math.inf, 0.0, math.inf),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+def test_infinite_scores_lose_what_the_limit_says(blend, drift, real, fake, expected, backend):
+    loss = functional.critic_loss(
+        torch.tensor([real]), torch.tensor([fake]), blend=blend, drift=drift, backend=backend
+    )  # fmt: skip
+    torch.testing.assert_close(loss, torch.tensor(expected))
+
+
 # Noise
 
 
@@ -269,6 +288,54 @@ def test_noise_on_two_arrays(dtype):
             assert all(x.is_contiguous(memory_format=layout) for x in results)
             tolerance = {F64: 1e-12, torch.bfloat16: 0.02}[dtype]
             torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.interpreted
+def test_noise_on_two_arrays_of_different_layouts():
+    """Both get theirs in one order of elements, on both backends."""
+    last = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    for pair in ((last, torch.randn(2, 3, 4, 5)), (torch.randn(2, 3, 4, 5), last)):
+        fused, plain = (
+            functional.perturb_both(*pair, scale=0.3, seed=1, offset=4, backend=backend)
+            for backend in ("triton", "torch")
+        )
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_noise_has_a_derivative_by_the_samples_alone(backend):
+    x, scale = torch.randn(2, 3, requires_grad=True), torch.tensor(0.1, requires_grad=True)
+    functional.perturb(x, scale=scale, seed=1, backend=backend).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    assert scale.grad is None
+
+
+def test_noise_in_a_compiled_function():
+    """With another number as its scale, too, which the compiler then takes for a variable."""
+    torch._dynamo.reset()
+    x = torch.randn(2, 3)
+
+    def perturb(scale):
+        return functional.perturb(x, scale=scale, seed=1, offset=2)
+
+    compiled = torch.compile(perturb, fullgraph=True, backend="aot_eager")
+    for scale in (0.1, 0.2, 0.3):
+        torch.testing.assert_close(compiled(scale), perturb(scale))
+
+
+def test_a_compiled_steps_noise_is_not_copied_from_the_host(monkeypatch):
+    """Such a copy waits for a GPU; a launch that fills does not."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    copies = []
+    for noise in (0.0, 0.1):
+        generator, critic, _, latent = PAIRS["mlp"]()
+        trainer = Trainer(generator, critic, latent=latent, instance_noise=noise, compile=True, backend="torch")
+        trainer.generator_step(4)  # compiles
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            trainer.generator_step(4)
+        copies.append(sum(event.name == "aten::lift_fresh" for event in profile.events()))  # tensors of Python numbers
+    assert copies[0] == copies[1]
 
 
 def test_a_scale_has_to_be_a_number_that_can_be_used():
