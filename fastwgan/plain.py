@@ -221,12 +221,14 @@ def critic_pass(networks: nn.ModuleList, step: Step, z: Any, seen: Observed, *, 
     return Pass(made.detach(), scores, gradient, depends, loss, summands, gradients, sizes)
 
 
-def generator_pass(networks: nn.ModuleList, step: Step, z: Any, seen: Observed) -> Pass:
-    """A generator step's passes, apart from those seen."""
+def generator_pass(networks: nn.ModuleList, step: Step, z: Any, seen: Observed, *, beside: bool = False) -> Pass:
+    """A generator step's passes, apart from those seen, or ``beside`` them: with their noise."""
     generator, critic = networks
     made = generator(z, *step.cond)
     fake = made.to(step.real.dtype)
-    if step.noise:  # the indices before are the critic step's
+    if beside and seen.fake is not None:
+        fake = fake + (seen.samples[0] - seen.fake.to(fake.dtype))
+    elif step.noise:  # the indices before are the critic step's
         fake = step.noisy(fake, seen.samples[0], stream=1, offset=len(fake))
     scores = critic(fake, *step.cond)
     terms, summands = means(step.terms(scores, -1))

@@ -12,8 +12,8 @@ difference of larger ones, these are roundings of the larger ones. For networks 
 itself, the floor is eight times as much.
 
 Plain PyTorch runs twice, as one run's error may be small by luck: once apart, and once on the trainer's fake samples,
-points of the penalty and batches, so that a ReLU's input that lies within a rounding of zero is on one side in both,
-and sums over a batch cancel in both. The worse of the two counts.
+noise, points of the penalty and batches, so that a ReLU's input that lies within a rounding of zero is on one side in
+both, and sums over a batch cancel in both. The worse of the two counts.
 """
 
 import copy
@@ -276,23 +276,25 @@ def _judge_critic(
 
 def _judge_generator(
     judge: _Judge, trainer: Trainer, seen: Observed, metrics: Metrics, step: Step, before: dict[str, Tensor],
-    eager: Pass, exact: Pass,
+    passes: Sequence[Pass], exact: Pass,
 ) -> None:  # fmt: skip
-    judge("generate", "fake samples", seen.fake, [eager.fake], exact.fake)
+    """The rows of a generator step; ``passes`` are plain PyTorch's."""
+    judge("generate", "fake samples", seen.fake, [passes[0].fake], exact.fake)
     assert seen.fake is not None
     if step.noise:
         fake, shown = seen.fake.to(step.real.dtype), seen.samples[0]
         judge.noisy("noisy fake samples", shown, fake, step, stream=1, offset=len(fake))
     scores = seen.scores[0] if seen.together else None
-    judge("forward", "fake scores", scores, [eager.scores[0]], exact.scores[0])
+    judge("forward", "fake scores", scores, [each.scores[0] for each in passes], exact.scores[0])
     if scores is not None:
         op, name = ("objective", "loss") if step.blend else ("scores", "-mean of fake")
         (loss, size), (plain, _) = (means(step.terms(x, -1)) for x in (scores.double(), scores))
         judge(op, name, metrics.generator_loss, [torch.stack(plain).sum()], torch.stack(loss).sum(), size)
         judge.scores(op, "fake", scores, seen.seeds[0], step, -1)
-    judge("loss", "generator loss", metrics.generator_loss, [eager.loss], exact.loss, exact.summands, eager.loss.dtype)
+    losses = [each.loss for each in passes]
+    judge("loss", "generator loss", metrics.generator_loss, losses, exact.loss, exact.summands, losses[0].dtype)
     generator = trainer.generator
-    judge.backward(generator, [eager], exact)
+    judge.backward(generator, passes, exact)
     judge.guard(generator, trainer.generator_optimizer, before, metrics)
     judge.update(generator, trainer.generator_optimizer, before, trainer.backend, step, bounded=False)
 
@@ -454,14 +456,16 @@ def _verified(
     judge.buffers(ours, apart, exact)
 
     seen.forget()
-    for other in (apart, exact):
+    for other in (apart, beside, exact):
         _match(other, ours)
     before = {name: p.detach().clone() for name, p in trainer.generator.named_parameters()}
     metrics = trainer.generator_step(len(step.real), *step.cond)
-    eager = generator_pass(apart, step, seen.z, seen)
+    passes = [generator_pass(apart, step, seen.z, seen)]
+    if step.noise:
+        passes.append(generator_pass(beside, step, seen.z, seen, beside=True))
     truth = generator_pass(exact, wide, to_dtype(seen.z, torch.float64), seen)
     judge = _Judge("generator", rows)
-    _judge_generator(judge, trainer, seen, metrics, step, before, eager, truth)
+    _judge_generator(judge, trainer, seen, metrics, step, before, passes, truth)
     judge.buffers(ours, apart, exact)
     return rows, notes
 
