@@ -75,8 +75,8 @@ def small(constraint=PENALTY, *, device="cpu", seed=0, backend="auto", **options
 @pytest.mark.parametrize(
     ("name", "backend", "constraint"),
     [
-        # The interpreter takes half a minute for the MLP's 1.5 million weights.
-        *((name, "triton", "penalty") for name in verify_run.BUILT_IN if name != "mlp"),
+        # Without the MLP and the tabular ones, whose weights take the interpreter too long.
+        *((name, "triton", "penalty") for name in ("dcgan", "resnet", "conditional")),
         *((name, "triton", "clip") for name in ("dcgan", "resnet")),  # with BatchNorm
         *((name, "torch", constraint) for name in verify_run.BUILT_IN for constraint in CONSTRAINTS),
         ("dcgan", "triton", "norm-clip"),
@@ -106,7 +106,7 @@ OPS = ("generate", "forward", "scores", "loss", "backward", "guard", "update")
     ids=["clip", "penalty", "norm clip", "DRAGAN"],
 )
 def test_passes_whatever_the_seed(options, device):
-    for seed in range(5):
+    for seed in range(3):
         report = small(device=device, seed=seed, **options)
         assert report.passed, f"seed {seed}: {report}"
         assert max(row.error for row in report.rows if row.op == "backward") > 0  # two things were compared
@@ -146,14 +146,22 @@ def test_noise_goes_by_the_place_in_memory(alone, backend, device):
     check(generator, critic, real, backend=backend, **FORMS["all of DRAGAN"])
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("form", ["all under a penalty", "all of DRAGAN"])
+def test_packs_pass(form, backend, device):
+    generator = models.mlp([6, 16, 10]).to(device)
+    critic = nn.Sequential(nn.Unflatten(0, (-1, 4)), nn.Flatten(), models.mlp([40, 16, 1], slope=0.2)).to(device)
+    check(generator, critic, torch.randn(16, 10, device=device), pack=4, backend=backend, **FORMS[form])
+
+
 def test_rows_on_their_bound_to_a_rounding():
     """As they are where the critic has been projected before; rows without a gradient then stay on it."""
     torch.manual_seed(0)
     generator, critic = mlps()
     with torch.no_grad():
-        critic[0].weight[::2] *= 0.1 / critic[0].weight[::2].norm(dim=1, keepdim=True)
-        critic[0].bias[::2] = -100.0
-    critic[1] = nn.ReLU()
+        critic[1].weight[::2] *= 0.1 / critic[1].weight[::2].norm(dim=1, keepdim=True)
+        critic[1].bias[::2] = -100.0
+    critic[2] = nn.ReLU()
     check(generator, critic, torch.randn(16, 10), constraint=NormClip(0.1, exclude="*.bias"), backend="torch")
 
 
@@ -227,14 +235,12 @@ def test_batchnorm_critic_passes_under_a_penalty_with_the_trainers_warning():
     [
         ("triton", {"constraint": CLIP}),
         *((backend, {"constraint": PENALTY}) for backend in ("triton", "torch")),
-        *(
-            (backend, FORMS[f"all {form}"])
-            for backend in ("triton", "torch")
-            for form in ("under a norm clip", "of DRAGAN")
-        ),
+        *((backend, FORMS["all under a norm clip"]) for backend in ("triton", "torch")),
+        *((backend, FORMS["all of DRAGAN"]) for backend in ("triton", "torch")),
     ],
-    ids=str,
-)
+    ids=["triton-clip", "triton-penalty", "torch-penalty", "triton-norm clip", "torch-norm clip", "triton-DRAGAN",
+         "torch-DRAGAN"],
+)  # fmt: skip
 def test_every_dtype_passes(backend, options, dtype, device):
     generator, critic = (m.to(device, dtype) for m in mlps())
     real = torch.randn(16, 10, device=device).to(dtype)
@@ -305,7 +311,8 @@ IN_KERNELS = {  # a fault: (form, file, old, new, the op to be named)
                               "interpolate"),
     "eps from the wrong end": ("penalty", "interpolate", "fake + eps.to(acc) * (real - fake)",
                                "real + eps.to(acc) * (fake - real)", "interpolate"),
-    "cotangent times 1.001": ("penalty", "penalty", "scale = mean(WEIGHT *", "scale = mean(1.001 * WEIGHT *", "penalty"),
+    "cotangent times 1.001": ("penalty", "penalty", "scale = mean(WEIGHT *", "scale = mean(1.001 * WEIGHT *",
+                              "penalty"),
     "an eps inside the norm's root": ("penalty", "penalty", "norm = sqrt(tl.sum(g * g, axis=0))",
                                       "norm = sqrt(tl.sum(g * g, axis=0) + 1e-5)", "penalty"),
     "mean of real over a wrong count": ("clip", "guard", "mean_a = _mean(partial_ptr, a_numel,",
@@ -318,7 +325,8 @@ IN_KERNELS = {  # a fault: (form, file, old, new, the op to be named)
     "bound 1% narrow": ("clip", "update", "bound = tl.load(hyper_ptr + table.BOUND)",
                         "bound = 0.99 * tl.load(hyper_ptr + table.BOUND)", "clamp"),
     "Adam's bias correction missing": ("penalty", "update", "divide(sqrt(s), sqrt(bias2))", "sqrt(s)", "update"),
-    "learning rate off by 1%": ("penalty", "update", "p -= divide(lr, bias1)", "p -= 1.01 * divide(lr, bias1)", "update"),
+    "learning rate off by 1%": ("penalty", "update", "p -= divide(lr, bias1)", "p -= 1.01 * divide(lr, bias1)",
+                                "update"),
     "one noise for the batch": ("noise", "perturb", "index = sample + offset", "index = 0 * sample + offset",
                                 "perturb"),
     "noise of the wrong sign": ("noise", "perturb", "x.to(acc) + factor", "x.to(acc) - factor", "perturb"),
@@ -330,7 +338,7 @@ IN_KERNELS = {  # a fault: (form, file, old, new, the op to be named)
     "norms 1% wide": ("norm clip", "project", "w * inverse * BOUND", "w * inverse * 1.01 * BOUND", "project"),
     "norms of tensors 1% narrow": ("norm clip of tensors", "project", "w * inverse * BOUND",
                                    "w * inverse * 0.99 * BOUND", "project"),
-    "only rows far outside": ("norm clip", "project", "finite & (norm > BOUND)", "finite & (norm > 2 * BOUND)",
+    "only rows far outside": ("norm clip", "project", "finite & (norm > BOUND)", "finite & (norm > 9 * BOUND)",
                               "project"),
     "elements without their sign": ("norm clip", "project", "tl.where(w < 0, -bound, bound)",
                                     "tl.where(w < 0, bound, bound)", "project"),
@@ -449,7 +457,8 @@ def looking(original):
 
 
 ELSEWHERE = {  # a fault: (form, backend, what holds it, its name, what makes a fault of it, (step, op))
-    "one norm for the batch": ("penalty", "triton", kernels.penalty, "gradient_penalty", one_norm, ("critic", "penalty")),
+    "one norm for the batch": ("penalty", "triton", kernels.penalty, "gradient_penalty", one_norm,
+                               ("critic", "penalty")),
     "seeds of the wrong sign": ("clip", "triton", passes.Eager, "_seed", negated, ("critic", "scores")),
     "penalty's weight off": ("penalty", "triton", Trainer, "_penalty_weight", lighter, ("critic", "penalty")),
     "a rectifier's slope off": ("penalty", "triton", rectifiers._Rectify, "backward", slanted,
@@ -458,7 +467,8 @@ ELSEWHERE = {  # a fault: (form, backend, what holds it, its name, what makes a 
     "torch: one eps for the batch": ("penalty", "torch", reference, "interpolate", one_eps, ("critic", "interpolate")),
     "torch: cotangent times 1.001": ("penalty", "torch", reference, "penalty_cotangent", stretched,
                                      ("critic", "penalty")),
-    "norms of tensors for rows'": ("norm clip", "triton", kernels.project.Project, "launch", whole, ("critic", "project")),
+    "norms of tensors for rows'": ("norm clip", "triton", kernels.project.Project, "launch", whole,
+                                   ("critic", "project")),
     "noise that does not go on": ("noise", "triton", Trainer, "_numbers", standing, ("generator", "perturb")),
     "torch: norms 1% narrow": ("norm clip", "torch", reference, "clip_norms_", tighter, ("critic", "project")),
     "torch: one noise for the batch": ("noise", "torch", reference, "perturb", one_noise, ("critic", "perturb")),
@@ -622,7 +632,7 @@ MISUSE = {
     "real dtype": ({"real": REAL.long()}, TypeError, "real: expected float16, bfloat16, float32 or float64"),
     "constraint": ({"constraint": "clip"}, TypeError,
                    "constraint: expected WeightClip, NormClip or GradientPenalty, got str"),
-    "unknown constraint": ({"constraint": Subclass()}, TypeError, "constraint: expected .* or GradientPenalty, got Sub"),
+    "unknown constraint": ({"constraint": Subclass()}, TypeError, "constraint: expected .*Penalty, got Subclass"),
     "blend": ({"blend": 1.5}, ValueError, r"blend: expected a number in \[0, 1\], got 1.5"),
     "blend str": ({"blend": "all"}, TypeError, "blend: expected a number, got str"),
     "drift": ({"drift": -1}, ValueError, "drift: expected a finite number >= 0, got -1"),
