@@ -182,8 +182,15 @@ def _gradients(module: nn.Module, terms: list[Tensor]) -> tuple[dict[str, Tensor
     return total, sizes
 
 
+def _seeded(values: Iterable[Tensor], seeds: Iterable[Tensor | None]) -> list[Tensor]:
+    """Sums whose gradients are ``seeds`` at ``values``."""
+    return [(x * seed).sum() for x, seed in zip(values, seeds, strict=False) if seed is not None]
+
+
 def critic_pass(networks: nn.ModuleList, step: Step, z: Any, seen: Observed, *, beside: bool = False) -> Pass:
-    """A critic step's passes, apart from those seen, or ``beside`` them: on their samples, points and batches."""
+    """A critic step's passes, apart from those seen, or ``beside`` them: on their samples, points and batches, and
+    backward from where they began.
+    """
     generator, critic = networks
     with torch.no_grad():
         made: Any = seen.fake if beside else generator(z, *step.cond)
@@ -201,8 +208,9 @@ def critic_pass(networks: nn.ModuleList, step: Step, z: Any, seen: Observed, *, 
     else:
         real_scores, fake_scores = critic(real, *step.cond), critic(fake, *step.cond)
     terms, summands = means((*step.terms(real_scores, -1, step.drift), *step.terms(fake_scores, 1)))
-    if together:
-        terms = [torch.stack(terms).sum()]  # in one backward pass, whose sums over the batch may cancel
+    roots = _seeded((real_scores, fake_scores), seen.halves(seen.seeds)) if beside else list(terms)
+    if together and roots:
+        roots = [torch.stack(roots).sum()]  # in one backward pass, whose sums over the batch may cancel
     gradient, depends = None, False
     if isinstance(step.constraint, GradientPenalty):
         x = seen.x if beside else None
@@ -213,25 +221,28 @@ def critic_pass(networks: nn.ModuleList, step: Step, z: Any, seen: Observed, *, 
         (gradient,) = torch.autograd.grad(at_x, x, torch.ones_like(at_x), create_graph=True)
         depends = gradient.requires_grad
         terms.append(step.weight * step.penalty(gradient))
+        roots += _seeded((gradient,), (seen.cotangent,)) if beside else terms[-1:]
         gradient = gradient.detach()
         summands += step.weight * step.penalty(gradient, sign=-1).item()
-    gradients, sizes = _gradients(critic, terms)
+    gradients, sizes = _gradients(critic, roots)
     loss = torch.stack([term.detach() for term in terms]).sum()
     scores = (real_scores.detach(), fake_scores.detach())
     return Pass(made.detach(), scores, gradient, depends, loss, summands, gradients, sizes)
 
 
 def generator_pass(networks: nn.ModuleList, step: Step, z: Any, seen: Observed, *, beside: bool = False) -> Pass:
-    """A generator step's passes, apart from those seen, or ``beside`` them: with their noise."""
+    """A generator step's passes, apart from those seen, or ``beside`` them: with their noise, and backward from where
+    they began.
+    """
     generator, critic = networks
     made = generator(z, *step.cond)
     fake = made.to(step.real.dtype)
-    if beside and seen.fake is not None:
+    if step.noise and beside and seen.fake is not None:
         fake = fake + (seen.samples[0] - seen.fake.to(fake.dtype))
     elif step.noise:  # the indices before are the critic step's
         fake = step.noisy(fake, seen.samples[0], stream=1, offset=len(fake))
     scores = critic(fake, *step.cond)
     terms, summands = means(step.terms(scores, -1))
-    gradients, sizes = _gradients(generator, terms)
+    gradients, sizes = _gradients(generator, _seeded((scores,), seen.seeds) if beside else terms)
     loss = torch.stack(terms).sum().detach()
     return Pass(made.detach(), (scores.detach(),), None, False, loss, summands, gradients, sizes)

@@ -12,8 +12,9 @@ difference of larger ones, these are roundings of the larger ones. For networks 
 itself, the floor is eight times as much.
 
 Plain PyTorch runs twice, as one run's error may be small by luck: once apart, and once on the trainer's fake samples,
-noise, points of the penalty and batches, so that a ReLU's input that lies within a rounding of zero is on one side in
-both, and sums over a batch cancel in both. The worse of the two counts.
+noise, points of the penalty and batches, and backward from the gradients that the trainer began with, so that a ReLU's
+input that lies within a rounding of zero is on one side in both, and sums over a batch cancel in both. The worse of
+the two counts.
 """
 
 import copy
@@ -278,7 +279,7 @@ def _judge_generator(
     judge: _Judge, trainer: Trainer, seen: Observed, metrics: Metrics, step: Step, before: dict[str, Tensor],
     passes: Sequence[Pass], exact: Pass,
 ) -> None:  # fmt: skip
-    """The rows of a generator step; ``passes`` are plain PyTorch's."""
+    """The rows of a generator step; ``passes`` are plain PyTorch's two."""
     judge("generate", "fake samples", seen.fake, [passes[0].fake], exact.fake)
     assert seen.fake is not None
     if step.noise:
@@ -460,9 +461,7 @@ def _verified(
         _match(other, ours)
     before = {name: p.detach().clone() for name, p in trainer.generator.named_parameters()}
     metrics = trainer.generator_step(len(step.real), *step.cond)
-    passes = [generator_pass(apart, step, seen.z, seen)]
-    if step.noise:
-        passes.append(generator_pass(beside, step, seen.z, seen, beside=True))
+    passes = [generator_pass(apart, step, seen.z, seen), generator_pass(beside, step, seen.z, seen, beside=True)]
     truth = generator_pass(exact, wide, to_dtype(seen.z, torch.float64), seen)
     judge = _Judge("generator", rows)
     _judge_generator(judge, trainer, seen, metrics, step, before, passes, truth)
