@@ -470,6 +470,8 @@ def perturb_both(
     real: Tensor, fake: Tensor, *, scale: float | Tensor, seed: int, offset: int | Tensor, backend: Backend
 ) -> Tensor:
     """One launch, no graph: real and fake samples with noise, one batch [2 N, ...]. For the trainer."""
+    if not same_layout(real, fake):  # the noise goes by the place in memory, and one batch has one layout
+        real, fake = real.contiguous(), fake.contiguous()
     if resolve(backend, real.device) == "torch":
         if real.stride() != fake.stride():  # one order of elements for both, as the kernel has it
             real, fake = real.contiguous(), fake.contiguous()

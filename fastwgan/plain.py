@@ -1,32 +1,24 @@
 """A critic step's and a generator step's passes in plain PyTorch, in any dtype: what :func:`fastwgan.verify` judges by.
 
-The formulas here are on purpose not those of :mod:`fastwgan.reference`, which the torch backend runs.
+The formulas here are on purpose not those of :mod:`fastwgan.reference`, which the torch backend runs; random numbers
+alone are its.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastwgan import reference
-from fastwgan.constraints import GradientPenalty, WeightClip
+from fastwgan.constraints import GradientPenalty, NormClip, WeightClip
+from fastwgan.observed import Observed
 from fastwgan.passes import scores_of_both
 
-__all__ = ["Constraint", "Pass", "Step", "critic_pass", "generator_pass", "to_dtype"]
+__all__ = ["Constraint", "Pass", "Step", "critic_pass", "generator_pass", "means", "to_dtype"]
 
-Constraint = WeightClip | GradientPenalty
-
-
-class Observed(Protocol):
-    """What of another step a pass may be taken on: its fake samples, points of the penalty, and batches."""
-
-    fake: Tensor | None
-    x: Tensor | None
-
-    @property
-    def together(self) -> bool: ...
+Constraint = WeightClip | NormClip | GradientPenalty
 
 
 def to_dtype(value: Any, dtype: torch.dtype) -> Any:
@@ -40,27 +32,62 @@ def to_dtype(value: Any, dtype: torch.dtype) -> Any:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step is taken on, and what its constraint asks for there."""
+    """What a step is taken on, and what its constraint and options ask for there.
+
+    Attributes:
+        noise: the standard deviation of instance noise.
+    """
 
     real: Tensor
     cond: tuple[Any, ...]
     constraint: Constraint
     pack: int
     seed: int
+    blend: float
+    drift: float
+    noise: float
 
     def to(self, dtype: torch.dtype) -> "Step":
         return replace(self, real=self.real.to(dtype), cond=to_dtype(self.cond, dtype))
 
-    def points(self, fake: Tensor) -> Tensor | None:
-        """Where the penalty is taken, in the fake samples' dtype; None where there is none."""
-        if isinstance(self.constraint, WeightClip):
-            return None
-        real = self.real.to(fake.dtype)
+    def noisy(self, x: Tensor, like: Tensor, *, stream: int, offset: int = 0, scale: float | None = None) -> Tensor:
+        """x with noise, by default the instance noise, in the order in which ``like`` has its elements in memory."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        size = x[0].numel()
+        n = reference.normals(self.seed, offset, len(x), size, stream=stream, dtype=dtype, device=x.device).to(x.dtype)
+        channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+        if channels_last and not like.is_contiguous() and like.is_contiguous(memory_format=channels_last):
+            n = n.view(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1)
+        # A float32 in every dtype, as kernels get it.
+        return x + torch.tensor(self.noise if scale is None else scale, dtype=torch.float32).item() * n.view(x.shape)
+
+    def points(self, real: Tensor, fake: Tensor, like: Tensor) -> Tensor:
+        """Where the penalty is taken, of samples as the critic is shown them; ``like`` as for :meth:`noisy`."""
+        assert isinstance(self.constraint, GradientPenalty)
+        if self.constraint.at == "perturbed":
+            return self.noisy(real, like, stream=1, scale=self.constraint.noise)
         if self.constraint.at == "interpolates":
             eps = reference.uniform(self.seed, 0, len(real) // self.pack, real.device).repeat_interleave(self.pack)
             eps = eps.to(real.dtype).view(-1, *[1] * (real.dim() - 1))
             return eps * real + (1 - eps) * fake
         return real if self.constraint.at == "real" else fake
+
+    def terms(self, scores: Tensor, sign: int, drift: float = 0.0) -> list[Tensor]:
+        """A loss on scores is the sum of the means of these. It wants them higher where ``sign`` is -1, else lower."""
+        terms = []
+        if self.blend < 1:
+            terms.append((1 - self.blend) * sign * scores)
+        if self.blend > 0:
+            terms.append(self.blend * torch.logaddexp(sign * scores, scores.new_zeros(())))
+        if drift > 0:
+            terms.append(drift * scores**2)
+        return terms
+
+    def seed_at(self, scores: Tensor, sign: int, drift: float = 0.0) -> tuple[Tensor, float]:
+        """The gradient of such a loss at the scores, and the size of what it is a sum of."""
+        leaf = scores.detach().requires_grad_()
+        parts = [torch.autograd.grad(x.mean(), leaf)[0] for x in self.terms(leaf, sign, drift)]
+        return torch.stack(parts).sum(0), sum(part.double().norm().item() for part in parts)
 
     def norms(self, gradients: Tensor) -> Tensor:
         """Of each pack, [N / pack]."""
@@ -84,15 +111,36 @@ class Step:
         leaf = gradients.detach().requires_grad_()
         return torch.autograd.grad(self.weight * self.penalty(leaf, sign), leaf)[0]
 
+    def bounded(self, w: Tensor, dtype: torch.dtype) -> Tensor:
+        """A weight, in any dtype, kept within the bound of weights in ``dtype``."""
+        if isinstance(self.constraint, WeightClip):
+            bound = self.bound(dtype)
+            return w.clamp(-bound, bound)
+        factors = (self.bound(dtype) / self.row_norms(w)).clamp(max=1)
+        return (w.reshape(len(factors), -1) * factors[:, None]).view(w.shape)
+
+    def row_norms(self, w: Tensor) -> Tensor:
+        """Of each row of a weight, or of all of it, whichever has a bound."""
+        assert isinstance(self.constraint, NormClip)
+        norms: Tensor = w.reshape(len(w) if self.constraint.per == "row" and w.dim() else 1, -1).norm(dim=1)
+        return norms
+
     def bound(self, dtype: torch.dtype) -> float:
-        """Of clamped weights, as their dtype holds it."""
-        assert isinstance(self.constraint, WeightClip)
-        return torch.tensor(self.constraint.bound, dtype=dtype).item()
+        """Of weights as their dtype holds it, of norms as it is."""
+        assert isinstance(self.constraint, (WeightClip, NormClip))
+        bound = self.constraint.bound
+        return bound if isinstance(self.constraint, NormClip) else torch.tensor(bound, dtype=dtype).item()
 
     @property
     def weight(self) -> float:
         """Of the penalty in a first step."""
         return self.constraint.weight * self.constraint.every if isinstance(self.constraint, GradientPenalty) else 0.0
+
+
+def means(terms: Iterable[Tensor]) -> tuple[list[Tensor], float]:
+    """Of each of a loss's :meth:`Step.terms`, and the size of what they are a sum of."""
+    terms = list(terms)
+    return [x.mean() for x in terms], sum(x.detach().double().abs().mean().item() for x in terms)
 
 
 @dataclass
@@ -134,42 +182,67 @@ def _gradients(module: nn.Module, terms: list[Tensor]) -> tuple[dict[str, Tensor
     return total, sizes
 
 
-def critic_pass(networks: nn.ModuleList, step: Step, z: Any, seen: Observed | None = None) -> Pass:
-    """A critic step's passes; of ``seen``, where given, the fake samples, the points and the batches are taken."""
+def _seeded(values: Iterable[Tensor], seeds: Iterable[Tensor | None]) -> list[Tensor]:
+    """Sums whose gradients are ``seeds`` at ``values``."""
+    return [(x * seed).sum() for x, seed in zip(values, seeds, strict=False) if seed is not None]
+
+
+def critic_pass(networks: nn.ModuleList, step: Step, z: Any, seen: Observed, *, beside: bool = False) -> Pass:
+    """A critic step's passes, apart from those seen, or ``beside`` them: on their samples, points and batches, and
+    backward from where they began.
+    """
     generator, critic = networks
     with torch.no_grad():
-        fake: Any = generator(z, *step.cond) if seen is None else seen.fake
-    fake = fake.to(step.real.dtype)
-    if seen is not None and seen.together:
-        both = scores_of_both(critic, torch.cat((step.real, fake)), step.cond, step.pack)
+        made: Any = seen.fake if beside else generator(z, *step.cond)
+    real, fake = step.real, made.to(step.real.dtype)
+    if step.noise:
+        shown = seen.halves(seen.samples)
+        if beside and shown[0] is not None and shown[1] is not None:
+            real, fake = shown[0], shown[1]
+        else:
+            real, fake = (step.noisy(x, seen.samples[0], stream=i) for x, i in ((real, 2), (fake, 3)))
+    together = beside and seen.together
+    if together:
+        both = scores_of_both(critic, torch.cat((real, fake)), step.cond, step.pack)
         real_scores, fake_scores = both.tensor_split(2)
     else:
-        real_scores, fake_scores = critic(step.real, *step.cond), critic(fake, *step.cond)
-    terms = [-real_scores.mean(), fake_scores.mean()]
-    if seen is not None and seen.together:
-        terms = [terms[1] + terms[0]]  # in one backward pass, whose sums over the batch may cancel
-    summands = sum(x.detach().double().abs().mean().item() for x in (real_scores, fake_scores))
+        real_scores, fake_scores = critic(real, *step.cond), critic(fake, *step.cond)
+    terms, summands = means((*step.terms(real_scores, -1, step.drift), *step.terms(fake_scores, 1)))
+    roots = _seeded((real_scores, fake_scores), seen.halves(seen.seeds)) if beside else list(terms)
+    if together and roots:
+        roots = [torch.stack(roots).sum()]  # in one backward pass, whose sums over the batch may cancel
     gradient, depends = None, False
-    x = step.points(fake) if seen is None else seen.x
-    if x is not None:
+    if isinstance(step.constraint, GradientPenalty):
+        x = seen.x if beside else None
+        if x is None:
+            x = step.points(real, fake, real if seen.x is None else seen.x)
         x = x.detach().clone().requires_grad_()
         at_x = critic(x, *step.cond)
         (gradient,) = torch.autograd.grad(at_x, x, torch.ones_like(at_x), create_graph=True)
         depends = gradient.requires_grad
         terms.append(step.weight * step.penalty(gradient))
+        roots += _seeded((gradient,), (seen.cotangent,)) if beside else terms[-1:]
         gradient = gradient.detach()
         summands += step.weight * step.penalty(gradient, sign=-1).item()
-    gradients, sizes = _gradients(critic, terms)
+    gradients, sizes = _gradients(critic, roots)
     loss = torch.stack([term.detach() for term in terms]).sum()
     scores = (real_scores.detach(), fake_scores.detach())
-    return Pass(fake, scores, gradient, depends, loss, summands, gradients, sizes)
+    return Pass(made.detach(), scores, gradient, depends, loss, summands, gradients, sizes)
 
 
-def generator_pass(networks: nn.ModuleList, step: Step, z: Any) -> Pass:
+def generator_pass(networks: nn.ModuleList, step: Step, z: Any, seen: Observed, *, beside: bool = False) -> Pass:
+    """A generator step's passes, apart from those seen, or ``beside`` them: with their noise, and backward from where
+    they began.
+    """
     generator, critic = networks
-    fake = generator(z, *step.cond)
-    scores = critic(fake.to(step.real.dtype), *step.cond)
-    loss = -scores.mean()
-    gradients, sizes = _gradients(generator, [loss])
-    summands = scores.detach().double().abs().mean().item()
-    return Pass(fake.detach(), (scores.detach(),), None, False, loss.detach(), summands, gradients, sizes)
+    made = generator(z, *step.cond)
+    fake = made.to(step.real.dtype)
+    if step.noise and beside and seen.fake is not None:
+        fake = fake + (seen.samples[0] - seen.fake.to(fake.dtype))
+    elif step.noise:  # the indices before are the critic step's
+        fake = step.noisy(fake, seen.samples[0], stream=1, offset=len(fake))
+    scores = critic(fake, *step.cond)
+    terms, summands = means(step.terms(scores, -1))
+    gradients, sizes = _gradients(generator, _seeded((scores,), seen.seeds) if beside else terms)
+    loss = torch.stack(terms).sum().detach()
+    return Pass(made.detach(), (scores.detach(),), None, False, loss, summands, gradients, sizes)

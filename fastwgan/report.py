@@ -1,7 +1,7 @@
 """What :func:`fastwgan.verify` found: rows of errors and a report of them, as text and for JSON."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -17,9 +17,10 @@ class Row:
 
     Attributes:
         step: "critic" or "generator".
-        op: the stage: generate, interpolate, forward, scores, input gradient, penalty, loss, backward, guard, update,
-            clamp or buffers.
-        name: of the tensor; in backward, update and clamp the parameter's, with the optimizer's state behind a colon.
+        op: the stage: generate, perturb, interpolate, forward, scores or objective, input gradient, penalty, loss,
+            backward, guard, update, clamp or project, or buffers.
+        name: of the tensor; in backward, update, clamp and project the parameter's, with the optimizer's state behind a
+            colon.
         error: ||ours - float64|| / ||float64||; absolute where float64 has zero; NaN where ours is not there or has
             another shape.
         eager: the same of plain PyTorch in the same dtype.
@@ -47,6 +48,7 @@ class Report:
         constraint, device, backend, dtype, batch, seed: what was verified; backend is the one that ran.
         versions: of fastwgan, torch, triton and python.
         notes: what was done to the networks' copies.
+        options: those of blend, drift and instance_noise that were given.
     """
 
     rows: tuple[Row, ...]
@@ -58,6 +60,7 @@ class Report:
     seed: int
     versions: dict[str, str | None]
     notes: tuple[str, ...] = ()
+    options: dict[str, float] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -71,7 +74,8 @@ class Report:
     @property
     def title(self) -> str:
         """What was verified, in a line."""
-        return f"{self.constraint}: {self.backend} on {self.device}, {self.dtype}, batch {self.batch}"
+        what = ", ".join((self.constraint, *(f"{name}={value:g}" for name, value in self.options.items())))
+        return f"{what}: {self.backend} on {self.device}, {self.dtype}, batch {self.batch}"
 
     @property
     def verdict(self) -> str:

@@ -1,9 +1,10 @@
 """One critic step and one generator step on the user's own networks and device, judged against float64.
 
-Three runs start from the same weights, latents, eps and conditions: a :class:`~fastwgan.trainer.Trainer`; plain PyTorch
-op by op, as the papers' Algorithm 1 reads, in the networks' dtype; and the same in float64. Hooks on copies of the
-networks show what goes through the trainer's step, so each stage of it (interpolates, means, penalty, update, clamp) is
-also judged by itself, from what that stage was given: the first stage to fail is the one at fault.
+Three runs start from the same weights, latents, random numbers and conditions: a :class:`~fastwgan.trainer.Trainer`;
+plain PyTorch op by op, as the papers' Algorithm 1 reads, in the networks' dtype; and the same in float64. Hooks on
+copies of the networks show what goes through the trainer's step, so each stage of it (noise, interpolates, means,
+penalty, update, clamp) is also judged by itself, from what that stage was given: the first stage to fail is the one at
+fault.
 
 The rule: a relative error ||ours - float64|| / ||float64|| is at most twice that of plain PyTorch in the same dtype,
 and a floor of roundings to the dtype: 4 for one op, 8 for what has gone through a network. Of a value that is a
@@ -11,8 +12,9 @@ difference of larger ones, these are roundings of the larger ones. For networks 
 itself, the floor is eight times as much.
 
 Plain PyTorch runs twice, as one run's error may be small by luck: once apart, and once on the trainer's fake samples,
-points of the penalty and batches, so that a ReLU's input that lies within a rounding of zero is on one side in both,
-and sums over a batch cancel in both. The worse of the two counts.
+noise, points of the penalty and batches, and backward from the gradients that the trainer began with, so that a ReLU's
+input that lies within a rounding of zero is on one side in both, and sums over a batch cancel in both. The worse of
+the two counts.
 """
 
 import copy
@@ -32,10 +34,11 @@ from fastwgan import functional
 from fastwgan.arguments import check_count, check_mode
 from fastwgan.backend import Backend, resolve
 from fastwgan.baselines import ADAM, RMSPROP
-from fastwgan.constraints import GradientPenalty, WeightClip
+from fastwgan.constraints import Clip, GradientPenalty, NormClip, WeightClip
 from fastwgan.metrics import Metrics
+from fastwgan.observed import Observed, copied
 from fastwgan.optim import Adam, RMSprop
-from fastwgan.plain import Constraint, Pass, Step, critic_pass, generator_pass, to_dtype
+from fastwgan.plain import Constraint, Pass, Step, critic_pass, generator_pass, means, to_dtype
 from fastwgan.ranks import Ranks, unwrapped
 from fastwgan.report import Report, Row
 from fastwgan.streams import process_streams, set_process_streams
@@ -45,97 +48,6 @@ __all__ = ["verify"]
 
 THROUGH_NETWORKS = ("generate", "forward", "input gradient", "loss", "backward", "buffers")
 CANCELLED = 1e-10  # of its summands' size: a sum below it is rounding, in float64 too
-
-# What goes through the trainer's step
-
-
-class _Seen:
-    """What went through two networks since the last :meth:`forget`, seen by hooks on them.
-
-    Attributes:
-        z: the generator's input.
-        fake: its output.
-        scores: of each pass of the critic but the penalty's: one for both, or one for real and one for fake.
-        seeds: the gradients that the backward pass began with there.
-        x: where the penalty is taken, or None.
-        gradient: the critic's there.
-        cotangent: the gradient that the penalty's backward pass began with.
-    """
-
-    def __init__(self, generator: nn.Module, critic: nn.Module) -> None:
-        generator.register_forward_pre_hook(self._before_generator)
-        generator.register_forward_hook(self._after_generator)
-        critic.register_forward_pre_hook(self._before_critic)
-        critic.register_forward_hook(self._after_critic)
-        self.forget()
-
-    def forget(self) -> None:
-        self.z: Any = None
-        self.fake: Tensor | None = None
-        self.x: Tensor | None = None
-        self.gradient: Tensor | None = None
-        self.cotangent: Tensor | None = None
-        self.scores: list[Tensor] = []
-        self.seeds: list[Tensor | None] = []
-
-    @property
-    def together(self) -> bool:
-        """Whether real and fake samples shared a pass of the critic."""
-        return len(self.scores) == 1
-
-    def halves(self, values: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
-        """``scores`` or ``seeds`` of real samples, and of fake ones."""
-        if len(values) == 1 and values[0] is not None:
-            real, fake = values[0].tensor_split(2)
-            return real, fake
-        return (values[0], values[1]) if len(values) == 2 else (None, None)
-
-    def _before_generator(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.z = _copied(args[0])
-
-    def _after_generator(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.fake = _copied(output)
-
-    def _before_critic(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._is_penalised(args[0]):
-            self.x = _copied(args[0])
-            _hook(args[0], self._on_gradient)
-
-    def _after_critic(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not torch.is_grad_enabled() or not isinstance(output, Tensor) or self._is_penalised(args[0]):
-            return  # the trainer looks whether samples mix, or has something to complain about
-        i = len(self.scores)
-        self.scores.append(_copied(output))
-        self.seeds.append(None)
-
-        def began(seed: Tensor) -> None:
-            self.seeds[i] = _copied(seed)
-
-        if output.requires_grad:
-            _hook(output, began)
-
-    @staticmethod
-    def _is_penalised(x: Any) -> bool:
-        """Whether the critic is passed a leaf that wants a gradient, which only the penalty's points are."""
-        return isinstance(x, Tensor) and x.requires_grad and x.is_leaf
-
-    def _on_gradient(self, gradient: Tensor) -> None:
-        if self.gradient is None:
-            self.gradient = _copied(gradient)
-            if gradient.requires_grad:
-                _hook(gradient, self._on_cotangent)
-
-    def _on_cotangent(self, cotangent: Tensor) -> None:
-        self.cotangent = _copied(cotangent)
-
-
-def _hook(x: Tensor, on_gradient: Callable[[Tensor], None]) -> None:
-    x.register_hook(on_gradient)  # type: ignore[no-untyped-call]
-
-
-def _copied(x: Any) -> Any:
-    return x.detach().clone() if isinstance(x, Tensor) else x
-
 
 # The verdict
 
@@ -167,11 +79,18 @@ class _Judge:
         tolerance = floor + (2 * eager if math.isfinite(eager) else 0.0)
         self._rows.append(Row(self._step, op, name, _error(ours, exact, size), eager, tolerance))
 
-    def scores(self, which: str, scores: Tensor, seed: Tensor | None, sign: int) -> None:
-        """The gradient that a backward pass begins with: sign / N at each of N scores."""
-        value = sign / scores.numel()
-        wide = torch.full_like(scores, value, dtype=torch.float64)
-        self("scores", f"seed at {which} scores", seed, [torch.full_like(scores, value)], wide)
+    def noisy(self, name: str, ours: Tensor | None, x: Tensor, step: Step, **options: Any) -> None:
+        """What the critic was shown of samples x."""
+        like = x if ours is None else ours
+        wide, eager = (step.noisy(each, like, **options) for each in (x.double(), x))
+        self("perturb", name, ours, [eager], wide, x.double().norm().item() + (wide - x).norm().item())
+
+    def scores(
+        self, op: str, which: str, scores: Tensor, seed: Tensor | None, step: Step, sign: int, drift: float = 0.0
+    ) -> None:
+        """The gradient that a backward pass begins with there."""
+        wide, size = step.seed_at(scores.double(), sign, drift)
+        self(op, f"seed at {which} scores", seed, [step.seed_at(scores, sign, drift)[0]], wide, size)
 
     def backward(self, module: nn.Module, eagers: Sequence[Pass], exact: Pass) -> None:
         largest = max(g.norm().item() for g in exact.gradients.values())
@@ -197,33 +116,58 @@ class _Judge:
 
     def update(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, before: dict[str, Tensor], backend: Backend,
-        step: Step, clipped: set[str] | None,
-    ) -> None:  # fmt: skip
-        """Weights and optimizer state, all from the trainer's own gradients; ``clipped`` weights once more, clamped."""
+        step: Step, *, bounded: bool,
+    ) -> tuple[dict[str, Tensor], ...]:  # fmt: skip
+        """Weights and optimizer state, all from the trainer's own gradients.
+
+        Returns weights by name: ours, plain PyTorch's and float64's. ``bounded`` are those in the module, and ours are
+        then what the optimizer does without the bound.
+        """
         named = dict(module.named_parameters())
         grads = {name: p.grad for name, p in named.items() if p.grad is not None}
         old = {name: before[name] for name in grads}
-        name, options = ("RMSprop", RMSPROP) if isinstance(step.constraint, WeightClip) else ("Adam", ADAM)
+        name, options = ("RMSprop", RMSPROP) if isinstance(step.constraint, Clip) else ("Adam", ADAM)
         theirs = partial(getattr(torch.optim, name), foreach=False, **options)
         eager, eager_state = _updated(theirs, old, grads)
         exact, exact_state = _updated(theirs, to_dtype(old, torch.float64), to_dtype(grads, torch.float64))
-        new: dict[str, Any] = dict(named)
-        if clipped is not None:  # what the optimizer does without the clamp
+        new = {name: p.detach() for name, p in named.items()}
+        if bounded:
             fused = {"RMSprop": RMSprop, "Adam": Adam}[name]
             new, _ = _updated(partial(fused, backend=backend, **options), old, grads)
         for name in grads:
-            self("update", name, new[name].detach(), [eager[name]], exact[name])
+            self("update", name, new[name], [eager[name]], exact[name])
             state = optimizer.state.get(named[name], {})
             for key, value in exact_state[name].items():
                 self("update", f"{name}: {key}", state.get(key), [eager_state[name][key]], value)
-        if clipped is None:
-            return
-        for name, p in named.items():
-            plain, wide = (each.get(name, before[name]) for each in (eager, exact))
-            if name in clipped:
+        return before | new, before | eager, before | exact
+
+    def bound(
+        self, critic: nn.Module, step: Step, metrics: Metrics, new: dict[str, Tensor], eager: dict[str, Tensor],
+        exact: dict[str, Tensor],
+    ) -> None:  # fmt: skip
+        """The critic's weights, ``new`` ones without the bound, and how many of them lie on it."""
+        constraint = step.constraint
+        assert isinstance(constraint, Clip)
+        op = "clamp" if isinstance(constraint, WeightClip) else "project"
+        members = set(constraint.clipped(critic))
+        on_bound, nearly = [], []  # to a rounding of a norm
+        for name, p in critic.named_parameters():
+            plain, wide = eager[name], exact[name].double()
+            if p in members:
+                plain, wide = (step.bounded(w, p.dtype) for w in (plain, wide))
                 bound = step.bound(p.dtype)
-                plain, wide = plain.clamp(-bound, bound), wide.double().clamp(-bound, bound)
-            self("clamp", name, p.detach(), [plain], wide)
+                sizes = p.detach().abs().flatten()
+                margin = 0.0
+                if isinstance(constraint, NormClip):
+                    sizes, margin = step.row_norms(new[name].double()), 8 * torch.finfo(p.dtype).eps
+                on_bound.append(sizes >= bound * (1 + margin))
+                nearly.append(sizes >= bound * (1 - margin))
+            self(op, name, p.detach(), [plain], wide)
+        if members:
+            least, most = (torch.cat(each).double().mean() for each in (on_bound, nearly))
+            ours = metrics.saturation
+            share = least if ours is None else ours.double().clamp(least, most)
+            self(op, "saturation", ours, [share.float()], share)
 
     def buffers(self, ours: nn.Module, eager: nn.Module, exact: nn.Module) -> None:
         """Of both networks, generator first."""
@@ -260,17 +204,27 @@ def _updated(
 
 
 def _judge_critic(
-    judge: _Judge, trainer: Trainer, seen: _Seen, metrics: Metrics, step: Step, before: dict[str, Tensor],
+    judge: _Judge, trainer: Trainer, seen: Observed, metrics: Metrics, step: Step, before: dict[str, Tensor],
     passes: Sequence[Pass], exact: Pass,
 ) -> None:  # fmt: skip
     """The rows of a critic step; ``passes`` are plain PyTorch's two."""
-    wide = step.to(torch.float64)
+    wide, constraint = step.to(torch.float64), step.constraint
     assert seen.fake is not None
     judge("generate", "fake samples", seen.fake, [passes[0].fake], exact.fake)
-    fake = seen.fake.to(step.real.dtype)
-    points = wide.points(fake.double())
-    if points is not None:
-        judge("interpolate", "points", seen.x, [step.points(fake)], points)  # type: ignore[list-item]
+    real, fake = step.real, seen.fake.to(step.real.dtype)
+    if step.noise:
+        shown = seen.halves(seen.samples)
+        judge.noisy("noisy real samples", shown[0], real, step, stream=2)
+        judge.noisy("noisy fake samples", shown[1], fake, step, stream=3)
+        if shown[0] is not None and shown[1] is not None:
+            real, fake = shown[0], shown[1]
+    if isinstance(constraint, GradientPenalty):
+        if constraint.at == "perturbed":
+            judge.noisy("points", seen.x, real, step, stream=1, scale=constraint.noise)
+        else:
+            summands = real.double().norm().item() + fake.double().norm().item()
+            plain, truth = step.points(real, fake, real), wide.points(real.double(), fake.double(), real)
+            judge("interpolate", "points", seen.x, [plain], truth, summands)
 
     scores, seeds = seen.halves(seen.scores), seen.halves(seen.seeds)
     for i, which in enumerate(("real", "fake")):
@@ -278,13 +232,21 @@ def _judge_critic(
     if scores[0] is not None and scores[1] is not None:
         own = [x.double() for x in scores if x is not None]
         sizes = [x.abs().mean().item() for x in own]
-        means = [x.mean() for x in scores if x is not None]
-        judge("scores", "mean of real", metrics.real_score, means[:1], own[0].mean(), sizes[0])
-        judge("scores", "mean of fake", metrics.fake_score, means[1:], own[1].mean(), sizes[1])
+        each = [x.mean() for x in scores if x is not None]
+        op = "objective" if step.blend or step.drift else "scores"
+        judge(op, "mean of real", metrics.real_score, each[:1], own[0].mean(), sizes[0])
+        judge(op, "mean of fake", metrics.fake_score, each[1:], own[1].mean(), sizes[1])
         difference = own[0].mean() - own[1].mean()
-        judge("scores", "wasserstein", metrics.wasserstein, [means[0] - means[1]], difference, sum(sizes))
-        judge.scores("real", scores[0], seeds[0], -1)
-        judge.scores("fake", scores[1], seeds[1], 1)
+        judge(op, "wasserstein", metrics.wasserstein, [each[0] - each[1]], difference, sum(sizes))
+        judge.scores(op, "real", scores[0], seeds[0], step, -1, step.drift)
+        judge.scores(op, "fake", scores[1], seeds[1], step, 1)
+        if op == "objective":
+            losses, size = means((*step.terms(own[0], -1, step.drift), *step.terms(own[1], 1)))
+            eager, _ = means((*step.terms(scores[0], -1, step.drift), *step.terms(scores[1], 1)))
+            penalty = torch.zeros_like(losses[0]) if metrics.penalty is None else step.weight * metrics.penalty.double()
+            loss = torch.stack([*losses, penalty]).sum()
+            size += penalty.item()
+            judge(op, "loss", metrics.critic_loss, [torch.stack([*eager, penalty]).sum()], loss, size)
 
     if exact.gradient is not None:
         eagers = [each.gradient for each in passes if each.gradient is not None]
@@ -303,39 +265,39 @@ def _judge_critic(
         if exact.depends:
             judge("penalty", "its gradient", seen.cotangent, [step.cotangent(g)], wide.cotangent(g64), summands)
 
-    losses = [each.loss for each in passes]
-    judge("loss", "critic loss", metrics.critic_loss, losses, exact.loss, exact.summands, losses[0].dtype)
-    critic, constraint = trainer.critic, step.constraint
+    plain_losses = [each.loss for each in passes]
+    judge("loss", "critic loss", metrics.critic_loss, plain_losses, exact.loss, exact.summands, plain_losses[0].dtype)
+    critic, bounded = trainer.critic, isinstance(constraint, Clip)
     judge.backward(critic, passes, exact)
     judge.guard(critic, trainer.critic_optimizer, before, metrics)
-    clipped = None
-    if isinstance(constraint, WeightClip):
-        members = set(constraint.clipped(critic))
-        clipped = {name for name, p in critic.named_parameters() if p in members}
-    judge.update(critic, trainer.critic_optimizer, before, trainer.backend, step, clipped)
-    if isinstance(constraint, WeightClip) and members:
-        on_bound = [p.detach().abs().ge(step.bound(p.dtype)).flatten() for p in members]
-        share = torch.cat(on_bound).double().mean()
-        judge("clamp", "saturation", metrics.saturation, [share.float()], share)
+    weights = judge.update(critic, trainer.critic_optimizer, before, trainer.backend, step, bounded=bounded)
+    if bounded:
+        judge.bound(critic, step, metrics, *weights)
 
 
 def _judge_generator(
-    judge: _Judge, trainer: Trainer, seen: _Seen, metrics: Metrics, step: Step, before: dict[str, Tensor],
-    eager: Pass, exact: Pass,
+    judge: _Judge, trainer: Trainer, seen: Observed, metrics: Metrics, step: Step, before: dict[str, Tensor],
+    passes: Sequence[Pass], exact: Pass,
 ) -> None:  # fmt: skip
-    judge("generate", "fake samples", seen.fake, [eager.fake], exact.fake)
+    """The rows of a generator step; ``passes`` are plain PyTorch's two."""
+    judge("generate", "fake samples", seen.fake, [passes[0].fake], exact.fake)
+    assert seen.fake is not None
+    if step.noise:
+        fake, shown = seen.fake.to(step.real.dtype), seen.samples[0]
+        judge.noisy("noisy fake samples", shown, fake, step, stream=1, offset=len(fake))
     scores = seen.scores[0] if seen.together else None
-    judge("forward", "fake scores", scores, [eager.scores[0]], exact.scores[0])
+    judge("forward", "fake scores", scores, [each.scores[0] for each in passes], exact.scores[0])
     if scores is not None:
-        own = scores.double()
-        size = own.abs().mean().item()
-        judge("scores", "-mean of fake", metrics.generator_loss, [-scores.mean()], -own.mean(), size)
-        judge.scores("fake", scores, seen.seeds[0], -1)
-    judge("loss", "generator loss", metrics.generator_loss, [eager.loss], exact.loss, exact.summands, eager.loss.dtype)
+        op, name = ("objective", "loss") if step.blend else ("scores", "-mean of fake")
+        (loss, size), (plain, _) = (means(step.terms(x, -1)) for x in (scores.double(), scores))
+        judge(op, name, metrics.generator_loss, [torch.stack(plain).sum()], torch.stack(loss).sum(), size)
+        judge.scores(op, "fake", scores, seen.seeds[0], step, -1)
+    losses = [each.loss for each in passes]
+    judge("loss", "generator loss", metrics.generator_loss, losses, exact.loss, exact.summands, losses[0].dtype)
     generator = trainer.generator
-    judge.backward(generator, [eager], exact)
+    judge.backward(generator, passes, exact)
     judge.guard(generator, trainer.generator_optimizer, before, metrics)
-    judge.update(generator, trainer.generator_optimizer, before, trainer.backend, step, None)
+    judge.update(generator, trainer.generator_optimizer, before, trainer.backend, step, bounded=False)
 
 
 # Preparing
@@ -347,6 +309,9 @@ def verify(
     real: Tensor,
     *,
     constraint: Constraint = WeightClip(),  # noqa: B008 - it is frozen
+    blend: float = 0.0,
+    drift: float = 0.0,
+    instance_noise: float = 0.0,
     cond: tuple[Any, ...] = (),
     latent: Latent | None = None,
     pack: int = 1,
@@ -362,13 +327,15 @@ def verify(
     Args:
         generator, critic: as for a :class:`Trainer`, in any floating dtype, on one device.
         real: samples [N, ...] on that device. A small batch will do.
-        constraint: as for a Trainer. Its default optimizers take the steps: RMSprop for WeightClip, Adam for
-            GradientPenalty.
+        constraint: as for a Trainer. Its default optimizers take the steps: RMSprop for WeightClip and NormClip, Adam
+            for GradientPenalty.
+        blend, drift: as for a Trainer.
+        instance_noise: as for a Trainer, but a number.
         cond: conditions, which networks get after their first argument.
         latent: as for a Trainer: a width, or a callable (batch_size, device) -> z, which is called for each step and
             once before. None takes the width of the generator's first linear or transposed convolution layer.
         pack: samples to a score.
-        seed: of latents and eps.
+        seed: of latents, eps and noise.
         backend: see :mod:`fastwgan.backend`.
 
     Returns:
@@ -390,6 +357,8 @@ def verify(
             raise ValueError(f"{name}: expected trainable parameters, got none")
     device = next(networks[1].parameters()).device
     _check(real, constraint, cond, pack, seed, device)
+    functional.check_blend(blend, drift)
+    functional.check_number("instance_noise", instance_noise, minimum=0)
     ran = resolve(backend, device)
     if Ranks(device).world > 1:
         raise RuntimeError("torch.distributed: expected a single process, got one of several")
@@ -398,23 +367,25 @@ def verify(
     streams = process_streams(device)
     try:
         with torch.enable_grad():  # whatever the caller has
-            step = Step(_copied(real), tuple(map(_copied, cond)), constraint, pack, seed)
+            conditions = tuple(map(copied, cond))
+            step = Step(copied(real), conditions, constraint, pack, seed, blend, drift, instance_noise)
             rows, notes = _verified(networks, step, latent, backend)
     finally:
         set_process_streams(streams, device)
     dtype = next(p.dtype for p in networks[1].parameters() if p.is_floating_point())
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     dtype_name = str(dtype).removeprefix("torch.")
+    options = {"blend": blend, "drift": drift, "instance_noise": instance_noise}
     return Report(
-        tuple(rows), _in_short(constraint), where, ran, dtype_name, len(real), seed, _versions(), tuple(notes)
-    )
+        tuple(rows), _in_short(constraint), where, ran, dtype_name, len(real), seed, _versions(), tuple(notes),
+        {name: float(value) for name, value in options.items() if value},
+    )  # fmt: skip
 
 
 def _check(real: Tensor, constraint: Constraint, cond: object, pack: int, seed: int, device: torch.device) -> None:
-    if type(constraint) not in (WeightClip, GradientPenalty):
-        raise TypeError(f"constraint: expected WeightClip or GradientPenalty, got {type(constraint).__name__}")
-    if isinstance(constraint, GradientPenalty) and constraint.at not in ("interpolates", "real", "fake"):
-        raise ValueError(f"constraint: at={constraint.at!r} cannot be verified")
+    if type(constraint) not in (WeightClip, NormClip, GradientPenalty):
+        got = type(constraint).__name__
+        raise TypeError(f"constraint: expected WeightClip, NormClip or GradientPenalty, got {got}")
     if not isinstance(cond, (tuple, list)):
         raise TypeError(f"cond: expected a tuple of conditions, got {type(cond).__name__}")
     functional.check_samples("real", real, device)
@@ -469,31 +440,31 @@ def _verified(
     ours, apart, beside, exact = (_copy(template) for _ in range(4))
     trainer = Trainer(
         *ours, latent=latent, constraint=step.constraint, seed=step.seed, backend=backend, cuda_graph=False,
-        pack=step.pack, nonfinite="skip",
+        pack=step.pack, nonfinite="skip", blend=step.blend, drift=step.drift, instance_noise=step.noise,
     )  # fmt: skip
     _check_networks(template, step, latent)
     exact.double()
     wide = step.to(torch.float64)
-    seen = _Seen(*ours)
+    seen = Observed(*ours)
     rows: list[Row] = []
 
     before = {name: p.detach().clone() for name, p in trainer.critic.named_parameters()}
     metrics = trainer.critic_step(step.real, *step.cond)
-    passes = [critic_pass(apart, step, seen.z), critic_pass(beside, step, seen.z, seen)]
-    truth = critic_pass(exact, wide, to_dtype(seen.z, torch.float64))
+    passes = [critic_pass(apart, step, seen.z, seen), critic_pass(beside, step, seen.z, seen, beside=True)]
+    truth = critic_pass(exact, wide, to_dtype(seen.z, torch.float64), seen)
     judge = _Judge("critic", rows)
     _judge_critic(judge, trainer, seen, metrics, step, before, passes, truth)
     judge.buffers(ours, apart, exact)
 
     seen.forget()
-    for other in (apart, exact):
+    for other in (apart, beside, exact):
         _match(other, ours)
     before = {name: p.detach().clone() for name, p in trainer.generator.named_parameters()}
     metrics = trainer.generator_step(len(step.real), *step.cond)
-    eager = generator_pass(apart, step, seen.z)
-    truth = generator_pass(exact, wide, to_dtype(seen.z, torch.float64))
+    passes = [generator_pass(apart, step, seen.z, seen), generator_pass(beside, step, seen.z, seen, beside=True)]
+    truth = generator_pass(exact, wide, to_dtype(seen.z, torch.float64), seen)
     judge = _Judge("generator", rows)
-    _judge_generator(judge, trainer, seen, metrics, step, before, eager, truth)
+    _judge_generator(judge, trainer, seen, metrics, step, before, passes, truth)
     judge.buffers(ours, apart, exact)
     return rows, notes
 

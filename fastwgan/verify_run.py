@@ -1,4 +1,4 @@
-"""What ``fastwgan verify`` runs: the built-in networks or a user's, under a clip and a penalty, and what it prints."""
+"""What ``fastwgan verify`` runs: the built-in networks or a user's, under each constraint, and what it prints."""
 
 import inspect
 import json
@@ -14,14 +14,22 @@ from torch import Tensor, nn
 
 from fastwgan import models
 from fastwgan.backend import Backend
-from fastwgan.constraints import GradientPenalty, WeightClip
+from fastwgan.constraints import GradientPenalty, NormClip, WeightClip
+from fastwgan.plain import Constraint
 from fastwgan.report import HEADER, WORDS, Report
 from fastwgan.verify import verify
 from fastwgan.workloads import WORKLOADS
 
 __all__ = ["BUILT_IN", "CONSTRAINTS", "run"]
 
-CONSTRAINTS: dict[str, WeightClip | GradientPenalty] = {"clip": WeightClip(), "penalty": GradientPenalty()}
+CONSTRAINTS: dict[str, Constraint] = {
+    "clip": WeightClip(),
+    "norm-clip": NormClip(
+        0.5
+    ),  # below the 0.58 that PyTorch's layers start with, so that there is something to project
+    "penalty": GradientPenalty(),
+    "dragan": GradientPenalty(at="perturbed"),
+}
 ARGUMENTS = tuple(inspect.signature(verify).parameters)
 PACK, CLASSES = 10, 10
 
@@ -29,7 +37,8 @@ Arguments = dict[str, Any]  # verify's
 
 
 def _workload(name: str, constraint: str, width: int, batch: int) -> Arguments:
-    workload = WORKLOADS[f"{name}-{constraint}"]
+    penalised = isinstance(CONSTRAINTS[constraint], GradientPenalty)
+    workload = WORKLOADS[f"{name}-{'penalty' if penalised else 'clip'}"]
     return {
         "generator": workload.generator(width),
         "critic": workload.critic(width),
@@ -162,7 +171,7 @@ def _show(name: str, report: Report) -> None:
 
 def run(
     names: Sequence[str], networks: str | None, constraints: Sequence[str], device: torch.device | None,
-    *, backend: Backend, seed: int, path: Path | None,
+    *, backend: Backend, seed: int, path: Path | None, **options: float,
 ) -> bool:  # fmt: skip
     """Verify networks, print a table for each, and write ``path``; return whether all passed.
 
@@ -170,14 +179,15 @@ def run(
         names: of built-in networks, where ``networks`` is None.
         networks: MODULE:FACTORY; the factory takes nothing and returns (generator, critic, real), or a dict of
             :func:`verify`'s arguments.
-        constraints: "clip", "penalty" or both; a constraint among a factory's arguments goes before.
+        constraints: names in CONSTRAINTS; a constraint among a factory's arguments goes before.
         device: to move networks to; None leaves a factory's where they are.
         backend, seed: see :func:`verify`; networks are made under the seed, too.
         path: of a JSON file with all rows, or None.
+        options: blend, drift and instance_noise; a factory's own go before.
     """
     reports = {}
     for name, arguments in _jobs(names, networks, constraints, device, seed):
-        reports[name] = verify(**{"backend": backend, **arguments})
+        reports[name] = verify(**{"backend": backend, **options, **arguments})
         _show(name, reports[name])
         if path is not None:
             record = {"passed": all(r.passed for r in reports.values())}
