@@ -106,7 +106,7 @@ FAULTS = [
     Fault("half-precision noise", "perturb", "acc = tl.float64 if x.dtype == tl.float64 else tl.float32", "acc = x.dtype", RUN),
     Fault("32-bit rows", "perturb", "program = tl.program_id(0).to(tl.int64)", "program = tl.program_id(0)"),
     # objective
-    Fault("GAN's loss with the wrong sign", "objective", "value = BLEND * softplus", "value = -BLEND * softplus", OBJECTIVES),
+    Fault("GAN's loss with the wrong sign", "objective", "else BLEND * softplus", "else -BLEND * softplus", OBJECTIVES),
     Fault("blend of the other share", "objective", "(1 - BLEND) * y", "BLEND * y", OBJECTIVES),
     Fault("slope of the other side", "objective", "tl.where(y >= 0, 1, small)", "tl.where(y <= 0, 1, small)", OBJECTIVES),
     Fault("drift's slope", "objective", "slope += 2 * DRIFT * x", "slope += DRIFT * x", OBJECTIVES),
