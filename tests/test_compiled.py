@@ -7,11 +7,14 @@ import triton
 from compile_kernels import DTYPES, SNAPSHOT, TARGETS, summary
 
 KERNELS = (
-    "_guard_kernel", "_scores_kernel", "_interpolate_kernel", "_penalty_kernel", "_project_kernel", "_update_kernel",
+    "_guard_kernel", "_scores_kernel", "_objective_kernel", "_interpolate_kernel", "_perturb_kernel", "_penalty_kernel",
+    "_project_kernel", "_update_kernel",
 )  # fmt: skip
 ARRAYS = {  # read and written, by case; each 16 bytes at a time
     "scores critic": (2, 0),
     "interpolate 3072": (2, 1),
+    "perturb 3072": (1, 1),
+    "objective 1048576, 1048576": (2, 2),
     "penalty one read": (1, 1),
     "penalty two reads": (2, 1),
     "project 4608": (3, 1),  # the norm, the norm of what is scaled, and the projection
