@@ -437,8 +437,9 @@ def perturb(
         backend: see :mod:`fastwgan.backend`.
 
     Returns:
-        Samples shaped, typed and laid out like ``x``, differentiable in ``x``. The noise goes by the place of an
-        element in memory, so for channels_last it is another than for contiguous samples.
+        Samples shaped and typed like ``x``, differentiable in it, and laid out like it where that is contiguous or
+        channels_last. The noise goes by the place of an element in memory, so for channels_last it is another than for
+        contiguous samples; all other layouts have that of contiguous ones.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range.

@@ -183,7 +183,7 @@ class Trainer:
         self.latent = latent
         self.n_critic = n_critic
         self.last_checkpoint: str | None = None
-        self._amp, self.pack, self.instance_noise = amp, pack, instance_noise
+        self._amp, self.pack, self._instance_noise = amp, pack, instance_noise
         self.ranks = Ranks(self.device)
         self.rank, self.world = self.ranks.rank, self.ranks.world
         self.ranks.agree(shapes("generator", generator) | shapes("critic", critic) | settings)
@@ -418,7 +418,7 @@ class Trainer:
         unconditional = all(len(part) == 1 for part in parts)
         looking = self.critic_iterations < PROBED_STEPS or (unconditional and self._generator_is_unknown())
         uneven = self.world > 1 and len({len(real) for real, *_ in parts}) > 1
-        changing = self.critic_scheduler is not None or callable(self.instance_noise)
+        changing = self.critic_scheduler is not None or callable(self._instance_noise)
         stepwise = looking or callable(self.latent) or changing or uneven
         if self._graphs is None or stepwise or len(parts) > AHEAD:
             return [self.step(*part) for part in parts]
@@ -520,7 +520,7 @@ class Trainer:
         if self._graphs is None:
             return work(*args)
         self._device_offset.fill_(self._eps_offset)
-        if self.instance_noise:
+        if self._instance_noise:
             self._device_noise.fill_(self._noise_scale())
         early = self.critic_iterations < PROBED_STEPS
         optimizers = self._named_optimizers().values()
@@ -659,7 +659,7 @@ class Trainer:
 
     def _numbers(self, batch: int, weight: float) -> int:
         """How many indices of the streams of eps and noise a step uses up; ``weight`` is the penalty's."""
-        if self.instance_noise:
+        if self._instance_noise:
             return batch * self.world
         if not weight or not isinstance(self.constraint, GradientPenalty):
             return 0
@@ -667,14 +667,14 @@ class Trainer:
 
     def _noise_scale(self) -> float:
         """Standard deviation of the instance noise of this step."""
-        if not callable(self.instance_noise):
-            return self.instance_noise
-        scale = self.instance_noise(self.critic_iterations)
+        if not callable(self._instance_noise):
+            return self._instance_noise
+        scale = self._instance_noise(self.critic_iterations)
         return functional.check_number("instance_noise: its result", scale, minimum=0)
 
     def _noise(self, batch: int) -> passes.Noise | None:
         """The instance noise of a step, or None."""
-        if not self.instance_noise:
+        if not self._instance_noise:
             return None
         scale = self._noise_scale() if self._graphs is None else self._device_noise
         return scale, self.seed, self._offset(batch)

@@ -4,7 +4,8 @@ Run without TRITON_INTERPRET. A launch is replaced by the compilation of what it
 on PyTorch's meta device, so sizes past 2^31 cost nothing. ``main`` cases are what the hot paths look like in use and
 have a line in compiled_kernels.md; the others go through what else a launcher can specialise a kernel to.
 
-    python tests/compile_kernels.py            print the rows
+    python tests/compile_kernels.py            print the rows: all cases for two targets, the main ones for the others
+    python tests/compile_kernels.py --all      all cases for all targets, as ``pytest -m slow`` has it
     python tests/compile_kernels.py --table    print compiled_kernels.md
 """
 
@@ -34,6 +35,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+THOROUGH = ("sm_90", "gfx942")  # one of each kind
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SNAPSHOT = Path(__file__).with_name("compiled_kernels.md")
 HUGE = 2**31 + 16  # makes an argument int64
@@ -194,8 +196,8 @@ def _amd(compiled: Any) -> dict[str, Any]:
     }
 
 
-def compile_all(target_name: str, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """One row for each distinct program that the cases ask for."""
+def compile_all(target_name: str, dtype: torch.dtype, main_only: bool) -> list[dict[str, Any]]:
+    """One row for each distinct program that the cases, or the main ones among them, ask for."""
     target = TARGETS[target_name]
     rows: dict[str, dict[str, Any]] = {}
     case = next(cases(dtype))
@@ -216,7 +218,8 @@ def compile_all(target_name: str, dtype: torch.dtype) -> list[dict[str, Any]]:
 
     JITFunction.run = compile_one
     for case in cases(dtype):
-        case[2]()
+        if case[1] or not main_only:
+            case[2]()
     return list(rows.values())
 
 
@@ -228,7 +231,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
         "test compares it, so that a change in generated code shows in review. Each cell: registers per thread / bytes",
         "of shared memory / widest access in bits / machine instructions, of the whole program, per element that one",
         "thread handles of a block. The update's program holds a second, masked path for tensor ends, and counts it.",
-        "In float32 nothing spills: a test sees to it, for these and all other specialisations.",
+        "In float32 nothing spills: a test sees to it, for these and other specialisations.",
         "",
         "| kernel | dtype | " + " | ".join(TARGETS) + " |",
         "|---" * (2 + len(TARGETS)) + "|",
@@ -245,7 +248,11 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    jobs = list(product(TARGETS, DTYPES))
+    everywhere = "--all" in sys.argv
+    jobs = [
+        (target, dtype, "--table" in sys.argv or not (everywhere or target in THOROUGH))
+        for target, dtype in product(TARGETS, DTYPES)
+    ]
     with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
         all_rows = [row for rows in pool.map(compile_all, *zip(*jobs, strict=True)) for row in rows]
     if "--table" in sys.argv:

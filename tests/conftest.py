@@ -44,9 +44,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         "compiled_kernels" in getattr(item, "fixturenames", ()) for item in session.items
     ):
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        script = Path(__file__).with_name("compile_kernels.py")
+        script = [str(Path(__file__).with_name("compile_kernels.py"))]
+        if "slow" in session.config.getoption("-m"):
+            script.append("--all")
         session.config.stash[COMPILER] = subprocess.Popen(
-            ["nice", "-n", "19", sys.executable, str(script)], env=env, text=True,
+            ["nice", "-n", "19", sys.executable, *script], env=env, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             preexec_fn=os.setpgrp,  # noqa: PLW1509 - a group to kill; in a session of its own nice would mean nothing
         )  # fmt: skip

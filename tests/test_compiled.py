@@ -10,6 +10,7 @@ KERNELS = (
     "_guard_kernel", "_scores_kernel", "_objective_kernel", "_interpolate_kernel", "_perturb_kernel", "_penalty_kernel",
     "_project_kernel", "_update_kernel",
 )  # fmt: skip
+ELEMENTWISE = ("_interpolate_kernel", "_perturb_kernel")  # no reduction, so nothing arrives
 ARRAYS = {  # read and written, by case; each 16 bytes at a time
     "scores critic": (2, 0),
     "interpolate 3072": (2, 1),
@@ -78,10 +79,13 @@ def test_no_float64_in_other_kernels(rows):
 
 
 def test_division_and_root_round_correctly(rows):
-    """Nothing approximate but the exponential in Adam's bias correction, and no denormal number flushed."""
+    """Nothing approximate but exponentials, in Adam's bias correction and in softplus; no denormal number flushed, but
+    for libdevice's in its logarithm, where a sum has an integer exponent in it.
+    """
+    allowed = {"_perturb_kernel": {"fma.rn.ftz.f32"}, "_objective_kernel": {"fma.rn.ftz.f32", "ex2.approx.f32"}}
     for row in nvidia(rows):
         inexact = {op for op in row["opcodes"] if "approx" in op or ".full" in op or ".ftz" in op}
-        assert inexact <= ({"ex2.approx.f32"} if "adam" in row["case"] else set()), row
+        assert inexact <= ({"ex2.approx.f32"} if "adam" in row["case"] else allowed.get(row["kernel"], set())), row
         if row["case"].startswith(("update rmsprop", "update adam", "penalty one read two-sided")):
             assert {"div.rn.f32", "sqrt.rn.f32"} <= set(row["opcodes"]), row
 
@@ -97,9 +101,9 @@ def test_minima_and_maxima_keep_nan(rows):
 def test_partial_results_are_published_before_the_arrival(rows):
     """No store between the barrier and the acquire-release increment that says a program has arrived."""
     for row in nvidia(rows) + nvidia(rows, double=True):
-        assert row["arrives"] == (row["kernel"] != "_interpolate_kernel"), row
+        assert row["arrives"] == (row["kernel"] not in ELEMENTWISE), row
     for row in rows:
-        if row["target"] == "gfx942" and row["kernel"] != "_interpolate_kernel":
+        if row["target"] == "gfx942" and row["kernel"] not in ELEMENTWISE:
             assert {"buffer_wbl2", "buffer_inv"} <= set(row["opcodes"]), row  # release and acquire
 
 
