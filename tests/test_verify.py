@@ -146,6 +146,22 @@ def test_noise_goes_by_the_place_in_memory(alone, backend, device):
     check(generator, critic, real, backend=backend, **FORMS["all of DRAGAN"])
 
 
+def test_a_backward_pass_that_cancels_is_no_fault():
+    """A normalisation of two features leaves next to nothing of what flows back, and all of its rounding."""
+    generator = nn.Linear(6, 10).double()
+    critic = nn.Sequential(nn.Linear(10, 2), nn.LayerNorm(2), nn.Softplus(), nn.Linear(2, 1)).double()
+    with torch.no_grad():
+        critic[0].weight *= 100
+    check(generator, critic, torch.randn(16, 10).double(), blend=0.3, backend="torch")
+
+
+def test_norms_of_many_elements_in_float64():
+    """Of float32 numbers, whose squares' sums round to one side if they are added up one after the other."""
+    generator, critic = nn.Linear(6, 64).double(), models.mlp([64, 4000, 1]).double()
+    critic[1].requires_grad_(False)
+    check(generator, critic, torch.randn(4, 64).double(), constraint=NormClip(0.1, per="tensor"), backend="torch")
+
+
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("form", ["all under a penalty", "all of DRAGAN"])
 def test_packs_pass(form, backend, device):
