@@ -35,7 +35,7 @@ __all__ = ["GAUSSIANS8", "GAUSSIANS25", "SWISSROLL", "Toy"]
 
 WIDTH, DEPTH = 128, 3
 BATCH = 256
-STEPS, N_CRITIC = 6000, 2
+N_CRITIC = 2
 WEIGHT, BOUND = 0.1, 0.03
 PAIRS, POINTS = 10, 1000
 SIDE, EXTENT = 48, 2.1  # of the grid on which the critic is kept
@@ -48,7 +48,7 @@ def _linear_decay(total: int) -> Callable[[int], float]:
     return lambda step: min(1.0, 2 * (1 - step / (total + 1)))
 
 
-def _train(sample: Callable[[int, torch.Generator], Tensor], constraint: str, seed: int, scale: float) -> Trainer:
+def _train(sample: Callable[[int, torch.Generator], Tensor], constraint: str, seed: int, steps: int) -> Trainer:
     torch.manual_seed(seed)
     generator = models.mlp([2, *[WIDTH] * DEPTH, 2])
     critic = models.mlp([2, *[WIDTH] * DEPTH, 1], slope=0.2)
@@ -57,7 +57,6 @@ def _train(sample: Callable[[int, torch.Generator], Tensor], constraint: str, se
         optimizers = [RMSprop(m.parameters(), lr=5e-4) for m in (critic, generator)]
     else:
         optimizers = [Adam(m.parameters(), lr=1e-3, betas=(0.0, 0.9)) for m in (critic, generator)]
-    steps = scaled(STEPS, scale)
     totals = (steps, steps // N_CRITIC)
     schedulers = [LambdaLR(o, _linear_decay(total)) for o, total in zip(optimizers, totals, strict=True)]
     trainer = Trainer(
@@ -101,6 +100,7 @@ class Toy:
         skeleton: points [M, 2] that the data lies round: the centres, or a line of points along the spiral.
         parts: how many the skeleton has; equally many of its points in a row are one.
         noise: standard deviation of the data round the skeleton.
+        steps: of the critic.
         least_covered, least_near, largest_ratio: what has to hold under the penalty, for each seed.
     """
 
@@ -109,6 +109,7 @@ class Toy:
     skeleton: Tensor
     parts: int
     noise: float
+    steps: int
     least_covered: int
     least_near: float
     largest_ratio: float
@@ -121,7 +122,7 @@ class Toy:
         w_real = _mean_distance(real, more)
         result: dict[str, Any] = {"w_real": w_real, "real": packed(real[0][:DRAWN])}
         for constraint in CONSTRAINTS:
-            trainer = _train(self.sample, constraint, seed, scale)
+            trainer = _train(self.sample, constraint, seed, scaled(self.steps, scale))
             fake = trainer.sample(pairs * POINTS, ema=True)
             w = _mean_distance(real, fake.view(pairs, POINTS, 2))
             distance, nearest = torch.cdist(fake, self.skeleton).min(1)
@@ -161,9 +162,11 @@ class Toy:
         cells = [(constraint, r) for constraint in CONSTRAINTS for r in shown]
         for axes, (constraint, r) in zip(panels, cells, strict=True):
             ours = r[constraint]
-            axes.contour(ticks, ticks, unpacked(ours["surface"]), levels=18, cmap="cividis", linewidths=0.7, alpha=0.6)
-            for name, points in (("real", r["real"]), (constraint, ours["fake"])):
-                axes.plot(*unpacked(points).T, "o", color=COLORS[name], markersize=2.5, markeredgewidth=0)
+            axes.contour(ticks, ticks, unpacked(ours["surface"]), levels=14, cmap="cividis", linewidths=0.6)
+            clouds = (("real", "real", r["real"], 5), (constraint, "generated", ours["fake"], 2.5))
+            for name, label, points, size in clouds:
+                x, y = unpacked(points).T
+                axes.plot(x, y, "o", color=COLORS[name], markersize=size, markeredgewidth=0, label=label)
             axes.set_title(
                 f"seed {r['seed']}: W1 {ours['ratio']:.2f} times that of real samples,\n"
                 f"{ours['covered']} of {self.parts} parts covered, {ours['near']:.0%} within 3σ",
@@ -173,6 +176,7 @@ class Toy:
             axes.spines[:].set_visible(False)
         for axes, (constraint, label) in zip(panels[:: len(shown)], CONSTRAINTS.items(), strict=True):
             axes.set_ylabel(label, color=COLORS[constraint])
+            axes.legend(loc="lower left", markerscale=1.5, fontsize="small", borderpad=0.3)
         save(figure, path)
 
 
@@ -199,6 +203,7 @@ GAUSSIANS8 = Toy(
     skeleton=_circle(),
     parts=8,
     noise=0.02 / math.sqrt(2),
+    steps=6000,
     least_covered=8,
     least_near=0.85,
     largest_ratio=2.0,
@@ -209,6 +214,7 @@ GAUSSIANS25 = Toy(
     skeleton=_lattice(),
     parts=25,
     noise=0.05 / (2 * math.sqrt(2)),
+    steps=8000,
     least_covered=25,
     least_near=0.5,
     largest_ratio=2.0,
@@ -219,6 +225,7 @@ SWISSROLL = Toy(
     skeleton=_spiral(10),
     parts=10,
     noise=0.25 / 7.5,
+    steps=6000,
     least_covered=10,
     least_near=0.9,
     largest_ratio=1.5,
