@@ -1,9 +1,11 @@
 """What the experiments share: their form, checks, a generator that is not trained, and the look of the pictures."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,14 +47,16 @@ class Check:
     passed: bool
 
 
-def at_least(name: str, value: float, bound: float) -> Check:
-    """A check that value >= bound, which NaN fails."""
-    return Check(name, float(value), f">= {bound:g}", bool(value >= bound))
+def at_least(name: str, value: float | Sequence[float], bound: float) -> Check:
+    """A check that value >= bound, of several values the least. NaN fails it."""
+    least = float(np.min(value))  # unlike Python's min, NaN if one of them is
+    return Check(name, least, f">= {bound:g}", least >= bound)
 
 
-def at_most(name: str, value: float, bound: float) -> Check:
-    """A check that value <= bound, which NaN fails."""
-    return Check(name, float(value), f"<= {bound:g}", bool(value <= bound))
+def at_most(name: str, value: float | Sequence[float], bound: float) -> Check:
+    """A check that value <= bound, of several values the largest. NaN fails it."""
+    largest = float(np.max(value))
+    return Check(name, largest, f"<= {bound:g}", largest <= bound)
 
 
 class Experiment(Protocol):

@@ -2,8 +2,8 @@
 
 Real samples are N(-2.5, 0.5^2), generated ones N(2.5, 0.5^2), ten standard deviations apart. Each network is trained on
 fresh samples of both while its learning rate decays to zero. What the generator then follows at its own samples is the
-slope of log(1 - D(x)), downhill, or of a critic's score, uphill. The better the discriminator, the less of a slope it
-leaves there, while the critics come near straight lines, for the exact distance the optimum.
+slope of log(1 - D(x)), downhill, or of a critic's score, uphill. The better the discriminator, the less slope it leaves
+there, while the best critic of two such heaps is a straight line.
 
 Source: arXiv 1701.07875, figure 2.
 """
@@ -106,10 +106,10 @@ def run(seed: int, scale: float = 1.0) -> dict[str, Any]:
 
 def judge(results: list[dict[str, Any]]) -> list[Check]:
     """At the generated samples the critics' slopes, which lead to the real ones, stay; the discriminator's is gone."""
-    ratio = min(r["clip"]["least"] / r["clip"]["largest"] for r in results)
-    least = min(r["penalty"]["least"] for r in results)
-    vanished = max(abs(r["gan"]["mean"]) for r in results)
-    share = max(abs(r["gan"]["mean"]) / r[name]["mean"] for r in results for name in ("penalty", "clip"))
+    ratio = [r["clip"]["least"] / r["clip"]["largest"] for r in results]
+    least = [r["penalty"]["least"] for r in results]
+    vanished = [abs(r["gan"]["mean"]) for r in results]
+    share = [abs(r["gan"]["mean"]) / r[name]["mean"] for r in results for name in ("penalty", "clip")]
     return [
         at_least("penalised critic: least slope at generated samples", least, 0.5),
         at_least("clipped critic: least slope there over its largest anywhere", ratio, 0.1),
