@@ -1,6 +1,7 @@
 """What the experiments that train generators share."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def test_packed_values_come_back_from_json(values):
 def test_checkpoints_grow_by_a_factor_and_end_with_the_last_step():
     steps = checkpoints(5, 1200)
     assert (steps[0], steps[-1], len(steps)) == (5, 1200, 24)
-    ratios = [b / a for a, b in zip(steps[8:], steps[9:], strict=False)]
+    ratios = [b / a for a, b in pairwise(steps[8:])]
     assert max(ratios) < 1.1 * min(ratios)
     assert checkpoints(5, 7) == [5, 6, 7]
     assert checkpoints(5, 2) == [2]
