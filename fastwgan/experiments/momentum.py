@@ -1,10 +1,10 @@
 """Momentum in a clipped critic: training gets worse with it, as the WGAN paper found, which is why it took RMSProp.
 
 Eight Gaussians under clipping. The generator always has RMSProp; the critic has RMSProp, Adam without momentum
-(beta_1 = 0), Adam with it (0.9), or RMSProp with a momentum of 0.9. That makes its steps ten times as long, so that it
-gets a tenth of the rate; Adam's beta_1 leaves their length. Quality is the exact W1 between 500 samples and 500 real
-points, in the mean over the second half of training. All of it is at a learning rate of 1e-3, twenty times the
-paper's, and a bound of 0.03: momentum is a matter of fast training.
+(beta_1 = 0), Adam with it (0.9), or RMSProp with a momentum of 0.9. The latter adds ten steps up, so that it gets a
+tenth of the rate; with all of it training is worse than without momentum, too, though by less. Quality is the exact W1
+between 500 samples and 500 real points, in the mean over the second half of training. All of it is at a learning rate
+of 1e-3, twenty times the paper's, and a bound of 0.03.
 
 The trainer warns of a critic with momentum under clipping, which is expected here.
 
