@@ -78,6 +78,6 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         rank.plot([place] * len(rhos), rhos, "o", color=color, markersize=8, fillstyle="none", markeredgewidth=1.6)
     rank.axhline(0, color="0.6", linewidth=0.8)
     rank.set(xticks=range(len(COUNTS)), xticklabels=COUNTS, xlim=(-0.6, len(COUNTS) - 0.4), ylim=(-1.05, 1.05))
-    rank.set_xlabel("critic steps per generator step")
+    rank.set_xlabel("critic steps")
     rank.set_ylabel("Spearman's ρ of estimate and exact W1")
     save(figure, path)

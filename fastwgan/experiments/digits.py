@@ -95,7 +95,7 @@ def judge(results: list[dict[str, Any]]) -> list[Check]:
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Above, estimate and exact distance through training, all seeds; below, samples of the first; by constraint."""
-    figure, panels = new_figure(TITLE, 2, 2, height=8.2, height_ratios=(1, 1))
+    figure, panels = new_figure(TITLE, 2, 2, height=7.4, height_ratios=(1, 1))
     floor = sum(r["floor"] for r in results) / len(results)
     for (constraint, label), axes, samples in zip(CONSTRAINTS.items(), panels[:2], panels[2:], strict=True):
         color = COLORS[constraint]

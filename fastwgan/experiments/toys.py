@@ -162,7 +162,7 @@ class Toy:
         cells = [(constraint, r) for constraint in CONSTRAINTS for r in shown]
         for axes, (constraint, r) in zip(panels, cells, strict=True):
             ours = r[constraint]
-            axes.contour(ticks, ticks, unpacked(ours["surface"]), levels=14, cmap="cividis", linewidths=0.6)
+            axes.contour(ticks, ticks, unpacked(ours["surface"]), levels=12, cmap="cividis", linewidths=0.6)
             clouds = (("real", "real", r["real"], 5), (constraint, "generated", ours["fake"], 2.5))
             for name, label, points, size in clouds:
                 x, y = unpacked(points).T

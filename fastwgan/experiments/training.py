@@ -90,9 +90,10 @@ def unpacked(kept: dict[str, Any]) -> NDArray[np.float64]:
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Write a picture in 64 colours, a third of the bytes."""
+    """Write a picture in 192 colours, half of the bytes."""
     from PIL import Image  # which matplotlib needs
 
     written = BytesIO()
     figure.savefig(written, format="png")
-    Image.open(written).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture = Image.open(written).convert("RGB")
+    picture.quantize(192, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
