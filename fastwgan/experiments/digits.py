@@ -37,7 +37,7 @@ TITLE = "Handwritten digits: the critic's estimate tells how near the samples ar
 STEPS = 1200  # of the generator
 N_CRITIC = 5
 WEIGHT, BOUND = 10.0, 0.03
-EVERY, PER_ROW = 3, 13  # which checkpoints have a row of samples in the picture, and how many
+EVERY, PER_ROW = 3, 10  # which checkpoints have a row of samples in the picture, and how many
 CONSTRAINTS = {"clip": f"weight clipping (c = {BOUND:g})", "penalty": f"gradient penalty (weight {WEIGHT:g})"}
 
 
