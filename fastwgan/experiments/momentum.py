@@ -65,12 +65,12 @@ def _train(name: str, seed: int, scale: float) -> dict[str, Any]:
         )
     batches = SampledBatches(gaussians8, BATCH, seed, torch.device("cpu"))
     random = torch.Generator().manual_seed(seed + 1_000_000)  # not the training's
-    every = scaled(STEPS // LOOKS, scale)
+    every, measured = scaled(STEPS // LOOKS, scale), scaled(MEASURED, min(scale, 1.0))
     seen = []
     for look in range(1, LOOKS + 1):
         estimates = [trainer.step(next(batches)).wasserstein for _ in range(every)]
         estimate = float(torch.stack([w for w in estimates if w is not None]).mean())
-        exact = float(wasserstein(trainer.sample(MEASURED), gaussians8(MEASURED, random)))
+        exact = float(wasserstein(trainer.sample(measured), gaussians8(measured, random)))
         seen.append({"step": look * every, "estimate": estimate, "exact": exact})
     return {"seen": seen, "exact": sum(column(seen, "exact")[LOOKS // 2 :]) / (LOOKS - LOOKS // 2)}
 
