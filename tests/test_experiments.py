@@ -15,7 +15,17 @@ from fastwgan import cli, experiments
 from fastwgan.experiments.common import Check, at_least, at_most
 
 COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results" / "experiments"
-SMALL = {"parallel-lines": 0.01, "vanishing": 0.01, "clipping": 0.004}  # scales at which a run takes a second or so
+SMALL = {  # scales at which a run takes a second or so
+    "parallel-lines": 0.01,
+    "vanishing": 0.01,
+    "clipping": 0.004,
+    "gaussians8": 0.003,
+    "gaussians25": 0.003,
+    "swissroll": 0.003,
+    "momentum": 0.005,
+    "critic-iterations": 0.015,
+    "digits": 0.01,
+}
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +102,17 @@ def test_what_is_committed_passes_todays_checks(name):
         ("clipping", ("0.001", "saturation"), 0.5, "Metrics.saturation"),
         ("clipping", ("penalty", "near_largest"), 0.3, "penalty: share"),
         ("clipping", ("penalty", "kurtosis"), 1.8, "penalty: kurtosis"),
+        ("gaussians8", ("penalty", "ratio"), 2.01, "seed {seed}: W1 over"),
+        ("gaussians8", ("penalty", "covered"), 7, "seed {seed}: parts covered"),
+        ("gaussians25", ("penalty", "near"), 0.4, "seed {seed}: share within"),
+        ("swissroll", ("penalty", "ratio"), math.nan, "seed {seed}: W1 over"),
+        ("momentum", ("rmsprop", "exact"), 5.0, "seed {seed}: exact W1 over RMSProp's, Adam with"),
+        ("momentum", ("rmsprop-momentum", "exact"), 0.1, "seed {seed}: exact W1 over RMSProp's, RMSProp with"),
+        ("momentum", ("adam", "exact"), 5.0, "seed {seed}: exact W1 over RMSProp's, Adam without"),
+        ("critic-iterations", ("10", "spearman"), 0.79, "seed {seed}: Spearman's rho, 10"),
+        ("critic-iterations", ("1", "spearman"), 0.9, "seed {seed}: Spearman's rho, 1 "),
+        ("digits", ("penalty", "spearman"), 0.79, "seed {seed}: Spearman"),
+        ("digits", ("penalty", "seen", -1, "exact"), 4.1, "seed {seed}: exact W1 at the end"),
     ],
 )
 @pytest.mark.parametrize("seed", [0, 2])
@@ -101,6 +122,7 @@ def test_a_judge_sees_what_is_wrong_in_any_seed(name, keys, value, failing, seed
     for key in keys[:-1]:
         parent = parent[key]
     parent[keys[-1]] = value
+    failing = failing.format(seed=seed)
     assert any(each.startswith(failing) for each in failed(name, results)), failed(name, results)
 
 
