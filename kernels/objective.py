@@ -46,6 +46,7 @@ def _walk(
     """This program's share of an array: sums of scores and of terms to the partials, slopes to their places."""
     program = tl.program_id(0)
     first = program.to(tl.int64) * BLOCK
+    tl.static_assert(first.dtype == tl.int64)  # and so is what counts from it, past 2^31 elements
     stride = tl.num_programs(0) * BLOCK
     lanes = tl.arange(0, BLOCK).to(tl.int64)
     total = tl.zeros([BLOCK], acc)

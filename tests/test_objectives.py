@@ -190,6 +190,23 @@ def test_scores_with_one_shape_for_several_patches():
         torch.testing.assert_close(statistics, torch.stack((real.mean(), fake.mean(), real.mean() - fake.mean(), loss)))
 
 
+@pytest.mark.parametrize("counts", [(5, 3), (3, 2000)])
+def test_real_and_fake_scores_of_different_numbers(counts):
+    """Each mean is over its own."""
+    leaves = [torch.randn(n, 1, dtype=F64, requires_grad=True) for n in counts]
+    real, fake = leaves
+    bce = nn.functional.binary_cross_entropy_with_logits
+    gan = bce(real, torch.ones_like(real)) + bce(fake, torch.zeros_like(fake))
+    expected = 0.3 * gan + 0.7 * (fake.mean() - real.mean()) + 0.1 * (real**2).mean()
+    for backend in ("triton", "torch"):
+        loss = functional.critic_loss(real, fake, blend=0.3, drift=0.1, backend=backend)
+        torch.testing.assert_close(loss, expected)
+        for a, b in zip(
+            torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves, retain_graph=True), strict=True
+        ):
+            torch.testing.assert_close(a, b)
+
+
 def test_blend_one_is_binary_cross_entropy():
     real, fake = 5 * torch.randn(2, 64, 1, dtype=F64)
     bce = functools.partial(nn.functional.binary_cross_entropy_with_logits)
