@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import types
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
@@ -77,6 +78,25 @@ def test_what_is_committed_passes_todays_checks(name):
     assert [result["seed"] for result in record["results"]] == [0, 1, 2]
     assert (COMMITTED / f"{name}.json").stat().st_size < 100_000
     assert_png(COMMITTED / f"{name}.png")
+
+
+def test_readme_has_the_committed_figures():
+    """Of each experiment the worst seed's, with its bound."""
+    readme = (COMMITTED.parents[2] / "README.md").read_text()
+    rows = re.findall(
+        r"^\| \[`([\w-]+)`\]\(benchmarks/results/experiments/([\w-]+)\.png\) \|.*\| (.+) \|$", readme, re.M
+    )
+    assert [name for name, _, _ in rows] == [picture for _, picture, _ in rows] == list(SMALL)
+    for name, _, measured in rows:
+        values = {}
+        for check in committed(name)["checks"]:
+            key = re.sub(r"^seed \d: | \(clipped .*\)$", "", check["name"])
+            values.setdefault((key, check["bound"]), []).append(check["value"])
+        worst = {(f"{(min if bound[0] == '>' else max)(x):.3g}", bound) for (_, bound), x in values.items()}
+        figures = re.findall(r"(\S+) \(([≥≤]) ([\d.]+)\)", measured)
+        assert len(figures) >= 2
+        for value, sign, bound in figures:
+            assert (value, f"{'>=' if sign == '≥' else '<='} {bound}") in worst, (name, value)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ A generator is measured by 10 times 1000 of its samples, made by running average
 
 Both constraints get as many steps of the same networks. Clipping is reported; what has to hold, does under the penalty.
 
-Source: arXiv 1704.00028, section 4 and figure 1, whose generator is held fixed; here it is trained.
+Source: arXiv 1704.00028, figure 1, whose generator is held fixed; here it is trained.
 """
 
 import math
@@ -198,7 +198,7 @@ def _lattice() -> Tensor:
 
 
 GAUSSIANS8 = Toy(
-    TITLE="Eight Gaussians: learned under the penalty, beside clipping (WGAN-GP, section 4)",
+    TITLE="Eight Gaussians: learned under the penalty, beside clipping (WGAN-GP, figure 1)",
     sample=data.gaussians8,
     skeleton=_circle(),
     parts=8,
@@ -209,7 +209,7 @@ GAUSSIANS8 = Toy(
     largest_ratio=2.0,
 )
 GAUSSIANS25 = Toy(
-    TITLE="Twenty-five Gaussians: learned under the penalty, beside clipping (WGAN-GP, section 4)",
+    TITLE="Twenty-five Gaussians: learned under the penalty, beside clipping (WGAN-GP, figure 1)",
     sample=data.gaussians25,
     skeleton=_lattice(),
     parts=25,
@@ -220,7 +220,7 @@ GAUSSIANS25 = Toy(
     largest_ratio=2.0,
 )
 SWISSROLL = Toy(
-    TITLE="The Swiss roll: learned under the penalty, beside clipping (WGAN-GP, section 4)",
+    TITLE="The Swiss roll: learned under the penalty, beside clipping (WGAN-GP, figure 1)",
     sample=data.swissroll,
     skeleton=_spiral(10),
     parts=10,
