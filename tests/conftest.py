@@ -1,9 +1,12 @@
 """Without a GPU, kernels run in Triton's interpreter; that is decided when they are defined, so before any import."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -20,7 +23,7 @@ else:
 
     strict.install()
 
-COMPILER = pytest.StashKey[subprocess.Popen[str]]()
+COMPILER = pytest.StashKey[subprocess.Popen[bytes]]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -38,31 +41,47 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: "compiled_kernels" in getattr(item, "fixturenames", ()))  # these wait for a compiler
 
 
+def _compiled(config: pytest.Config) -> Path:
+    """Where this run's compilation of all kernels puts what it finds; all of pytest-xdist's workers see it."""
+    run = getattr(config, "workerinput", {}).get("testrunuid", os.getpid())
+    return Path(tempfile.gettempdir()) / f"fastwgan-kernels-{run}"
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start the compilation of all kernels, where a test wants it, on what the other tests leave of the machine."""
-    if not session.config.option.collectonly and any(
-        "compiled_kernels" in getattr(item, "fixturenames", ()) for item in session.items
-    ):
-        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        script = [str(Path(__file__).with_name("compile_kernels.py"))]
-        if "slow" in session.config.getoption("-m"):
-            script.append("--all")
-        session.config.stash[COMPILER] = subprocess.Popen(
-            ["nice", "-n", "19", sys.executable, *script], env=env, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            preexec_fn=os.setpgrp,  # noqa: PLW1509 - a group to kill; in a session of its own nice would mean nothing
-        )  # fmt: skip
+    first = getattr(session.config, "workerinput", {}).get("workerid", "gw0") == "gw0"
+    wanted = any("compiled_kernels" in getattr(item, "fixturenames", ()) for item in session.items)
+    if session.config.option.collectonly or not (first and wanted):
+        return
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    everything = "--all" if "slow" in session.config.getoption("-m") else ""
+    out = _compiled(session.config)
+    out.mkdir()
+    command = 'cd "$1"; nice -n 19 "$2" "$3" $4 > rows 2> errors; echo $? > ended; mv ended status'
+    script = Path(__file__).with_name("compile_kernels.py")
+    session.config.stash[COMPILER] = subprocess.Popen(
+        ["sh", "-c", command, "sh", out, sys.executable, script, everything], env=env,
+        preexec_fn=os.setpgrp,  # noqa: PLW1509 - a group to kill; in a session of its own nice would mean nothing
+    )  # fmt: skip
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if COMPILER in config.stash and config.stash[COMPILER].poll() is None:
-        os.killpg(config.stash[COMPILER].pid, signal.SIGKILL)  # it has workers
+    if COMPILER in config.stash:
+        if config.stash[COMPILER].poll() is None:
+            os.killpg(config.stash[COMPILER].pid, signal.SIGKILL)  # it has workers
+        shutil.rmtree(_compiled(config), ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
-def compiled_kernels(pytestconfig: pytest.Config) -> subprocess.Popen[str]:
-    """The process that compiles all kernels."""
-    return pytestconfig.stash[COMPILER]
+def compiled_kernels(pytestconfig: pytest.Config) -> str:
+    """What the compilation of all kernels prints, once it is done."""
+    out = _compiled(pytestconfig)
+    end = time.monotonic() + 1800
+    while not (out / "status").exists():
+        assert time.monotonic() < end, "the kernels are not compiled after half an hour"
+        time.sleep(0.2)
+    assert (out / "status").read_text() == "0\n", (out / "errors").read_text()
+    return (out / "rows").read_text()
 
 
 @pytest.fixture(
@@ -71,6 +90,11 @@ def compiled_kernels(pytestconfig: pytest.Config) -> subprocess.Popen[str]:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where Triton kernels run: the CPU by the interpreter, or a GPU."""
     return torch.device("cuda", 0) if request.param == "cuda" else torch.device("cpu")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # one of several processes, which have a core each
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

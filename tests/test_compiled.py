@@ -30,9 +30,7 @@ BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 @pytest.fixture(scope="module")
 def rows(compiled_kernels):
     """One row for each program, from a process without the interpreter; it has been at work since the run began."""
-    stdout, stderr = compiled_kernels.communicate(timeout=1800)
-    assert compiled_kernels.returncode == 0, stderr
-    return [json.loads(line) for line in stdout.splitlines()]
+    return [json.loads(line) for line in compiled_kernels.splitlines()]
 
 
 @pytest.fixture

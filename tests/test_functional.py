@@ -194,7 +194,12 @@ def test_each_forward_is_one_launch():
         "_interpolate_kernel": [lambda: functional.interpolate(x, y, seed=0)],
         "_penalty_kernel": [lambda: functional.penalty(x), lambda: functional.penalty(x.clone().requires_grad_())],
         "_update_kernel": [lambda: functional.clip_weights_([x.clone() for _ in range(30)], 0.1)],
-        "_project_kernel": [lambda: functional.clip_norms_([x.clone() for _ in range(30)], 0.1)],
+        "_project_kernel": [lambda: functional.clip_norms_([x[:9].clone() for _ in range(30)], 0.1)],
+        "_objective_kernel": [
+            lambda: functional.critic_loss(x, y, blend=0.5, drift=0.1),
+            lambda: functional.generator_loss(x.clone().requires_grad_(), blend=0.5),
+        ],
+        "_perturb_kernel": [lambda: functional.perturb(x[:9], scale=1.0, seed=0)],
     }
     for kernel, calls in cases.items():
         for call in calls:
