@@ -93,8 +93,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config, "workerinput"):  # one of several processes, which have a core each
+    if hasattr(config, "workerinput"):  # one of several processes, which have a core each, as what they start
         torch.set_num_threads(1)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -122,9 +122,9 @@ def test_other_objectives_in_graphs(options, graphed):
     runs = []
     for cuda_graph in (False, True):
         trainer, shape = made(graphed, cuda_graph, **options)
-        data = batches(graphed, shape, 14, size=4)
-        metrics = [trainer.step(real) for real in data[:8]]
-        for i in range(8, 14, 2):
+        data = batches(graphed, shape, 24)
+        metrics = [trainer.step(real) for real in data[:12]]
+        for i in range(12, 24, 2):
             metrics += trainer.iteration(data[i : i + 2])
         runs.append((trainer, [m.as_dict() for m in metrics]))
     (eager, expected), (trainer, actual) = runs

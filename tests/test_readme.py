@@ -20,7 +20,7 @@ def test_example_runs_as_printed():
 
 def test_the_two_commands_are_there():
     assert "    pip install -e '.[train]' && fastwgan train\n" in README
-    assert "    pip install -e '.[test]' && pytest\n" in README
+    assert "    pip install -e '.[test]' && pytest -n logical\n" in README
 
 
 def test_launch_table_is_the_enforced_one():
