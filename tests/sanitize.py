@@ -12,7 +12,7 @@ from pathlib import Path
 
 TESTS = ("tests/test_memory.py", "tests/test_matrix.py")
 CHOSEN = "stay_inside or are_filled or test_sizes or test_batches or number_of_tensors"
-OURS = ("--kernel-name", "regex=_(scores|interpolate|penalty|update)_kernel")
+OURS = ("--kernel-name", "regex=_(guard|scores|objective|interpolate|perturb|penalty|project|update)_kernel")
 TOOLS = {
     "memcheck": OURS,
     "racecheck": OURS,

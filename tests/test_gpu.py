@@ -32,7 +32,9 @@ def kernels_of(call):
 def test_each_op_is_one_launch(op):
     inputs = [torch.randn(300, 7, device=DEVICE) for _ in range(OPS[op].tensors)]
     names = kernels_of(lambda: OPS[op].fused(*inputs))
-    kernel = "penalty" if "penalty" in op else "interpolate" if op == "interpolate" else "scores"
+    kernel = op.split()[0]
+    if kernel.endswith("_loss"):  # with a second word it is a blend with another loss
+        kernel = "objective" if " " in op else "scores"
     assert names == [f"_{kernel}_kernel"]
 
 
