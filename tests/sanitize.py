@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TESTS = ("tests/test_memory.py", "tests/test_matrix.py")
+TESTS = ("tests/test_memory.py", "tests/test_matrix.py", "tests/test_project.py")
 CHOSEN = "stay_inside or are_filled or test_sizes or test_batches or number_of_tensors"
 OURS = ("--kernel-name", "regex=_(guard|scores|objective|interpolate|perturb|penalty|project|update)_kernel")
 TOOLS = {
