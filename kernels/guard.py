@@ -112,27 +112,29 @@ def _guard_kernel(
             else:
                 tl.store(stats_ptr, -mean_a)
         if FINAL:
-            nonfinite = tl.load(tally_ptr + COUNT, volatile=True)
-            reached = tl.load(tally_ptr + REACHED, volatile=True)
+            nonfinite = tl.atomic_xchg(tally_ptr + COUNT, 0, sem="relaxed")
+            reached = tl.atomic_xchg(tally_ptr + REACHED, 0, sem="relaxed")
             skip = nonfinite > 0
-            tl.store(tally_ptr + NONFINITE, nonfinite)
-            last: tl.constexpr = 4 if FORM == "critic" else 1 if FORM == "generator" else 0
-            tl.store(stats_ptr + last, nonfinite.to(stats_ptr.dtype.element_ty))
             row = tl.where(skip, tl.load(tally_ptr + IN_A_ROW) + 1, 0)
+            skipped = tl.load(tally_ptr + SKIPPED) + skip.to(tl.int64)
             step = tl.load(tally_ptr + STEPS) + 1
-            tl.store(tally_ptr + IN_A_ROW, row)
-            tl.store(tally_ptr + SKIPPED, tl.load(tally_ptr + SKIPPED) + skip.to(tl.int64))
-            tl.store(tally_ptr + STEPS, step)
-            tl.store(tally_ptr + LONGEST, tl.maximum(tl.load(tally_ptr + LONGEST), row))
-            if skip:
-                tl.store(tally_ptr + FIRST, tensors - reached)
-                tl.store(tally_ptr + LAST, step)
-            tl.store(tally_ptr + COUNT, 0)
-            tl.store(tally_ptr + REACHED, 0)
-            tl.store(gate_ptr, skip.to(tl.float32))
+            longest = tl.maximum(tl.load(tally_ptr + LONGEST), row)
             if SCALED:
                 scale = tl.load(scale_ptr)
                 served = tl.load(scale_ptr + 1) + 1
+            tl.debug_barrier()  # every thread has loaded all of these before one of them stores any
+            tl.store(tally_ptr + NONFINITE, nonfinite)
+            last: tl.constexpr = 4 if FORM == "critic" else 1 if FORM == "generator" else 0
+            tl.store(stats_ptr + last, nonfinite.to(stats_ptr.dtype.element_ty))
+            tl.store(tally_ptr + IN_A_ROW, row)
+            tl.store(tally_ptr + SKIPPED, skipped)
+            tl.store(tally_ptr + STEPS, step)
+            tl.store(tally_ptr + LONGEST, longest)
+            if skip:
+                tl.store(tally_ptr + FIRST, tensors - reached)
+                tl.store(tally_ptr + LAST, step)
+            tl.store(gate_ptr, skip.to(tl.float32))
+            if SCALED:
                 grown = served >= GROWTH_INTERVAL
                 tl.store(gate_ptr + 1, divide(tl.full([], 1, tl.float32), scale))
                 halved, doubled = tl.maximum(0.5 * scale, LEAST_SCALE), tl.minimum(2 * scale, MOST_SCALE)

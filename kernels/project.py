@@ -121,9 +121,8 @@ def _project_kernel(
     tl.atomic_add(count_ptr, on_bound.to(tl.int64), sem="relaxed")  # an integer, so the order cannot matter
 
     if is_last(counter_ptr):
-        share = mean(tl.load(count_ptr, volatile=True).to(tl.float32), rows)
+        share = mean(tl.atomic_xchg(count_ptr, 0, sem="relaxed").to(tl.float32), rows)
         tl.store(share_ptr, tl.where(skip, float("nan"), share))  # nobody has looked
-        tl.store(count_ptr, 0)
 
 
 class Project:

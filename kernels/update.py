@@ -28,7 +28,7 @@ from .arrival import is_last, zero
 from .table import Mirror, Tables
 
 BLOCK = 2048
-STEPS_BLOCK = tl.constexpr(128)
+STEPS_BLOCK = tl.constexpr(512)  # no fewer than a program has threads, so that none loads what another stores
 
 
 @triton.jit
@@ -159,9 +159,8 @@ def _update_kernel(
 
     if is_last(counter_ptr):
         if clamped > 0:
-            share = mean(tl.load(count_ptr, volatile=True).to(tl.float32), clamped)
+            share = mean(tl.atomic_xchg(count_ptr, 0, sem="relaxed").to(tl.float32), clamped)
             tl.store(share_ptr, tl.where(skip, float("nan"), share))  # nobody has looked
-            tl.store(count_ptr, 0)
         if ALGORITHM != "clamp":
             for first in range(0, tl.where(skip, 0, tensors), STEPS_BLOCK):
                 slots = first + tl.arange(0, STEPS_BLOCK)
