@@ -7,8 +7,10 @@ replay. What a step returns is copied, as the next replay writes over it. What o
 numbers that a forward pass reads, hooks, tensors that are neither parameters nor buffers.
 """
 
+import gc
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -86,6 +88,23 @@ class Capture:
             raise
         self._pool = graph.pool()
         return outputs, graph.replay
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Keep Python's collector from freeing what a capture forbids to be freed: other graphs, and Triton's modules.
+
+    It runs before, as PyTorch no longer has it run; autograd nodes of another stream, which cannot be captured, may be
+    kept alive by garbage alone.
+    """
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 CONSTANTS = (bool, int, float, str, type(None), torch.dtype)
@@ -218,7 +237,8 @@ class Graphs:
             return outputs
         if graph.replay is None:
             try:
-                _, graph.replay = self._capture.capture(lambda: graph.pack(work(*graph.args)))
+                with _nothing_collected():
+                    _, graph.replay = self._capture.capture(lambda: graph.pack(work(*graph.args)))
             except Exception as error:
                 told = [str(e) for e in (error, error.__context__) if e is not None]  # the latter came first
                 self._refuse(f"its capture failed: {', after '.join(told)}", error)
@@ -243,8 +263,8 @@ class Graphs:
 
     def _refuse(self, reason: str, cause: Exception | None = None) -> None:
         message = f"cuda_graph: a step cannot be captured, because {reason}"
+        self.forget()  # other graphs have random states which a capture that failed has made anew
         if self._required:
             raise RuntimeError(message) from cause
         self._refused = True
-        self.forget()
         warnings.warn(f"{message}; training goes on without CUDA graphs", stacklevel=6)

@@ -1,5 +1,6 @@
 """Steps as graphs: on a CPU by a recording that does what a CUDA graph does, on a GPU for real."""
 
+import gc
 import warnings
 from itertools import pairwise
 
@@ -540,3 +541,48 @@ def test_a_replay_launches_no_kernel_that_has_not_run_before_the_capture(graphed
         before = set(programs)
         trainer.iteration(batches(graphed, (10,), 3))
     assert programs == before
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_nothing_is_collected_within_a_capture(enabled, graphed, monkeypatch):
+    """Another graph freed there, or a kernel, would spoil it."""
+    seen, capture = [], graphs.Capture.capture
+
+    def looked_at(self, work):
+        seen.append(gc.isenabled())
+        return capture(self, lambda: (seen.append(gc.isenabled()), work())[1])
+
+    monkeypatch.setattr(graphs.Capture, "capture", looked_at)
+    trainer, shape = made(graphed, True, n_critic=100)
+    if not enabled:
+        gc.disable()
+    try:
+        for real in batches(graphed, shape, trainer_module.PROBED_STEPS + graphs.WARM_UP + 1):
+            trainer.critic_step(real)
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
+    assert seen == [False, False]
+
+
+@pytest.mark.interpreted  # on a GPU its warm-up tells, and each step raises
+def test_all_graphs_are_made_anew_after_a_capture_that_fails(graphed):
+    """One that was to have graphs and raises may be used on; random generators are others by then."""
+
+    class Reads(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * (1.0 if len(x) != 10 or float(x.detach().sum()) > 0 else 2.0)
+
+    networks = models.mlp([6, 16, 10]).to(graphed), Reads(10, 1).to(graphed)
+    trainer = Trainer(*networks, latent=6, n_critic=100, backend="triton", cuda_graph=True)
+    for real in batches(graphed, (10,), 6):
+        trainer.critic_step(real)
+    assert Recorded.made == 1
+    with pytest.raises(RuntimeError, match=r"cannot be captured"):
+        for real in batches(graphed, (10,), 8, size=5):
+            trainer.critic_step(real)
+    for real in batches(graphed, (10,), graphs.WARM_UP):
+        trainer.critic_step(real)
+    assert Recorded.made == 1
+    trainer.critic_step(real)
+    assert Recorded.made == 2
