@@ -2,7 +2,9 @@
 
 import gc
 import warnings
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -543,26 +545,71 @@ def test_a_replay_launches_no_kernel_that_has_not_run_before_the_capture(graphed
     assert programs == before
 
 
+class Allocator:
+    """PyTorch's, with a graph and a generator, as a capture that fails to end leaves them where it has no care."""
+
+    def __init__(self, monkeypatch, broken):
+        self.underway, self.references, self.state, self.broken = set(), 1, "capturing", broken
+        for owner, name, value in (
+            (torch.cuda, "CUDAGraph", lambda: self),
+            (torch.cuda, "default_generators", [self]),
+            (torch.cuda, "device", lambda index: nullcontext()),
+            (torch.cuda, "stream", lambda stream: nullcontext()),
+            (torch.cuda, "graph", self.graph),
+            (torch._C, "_cuda_endAllocateToPool", lambda index, pool: self.end(pool)),
+            (torch._C, "_cuda_releasePool", lambda index, pool: self.release()),
+        ):
+            monkeypatch.setattr(owner, name, value, raising=False)
+
+    @contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        self.underway.add(pool)
+        try:
+            yield
+        finally:
+            if self.broken:
+                raise RuntimeError("operation failed due to a previous error during capture")
+            self.end(pool)
+
+    def end(self, pool):
+        if pool not in self.underway:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.underway.remove(pool)
+
+    def release(self):
+        self.references -= 1
+
+    def reset(self):
+        self.references -= not self.broken
+
+    def clone_state(self):
+        return "new"
+
+    def graphsafe_set_state(self, state):
+        self.state = state
+
+
+@pytest.mark.parametrize("broken", [True, False])
 @pytest.mark.parametrize("enabled", [True, False])
-def test_nothing_is_collected_within_a_capture(enabled, graphed, monkeypatch):
-    """Another graph freed there, or a kernel, would spoil it."""
-    seen, capture = [], graphs.Capture.capture
+def test_a_capture_that_fails_leaves_pytorch_as_it_was(enabled, broken, monkeypatch):
+    """Whether it is broken or Python alone raises; and nothing is collected within, which might break it."""
+    allocator, stream = Allocator(monkeypatch, broken), SimpleNamespace(device=CUDA)
 
-    def looked_at(self, work):
-        seen.append(gc.isenabled())
-        return capture(self, lambda: (seen.append(gc.isenabled()), work())[1])
+    def fails():
+        with graphs.capturing(stream, (0, 1), ()):
+            assert not gc.isenabled()
+            assert allocator.underway == {(0, 1)}
+            raise KeyError
 
-    monkeypatch.setattr(graphs.Capture, "capture", looked_at)
-    trainer, shape = made(graphed, True, n_critic=100)
     if not enabled:
         gc.disable()
     try:
-        for real in batches(graphed, shape, trainer_module.PROBED_STEPS + graphs.WARM_UP + 1):
-            trainer.critic_step(real)
+        with pytest.raises(RuntimeError if broken else KeyError):
+            fails()
         assert gc.isenabled() == enabled
     finally:
         gc.enable()
-    assert seen == [False, False]
+    assert (allocator.underway, allocator.references, allocator.state) == (set(), 0, "new")
 
 
 @pytest.mark.interpreted  # on a GPU its warm-up tells, and each step raises
@@ -578,9 +625,11 @@ def test_all_graphs_are_made_anew_after_a_capture_that_fails(graphed):
     for real in batches(graphed, (10,), 6):
         trainer.critic_step(real)
     assert Recorded.made == 1
-    with pytest.raises(RuntimeError, match=r"cannot be captured"):
-        for real in batches(graphed, (10,), 8, size=5):
-            trainer.critic_step(real)
+    *others, last = batches(graphed, (10,), graphs.WARM_UP + 1, size=5)
+    for real in others:
+        trainer.critic_step(real)
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        trainer.critic_step(last)
     for real in batches(graphed, (10,), graphs.WARM_UP):
         trainer.critic_step(real)
     assert Recorded.made == 1
