@@ -7,8 +7,10 @@ replay. What a step returns is copied, as the next replay writes over it. What o
 numbers that a forward pass reads, hooks, tensors that are neither parameters nor buffers.
 """
 
+import gc
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from fastwgan.backend import kernels
 from fastwgan.optim import Adam, RMSprop
 
-__all__ = ["Graphs", "device_problem"]
+__all__ = ["Graphs", "capturing", "device_problem"]
 
 Outputs = tuple[Tensor | None, ...]
 Work = Callable[..., Outputs]
@@ -31,12 +33,57 @@ def device_problem(device: torch.device) -> str | None:
     return None if device.type == "cuda" else f"the networks are on {device}"
 
 
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Keep Python's collector from freeing what a capture forbids to be freed: other graphs, and Triton's modules.
+
+    It runs before, as PyTorch no longer has it run; autograd nodes of another stream, which cannot be captured, may be
+    kept alive by garbage alone.
+    """
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def capturing(
+    stream: torch.cuda.Stream, pool: Any, generators: Sequence[torch.Generator]
+) -> Iterator[torch.cuda.CUDAGraph]:
+    """Capture what is asked of ``stream``'s device within, with memory of a pool of graphs, into a new graph.
+
+    Raises:
+        Exception: it cannot be captured. PyTorch is as before then, but for random generators, which are made anew:
+            without that no later call could draw from them, nor empty the cache or begin another capture.
+    """
+    index, graph = stream.device.index, torch.cuda.CUDAGraph()
+    try:
+        # The stream twice: PyTorch's context leaves it as it is where a capture fails to begin or to end.
+        with _nothing_collected(), torch.cuda.device(index), torch.cuda.stream(stream):
+            for generator in generators:
+                graph.register_generator_state(generator)
+            # Other threads, such as a data loader's, may go on allocating.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                yield graph
+    except Exception:
+        for generator in (*generators, torch.cuda.default_generators[index]):  # the latter is always registered
+            generator.graphsafe_set_state(generator.clone_state())
+        graph.reset()
+        with suppress(RuntimeError):  # "not currently recording": PyTorch has ended it, as it does not before 2.12
+            torch._C._cuda_endAllocateToPool(index, pool)
+            torch._C._cuda_releasePool(index, pool)
+        raise
+
+
 class Capture:
     """The stream and the memory that a trainer's graphs share: they are replayed one at a time, in stream order."""
 
     def __init__(self, device: torch.device, generators: Sequence[torch.Generator]) -> None:
-        self._device = device
-        self._generators = [*generators, torch.cuda.default_generators[device.index or 0]]
+        self._device, self._generators = device, generators
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool: Any = None
 
@@ -69,22 +116,12 @@ class Capture:
         """Capture ``work``, which runs nothing; return its outputs, garbage until a replay, and what replays it.
 
         Raises:
-            Exception: it cannot be captured. The stream is put back then, and random generators are made anew.
+            Exception: it cannot be captured; see :func:`capturing`.
         """
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # The stream twice: PyTorch's context leaves it as it is where a capture fails to begin or to end.
-            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-                for generator in self._generators[:-1]:  # PyTorch's own is always registered
-                    graph.register_generator_state(generator)
-                # Other threads, such as a data loader's, may go on allocating.
-                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                    outputs = work()
-        except Exception:
-            for generator in self._generators:  # which might still take itself for being captured
-                generator.graphsafe_set_state(generator.clone_state())
-            raise
-        self._pool = graph.pool()
+        pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
+        with capturing(self._stream, pool, self._generators) as graph:
+            outputs = work()
+        self._pool = pool
         return outputs, graph.replay
 
 
@@ -243,8 +280,8 @@ class Graphs:
 
     def _refuse(self, reason: str, cause: Exception | None = None) -> None:
         message = f"cuda_graph: a step cannot be captured, because {reason}"
+        self.forget()  # other graphs have random states which a capture that failed has made anew
         if self._required:
             raise RuntimeError(message) from cause
         self._refused = True
-        self.forget()
         warnings.warn(f"{message}; training goes on without CUDA graphs", stacklevel=6)

@@ -264,6 +264,8 @@ class _Optimizer(Optimizer):
             clamped += 0 if group["clip"] is None else p.numel()
         if key not in self._updates:
             self._updates[key] = kernels.update.Update(device, dtype)
+        if gate is not None:  # a GradScaler has one, on one of the devices
+            gate = gate.to(device, non_blocking=True)
         share = self._updates[key].launch(
             self._algorithm, params, grads, states, steps, self._hyper_rows(key), hyper_rows, gate=gate,
             averages=[self.averages[p] for p, _ in members] if averaged else None,

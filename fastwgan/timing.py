@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fastwgan.backend import kernels as kernel_package
+from fastwgan.graphs import capturing
 
 __all__ = ["Peak", "capture", "host_time", "interleaved", "kernels", "median", "quantiles", "time_of", "wait"]
 
@@ -91,9 +92,6 @@ def capture(call: Call, random: Iterable[torch.Generator] = ()) -> Call:
     Raises:
         RuntimeError: it cannot be captured.
     """
-    graph = torch.cuda.CUDAGraph()
-    for generator in random:
-        graph.register_generator_state(generator)
     stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -103,10 +101,12 @@ def capture(call: Call, random: Iterable[torch.Generator] = ()) -> Call:
     # PyTorch's optimizers refuse a capture unless they keep their count of steps on the device, as a replay would go
     # on with the count it was captured at. The time is the same, and with the count on the device it would not be.
     unchecked = mock.patch.object(torch.optim.Optimizer, "_cuda_graph_capture_health_check", return_value=None)
-    with unchecked, torch.cuda.graph(graph, stream=stream):
-        call()
-    if kernel_package is not None:
-        kernel_package.table.fill_pending()  # what our optimizers' launches read, which a capture keeps back
+    try:
+        with unchecked, capturing(stream, torch.cuda.graph_pool_handle(), tuple(random)) as graph:
+            call()
+    finally:
+        if kernel_package is not None:
+            kernel_package.table.fill_pending()  # what our optimizers' launches read, which a capture keeps back
     return graph.replay
 
 

@@ -115,7 +115,8 @@ class Trainer:
     Weights and seed are rank 0's, gradients are averaged, metrics are of the whole batch, and latents and eps are each
     rank's part of what one process would draw: N ranks with batches B / N train as one does with batch B, but for
     layers like BatchNorm, whose batch is the rank's own, as are its averages (a checkpoint has rank 0's). Networks are
-    passed without DistributedDataParallel, or in it.
+    passed without DistributedDataParallel, or in it; one that lives on keeps backward passes from being captured, as it
+    holds parts of theirs that belong to the stream it was made on.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, or they do not fit together.

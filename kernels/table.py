@@ -125,7 +125,8 @@ class Tables:
                 del self._cache[next(iter(self._cache))]  # the least recently used
         spares = self._spares.setdefault(table.shape, [])
         if len(spares) < SPARES:
-            spares.extend(torch.empty((SPARES, *table.shape), dtype=table.dtype, device=device).unbind())
+            # Each by itself, so that it is aligned as a table is: a kernel is compiled for that, and none in a capture.
+            spares.extend(torch.empty_like(table) for _ in range(SPARES))
         self._cache[key] = table
         return table
 

@@ -130,6 +130,7 @@ def test_training_goes_on_after_a_capture_that_fails():
                 trainer.step(torch.randn(8, 10, device=DEVICE))
         runs.append(nn.utils.parameters_to_vector(trainer.critic.parameters()).detach())
         assert [1 for w in caught if "its capture failed" in str(w.message)] == ([1] if cuda_graph else [])
+        torch.cuda.empty_cache()  # raises where the allocator takes the capture for going on
     torch.testing.assert_close(*runs)
 
 

@@ -1,7 +1,10 @@
 """Steps as graphs: on a CPU by a recording that does what a CUDA graph does, on a GPU for real."""
 
+import gc
 import warnings
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -518,3 +521,117 @@ def test_resuming_with_graphs(graphed, tmp_path):
         whole.step(real)
         resumed.step(real)
     assert_same_state(resumed.state_dict(), whole.state_dict())
+
+
+@pytest.mark.interpreted
+def test_a_replay_launches_no_kernel_that_has_not_run_before_the_capture(graphed, monkeypatch):
+    """Triton compiles another for addresses that are no multiples of 16, and a capture can load none."""
+    from triton.runtime.interpreter import GridExecutor
+
+    run, programs = GridExecutor.__call__, set()
+
+    def seen(launch, *args, **kwargs):
+        kinds = [(x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, torch.Tensor) else x for x in args]
+        programs.add((launch.fn.__name__, *kinds, str(kwargs)))
+        run(launch, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", seen)
+    generator = nn.Linear(6, 10, bias=False).to(graphed)  # odd numbers of tensors, whose rows are no multiple of 16
+    critic = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 1, bias=False)).to(graphed)
+    trainer = Trainer(generator, critic, latent=6, n_critic=3, backend="triton", cuda_graph=True)
+    while not Recorded.made:
+        before = set(programs)
+        trainer.iteration(batches(graphed, (10,), 3))
+    assert programs == before
+
+
+class Allocator:
+    """PyTorch's, with a graph and a generator, as a capture that fails to end leaves them where it has no care."""
+
+    def __init__(self, monkeypatch, broken):
+        self.underway, self.references, self.state, self.broken = set(), 1, "capturing", broken
+        for owner, name, value in (
+            (torch.cuda, "CUDAGraph", lambda: self),
+            (torch.cuda, "default_generators", [self]),
+            (torch.cuda, "device", lambda index: nullcontext()),
+            (torch.cuda, "stream", lambda stream: nullcontext()),
+            (torch.cuda, "graph", self.graph),
+            (torch._C, "_cuda_endAllocateToPool", lambda index, pool: self.end(pool)),
+            (torch._C, "_cuda_releasePool", lambda index, pool: self.release()),
+        ):
+            monkeypatch.setattr(owner, name, value, raising=False)
+
+    @contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        self.underway.add(pool)
+        try:
+            yield
+        finally:
+            if self.broken:
+                raise RuntimeError("operation failed due to a previous error during capture")
+            self.end(pool)
+
+    def end(self, pool):
+        if pool not in self.underway:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.underway.remove(pool)
+
+    def release(self):
+        self.references -= 1
+
+    def reset(self):
+        self.references -= not self.broken
+
+    def clone_state(self):
+        return "new"
+
+    def graphsafe_set_state(self, state):
+        self.state = state
+
+
+@pytest.mark.parametrize("broken", [True, False])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_capture_that_fails_leaves_pytorch_as_it_was(enabled, broken, monkeypatch):
+    """Whether it is broken or Python alone raises; and nothing is collected within, which might break it."""
+    allocator, stream = Allocator(monkeypatch, broken), SimpleNamespace(device=CUDA)
+
+    def fails():
+        with graphs.capturing(stream, (0, 1), ()):
+            assert not gc.isenabled()
+            assert allocator.underway == {(0, 1)}
+            raise KeyError
+
+    if not enabled:
+        gc.disable()
+    try:
+        with pytest.raises(RuntimeError if broken else KeyError):
+            fails()
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
+    assert (allocator.underway, allocator.references, allocator.state) == (set(), 0, "new")
+
+
+@pytest.mark.interpreted  # on a GPU its warm-up tells, and each step raises
+def test_all_graphs_are_made_anew_after_a_capture_that_fails(graphed):
+    """One that was to have graphs and raises may be used on; random generators are others by then."""
+
+    class Reads(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * (1.0 if len(x) != 10 or float(x.detach().sum()) > 0 else 2.0)
+
+    networks = models.mlp([6, 16, 10]).to(graphed), Reads(10, 1).to(graphed)
+    trainer = Trainer(*networks, latent=6, n_critic=100, backend="triton", cuda_graph=True)
+    for real in batches(graphed, (10,), 6):
+        trainer.critic_step(real)
+    assert Recorded.made == 1
+    *others, last = batches(graphed, (10,), graphs.WARM_UP + 1, size=5)
+    for real in others:
+        trainer.critic_step(real)
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        trainer.critic_step(last)
+    for real in batches(graphed, (10,), graphs.WARM_UP):
+        trainer.critic_step(real)
+    assert Recorded.made == 1
+    trainer.critic_step(real)
+    assert Recorded.made == 2
