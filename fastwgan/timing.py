@@ -115,7 +115,8 @@ def kernels(call: Call, device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     wait(device)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:  # else 2.11 warns
         call()
         wait(device)
     return len([event for event in profile.events() if event.device_type.name == "CUDA"])

@@ -349,7 +349,8 @@ def test_a_compiled_steps_noise_is_not_copied_from_the_host(monkeypatch):
         generator, critic, _, latent = PAIRS["mlp"]()
         trainer = Trainer(generator, critic, latent=latent, instance_noise=noise, compile=True, backend="torch")
         trainer.generator_step(4)  # compiles
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, acc_events=True) as profile:  # else 2.11 warns
             trainer.generator_step(4)
         copies.append(sum(event.name == "aten::lift_fresh" for event in profile.events()))  # tensors of Python numbers
     assert copies[0] == copies[1]
