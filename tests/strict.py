@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton
 import triton.language as tl
 from fastwgan.kernels import guard, project, update
 from triton.runtime import interpreter
@@ -28,7 +29,7 @@ _set_grid_dim, _set_grid_idx = _Builder.set_grid_dim, _Builder.set_grid_idx
 _run, _init_args, _restore_args = _Executor.__call__, _Executor._init_args_hst, _Executor._restore_args_dev
 _launch_update, _launch_guard = update.Update.launch, guard.Guard.launch
 _launch_project = project.Project.launch
-_convert_float = interpreter._convert_float
+_convert_float, _patch_lang_tensor = interpreter._convert_float, interpreter._patch_lang_tensor
 
 
 class _Launch:
@@ -183,8 +184,15 @@ def _reached_by_address(tensors: Iterable[Any]) -> Iterator[None]:
         _state.by_address = ()
 
 
+def _patch_tensor(tensor: Any, scope: Any) -> None:
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
 def install() -> None:
     """Put all this in the interpreter's place, for the process."""
+    if triton.__version__.startswith("3.6."):  # its loop bounds are arrays of one element, not numbers to NumPy
+        interpreter._patch_lang_tensor = _patch_tensor
     _Builder.create_masked_load, _Builder.create_masked_store = _masked_load, _masked_store
     _Builder.create_atomic_rmw, interpreter._convert_float = _atomic_rmw, _convert
     _Builder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, np.fmax)
