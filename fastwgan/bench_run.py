@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import platform
-import subprocess
 import tempfile
 import time
 import warnings
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fastwgan
-from fastwgan import bench, bench_ops
+from fastwgan import bench, bench_ops, timing
+from fastwgan.timing import output
 from fastwgan.workloads import WORKLOADS
 
 if TYPE_CHECKING:
@@ -35,22 +35,13 @@ def default_workloads(device: torch.device) -> list[str]:
 # The record
 
 
-def _output(*command: str) -> str | None:
-    """What a command prints, or None where it cannot be run or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
 def _commit() -> str | None:
-    """Of the checkout that this file belongs to; None where it is installed otherwise."""
+    """Of the checkout that this file belongs to; of a copy without its history what FASTWGAN_COMMIT says, else None."""
     here = Path(__file__)
-    if _output("git", "-C", str(here.parent), "ls-files", "--error-unmatch", here.name) is None:
-        return None
-    commit = _output("git", "-C", str(here.parent), "rev-parse", "--short", "HEAD")
-    changed = _output("git", "-C", str(here.parent), "status", "--porcelain", "--untracked-files=no")
+    if output("git", "-C", str(here.parent), "ls-files", "--error-unmatch", here.name) is None:
+        return os.environ.get("FASTWGAN_COMMIT")
+    commit = output("git", "-C", str(here.parent), "rev-parse", "--short", "HEAD")
+    changed = output("git", "-C", str(here.parent), "status", "--porcelain", "--untracked-files=no")
     return f"{commit} with changes" if changed else commit
 
 
@@ -73,7 +64,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
         triton = None
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", str(device.index or 0))
+    driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", str(device.index or 0))
     return {
         "device": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
         "type": device.type,
@@ -87,6 +78,17 @@ def environment(device: torch.device) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "tf32": tf32 if gpu else None,
         "threads": torch.get_num_threads(),
+        "clocks": timing.clocks(device),
+        "chip": _chip(device) if gpu else None,
+    }
+
+
+def _chip(device: torch.device) -> dict[str, Any]:
+    chip = torch.cuda.get_device_properties(device)
+    return {
+        "multiprocessors": chip.multi_processor_count,
+        "l2_mib": round(chip.L2_cache_size / 2**20, 1),
+        "memory_gib": round(chip.total_memory / 2**30, 1),
     }
 
 
@@ -251,9 +253,10 @@ def run_ops(device: torch.device, *, rounds: int, minutes: float, path: Path | N
     cases = bench_ops.cases(device)
     schedule = bench.Schedule(minutes, len(cases), rounds)
     with _prepared(device, compiles=True):
+        record = _record(device, rounds, minutes)  # which brings an idle GPU's clocks up
         bandwidth = bench_ops.copy_bandwidth(device)
         print(f"a large copy moves {bandwidth:.4g} GB/s")
-        record = _record(device, rounds, minutes) | {"copy_gb_s": round(bandwidth, 1), "ops": []}
+        record |= {"copy_gb_s": round(bandwidth, 1), "ops": []}
         measure = partial(bench_ops.measure, device=device, bandwidth=bandwidth, schedule=schedule)
         jobs = [(str(case), partial(measure, case), partial(_op_table, title=str(case))) for case in cases]
         _go_through(jobs, schedule, record, record["ops"], path)
