@@ -7,7 +7,7 @@ fails is left out and its error is part of the result.
 import gc
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -136,7 +136,8 @@ def check(
     found: dict[str, float | str] = {}
     torch.compiler.reset()  # it allows a function only so many forms
     exact, allowed = distance_allowed(workload, device)
-    for implementation in ["textbook", *(i for i in IMPLEMENTATIONS if i in implementations and i != "textbook")]:
+    others = (i for i in IMPLEMENTATIONS if i in implementations and i != "textbook")
+    for implementation in ["textbook", *sorted(others, key=lambda i: "compiled" in i)]:  # these may take minutes
         if schedule.over and implementation != "textbook":
             found[implementation] = "left out for time"
             continue
@@ -190,8 +191,9 @@ def _time(steps: dict[str, Step], device: torch.device, rounds: int, deadline: f
 
 
 def critic_step(
-    name: str, precision: str, checked: Mapping[str, float | str], device: torch.device, schedule: Schedule
-) -> dict[str, Any]:
+    name: str, precision: str, checked: Mapping[str, float | str], device: torch.device, schedule: Schedule,
+    ready: Callable[[], float] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Time one workload.
 
     Args:
@@ -200,6 +202,7 @@ def critic_step(
         checked: what :func:`check` found of the workload.
         device: a CPU or a CUDA device.
         schedule: how long it may take.
+        ready: called when all is set up and before the times; returns when they have to be taken.
 
     Returns:
         ``{"workload", "precision", "batch", "implementations": {name: figures}, "dropped": {name: error}}``.
@@ -213,10 +216,13 @@ def critic_step(
     for implementation, found in checked.items():
         if isinstance(found, str):
             continue
-        gc.collect()
-        peak = timing.Peak(device)
-        begun = time.perf_counter()
+        if schedule.over and "compiled" in implementation:
+            dropped[implementation] = "left out for time"
+            continue
         try:
+            gc.collect()
+            peak = timing.Peak(device)
+            begun = time.perf_counter()
             step = IMPLEMENTATIONS[implementation](setting(workload, device, dtype))
             for _ in range(CHECKED_STEPS):
                 step.take()
@@ -231,6 +237,10 @@ def critic_step(
             steps[implementation] = step
         except Exception as error:  # whatever it is, the others can still be measured
             dropped[implementation] = message(error)
+    if ready is not None:
+        deadline = ready()
+    for implementation, step in steps.items():  # now that the GPU is this process's alone
+        figures[implementation]["network_ms"] = None if step.is_graph else timing.network_time(step.take, device)
     for implementation, times in _time(steps, device, schedule.rounds, deadline).items():
         figures[implementation] = times | figures[implementation]
     _compare(figures)

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fastwgan
-from fastwgan import bench, bench_ops, timing
+from fastwgan import bench, bench_ops, bench_together, timing
 from fastwgan.timing import output
 from fastwgan.workloads import WORKLOADS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["default_workloads", "environment", "run_ops", "run_steps"]
+__all__ = ["default_workloads", "environment", "prepared", "run_ops", "run_steps"]
 
 
 def default_workloads(device: torch.device) -> list[str]:
@@ -134,7 +134,7 @@ def _step_table(result: dict[str, Any], *, gpu: bool) -> "Table":
     table = Table("implementation", title=title, title_justify="left")
     columns = ["ms", "5-95 %", "textbook's / it", "set-up s"]
     if gpu:
-        columns[3:3] = ["device ms", "textbook's / it", "host ms", "kernels", "MiB"]
+        columns[3:3] = ["device ms", "textbook's / it", "network ms", "host ms", "kernels", "MiB"]
     for column in columns:
         table.add_column(column, justify="right")
     for name, figures in result["implementations"].items():
@@ -142,7 +142,8 @@ def _step_table(result: dict[str, Any], *, gpu: bool) -> "Table":
         row = [_ms(step), f"{step['q05']:.4g}-{step['q95']:.4g}", f"{figures['step_ratio']:.2f}"]
         if gpu:
             mark = "" if figures["device"] == "replayed" else "*"
-            row += [_ms(figures["device_ms"]) + mark, f"{figures['device_ratio']:.2f}", _ms(figures["host_ms"])]
+            row += [_ms(figures["device_ms"]) + mark, f"{figures['device_ratio']:.2f}"]
+            row += [str(figures["network_ms"] or "-"), _ms(figures["host_ms"])]
             row += [str(figures["kernels"]), f"{figures['peak_mib']:.0f}"]
         table.add_row(name, *row, f"{figures['setup_s']:.1f}")
     return table
@@ -165,7 +166,7 @@ def _op_table(result: dict[str, Any], *, title: str) -> "Table":
 
 
 @contextmanager
-def _prepared(device: torch.device, *, compiles: bool) -> Iterator[None]:
+def prepared(device: torch.device, *, compiles: bool) -> Iterator[None]:
     """The device made current, compilers with cold caches and without Dynamo's remarks on what it ignores.
 
     What the compiler sets up once for all, if it is wanted at all, is not to be in the first one's time.
@@ -221,6 +222,8 @@ def run_steps(
 ) -> dict[str, Any]:
     """Check and time critic steps, print a table for each workload, and return the record.
 
+    On a GPU all are set up at once, see :mod:`fastwgan.bench_together`.
+
     Args:
         workloads, implementations, precisions: names, see :mod:`fastwgan.bench`.
         device: a CPU or a CUDA device.
@@ -232,17 +235,24 @@ def run_steps(
     names = [(workload, precision) for workload in workloads for precision in precisions]
     schedule = bench.Schedule(minutes, len(names), rounds)
     record = _record(device, rounds, minutes) | {"critic_step": []}
+    table = partial(_step_table, gpu=gpu)
     checked: dict[str, dict[str, float | str]] = {}
 
-    def measure(name: str, precision: str) -> dict[str, Any]:
+    def measure(job: tuple[str, str]) -> dict[str, Any]:
+        name, precision = job
         if name not in checked:
             checked[name] = bench.check(name, implementations, device, schedule)
         return bench.critic_step(name, precision, checked[name], device, schedule)
 
-    table = partial(_step_table, gpu=gpu)
-    jobs = [(" ".join(job), partial(measure, *job), table) for job in names]
-    with _prepared(device, compiles=any("compiled" in name for name in implementations)):
-        _go_through(jobs, schedule, record, record["critic_step"], path)
+    if gpu:
+        together = bench_together.Together(names, implementations, device, rounds=rounds, minutes=minutes)
+        with together:
+            jobs = [(" ".join(job), partial(together.measure, job), table) for job in names]
+            _go_through(jobs, schedule, record, record["critic_step"], path)
+    else:
+        jobs = [(" ".join(job), partial(measure, job), table) for job in names]
+        with prepared(device, compiles=any("compiled" in name for name in implementations)):
+            _go_through(jobs, schedule, record, record["critic_step"], path)
     if gpu:
         print("* not by replaying a graph of it, but by calling it again and again; the record says why")
     return record
@@ -252,7 +262,7 @@ def run_ops(device: torch.device, *, rounds: int, minutes: float, path: Path | N
     """Check and time each op at each size; otherwise as :func:`run_steps`."""
     cases = bench_ops.cases(device)
     schedule = bench.Schedule(minutes, len(cases), rounds)
-    with _prepared(device, compiles=True):
+    with prepared(device, compiles=True):
         record = _record(device, rounds, minutes)  # which brings an idle GPU's clocks up
         bandwidth = bench_ops.copy_bandwidth(device)
         print(f"a large copy moves {bandwidth:.4g} GB/s")

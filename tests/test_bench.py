@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,18 @@ import pytest
 import torch
 from torch import nn
 
-from fastwgan import GradientPenalty, WeightClip, baselines, bench, bench_ops, bench_run, cli, models, workloads
+from fastwgan import (
+    GradientPenalty,
+    WeightClip,
+    baselines,
+    bench,
+    bench_ops,
+    bench_run,
+    bench_together,
+    cli,
+    models,
+    workloads,
+)
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import report
@@ -221,7 +234,7 @@ def test_figures_of_a_gpu(monkeypatch):
     }
     figures = bench._time(steps, gpu, 5, 0.0)
     for result in figures.values():
-        result.update(kernels=9, peak_mib=1.0, setup_s=2.0)
+        result.update(kernels=9, network_ms=0.4, peak_mib=1.0, setup_s=2.0)
     bench._compare(figures)
     assert figures["textbook"]["device"] == "replayed"
     assert figures["fastwgan"]["device"] == "not captured: RuntimeError: it waits"
@@ -230,6 +243,72 @@ def test_figures_of_a_gpu(monkeypatch):
     assert all(result["host_ms"]["q50"] == 0.5 for result in figures.values())
     result = {"workload": "w", "precision": "float32", "batch": 1, "implementations": figures, "dropped": {}}
     assert bench_run._step_table(result, gpu=True).row_count == 3
+
+
+class _Slow(baselines.Setting):
+    def loss(self, fake):
+        time.sleep(5)
+
+
+def test_a_compilation_is_ended_when_the_time_for_set_up_is_over(monkeypatch):
+    """And the others are measured all the same."""
+    monkeypatch.setitem(baselines.IMPLEMENTATIONS, "compiled", partial(faulty, _Slow))
+    schedule = bench.Schedule(0.02, 1, 5)
+    before = signal.signal(signal.SIGALRM, bench_together._over)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1.2)
+        checked = bench.check("tiny-clip", ["compiled", "compiled-step", "foreach"], CPU, schedule)
+        result = bench.critic_step("tiny-clip", "float32", checked, CPU, schedule, lambda: 0.0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert result["dropped"] == {
+        "compiled": "TimeoutError: the time for set-up was over", "compiled-step": "left out for time",
+    }  # fmt: skip
+    assert list(result["implementations"]) == ["textbook", "foreach"]
+
+
+def test_set_up_at_once_and_timed_one_by_one(monkeypatch):
+    """As on a GPU: a process to each job, the second precision by the first one's check, and one that does not come."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    jobs = [("mlp-clip", "float32"), ("mlp-clip", "bfloat16"), ("no such", "float32")]
+    with bench_together.Together(jobs, ["foreach", "graphed"], CPU, rounds=5, minutes=1.0) as together:
+        results = [together.measure(job) for job in jobs[:2]]
+        with pytest.raises(RuntimeError, match="^KeyError: 'no such'"):
+            together.measure(jobs[2])
+    for result, (name, precision) in zip(results, jobs[:2], strict=True):
+        assert (result["workload"], result["precision"]) == (name, precision)
+        assert list(result["implementations"]) == ["textbook", "foreach"]
+        assert result["dropped"] == {"graphed": "RuntimeError: a CUDA graph needs a GPU"}
+        assert result["implementations"]["foreach"]["step_ms"]["samples"] >= 5
+    assert not any(process.is_alive() for process in together._processes)
+
+
+def test_who_is_not_ready_in_time_is_left_out():
+    with bench_together.Together([("mlp-clip", "float32")], ["foreach"], CPU, rounds=5, minutes=0.001) as together:
+        with pytest.raises(RuntimeError, match="^not set up in time"):
+            together.measure(("mlp-clip", "float32"))
+    assert not together._processes[0].is_alive()
+
+
+def test_what_a_profiler_and_a_driver_say():
+    """Rows and lines as they give them; what is asked of them needs a GPU."""
+    rows = [("aten::addmm", 3000.0), ("aten::mm", 1500.0), ("aten::add", 9000.0), ("_update_kernel", 1.0)]
+    rows = [SimpleNamespace(key=key, self_device_time_total=total) for key, total in rows]
+    assert bench.timing.network_share(rows, 3) == 1.5
+    assert bench.timing.network_share(rows[2:], 3) is None
+    assert bench.timing.clocks_of("1980, 3201, [N/A], 41") == {
+        "clocks.sm": 1980.0, "clocks.mem": 3201.0, "temperature.gpu": 41.0,
+    }  # fmt: skip
+    assert bench.timing.clocks(CPU) is None
+    assert hasattr(torch.autograd.profiler_util.FunctionEventAvg(), "self_device_time_total")
+
+
+def test_a_copy_without_history_takes_its_commit_from_the_environment(monkeypatch):
+    monkeypatch.setattr(bench_run, "output", lambda *command: None)
+    assert bench_run.environment(CPU)["commit"] is None
+    monkeypatch.setenv("FASTWGAN_COMMIT", "abc1234")
+    assert bench_run.environment(CPU)["commit"] == "abc1234"
 
 
 # Ops
