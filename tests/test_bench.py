@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -245,18 +244,17 @@ def test_figures_of_a_gpu(monkeypatch):
     assert bench_run._step_table(result, gpu=True).row_count == 3
 
 
-class _Slow(baselines.Setting):
-    def loss(self, fake):
-        time.sleep(5)
-
-
 def test_a_compilation_is_ended_when_the_time_for_set_up_is_over(monkeypatch):
     """And the others are measured all the same."""
-    monkeypatch.setitem(baselines.IMPLEMENTATIONS, "compiled", partial(faulty, _Slow))
-    schedule = bench.Schedule(0.02, 1, 5)
+    schedule = bench.Schedule(1.0, 1, 5)
+
+    def compiles(setting):
+        schedule._end = 0.0
+        signal.raise_signal(signal.SIGALRM)
+
+    monkeypatch.setitem(baselines.IMPLEMENTATIONS, "compiled", compiles)
     before = signal.signal(signal.SIGALRM, bench_together._over)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 1.2)
         checked = bench.check("tiny-clip", ["compiled", "compiled-step", "foreach"], CPU, schedule)
         result = bench.critic_step("tiny-clip", "float32", checked, CPU, schedule, lambda: 0.0)
     finally:
@@ -285,9 +283,10 @@ def test_set_up_at_once_and_timed_one_by_one(monkeypatch):
 
 
 def test_who_is_not_ready_in_time_is_left_out():
-    with bench_together.Together([("mlp-clip", "float32")], ["foreach"], CPU, rounds=5, minutes=0.001) as together:
-        with pytest.raises(RuntimeError, match="^not set up in time"):
-            together.measure(("mlp-clip", "float32"))
+    job = ("mlp-clip", "float32")
+    together = bench_together.Together([job], ["foreach"], CPU, rounds=5, minutes=0.001)
+    with together, pytest.raises(RuntimeError, match="^not set up in time"):
+        together.measure(job)
     assert not together._processes[0].is_alive()
 
 
