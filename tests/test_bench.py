@@ -351,7 +351,7 @@ ENVIRONMENT = {
 
 def figures(ms, ratio, gpu=False):
     result = {"step_ms": {"q50": ms}, "step_ratio": ratio}
-    return result | ({"device_ms": {"q50": ms / 2}, "device_ratio": ratio + 1} if gpu else {})
+    return result | ({"device_ms": {"q50": ms / 2}, "device_ratio": ratio + 1, "network_ms": ms / 4} if gpu else {})
 
 
 def steps_record(gpu=False):
@@ -359,6 +359,7 @@ def steps_record(gpu=False):
     if gpu:
         environment = ENVIRONMENT | {
             "type": "cuda", "driver": "580", "cuda": "13.0", "tf32": {"matmul": False, "cudnn": True},
+            "clocks": {"clocks.sm": 1980.0}, "chip": {"l2_mib": 50.0},
         }  # fmt: skip
     done = {
         "textbook": figures(6.5, 1.0, gpu), "foreach": figures(4.0, 1.625, gpu), "fastwgan": figures(8.0, 0.8125, gpu),
@@ -398,12 +399,35 @@ def test_report(tmp_path):
     assert "old" not in texts[0]
     assert "| critic step | textbook, ms | foreach | fastwgan |\n" in texts[0]
     assert "| mlp-clip, float32, batch 64 | 6.5 | 1.62 | 0.81 |" in texts[0]
-    assert "| mlp-clip, float32, batch 64 | 6.5 / 3.25 | 1.62 / 2.62 | 0.81 / 1.81 |" in texts[0]
+    assert "| mlp-clip, float32, batch 64 | 6.5 / 3.25 | 1 | 1.62 / 2.62 | 0.81 / 1.81 |" in texts[0]
     assert "Left out: graphed: RuntimeError: a CUDA graph needs a GPU" in texts[0]
     assert "Left out: dcgan-clip float32: time" in texts[0]
     assert "TF32 in cudnn" in texts[0]
     for name in ("cpu-ratios.png", "gpu-ratios.png", "ops-bandwidth.png"):
         assert (out / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_what_falls_short_is_said():
+    record = steps_record(gpu=True)
+    assert report.shortfalls(record) == [
+        "mlp-clip float32: fastwgan is 0.81 times as fast as textbook, wanted 8; 4.00 times its networks' time",
+        "mlp-clip float32: fastwgan is 0.50 times as fast as foreach, wanted 1.2; 4.00 times its networks' time",
+    ]
+    done = record["critic_step"][0]["implementations"]
+    done["fastwgan-graphed"] = figures(0.5, 13.0, gpu=True)
+    assert report.shortfalls(record) == []
+    for name in ("fastwgan", "fastwgan-graphed"):
+        del done[name]
+    assert "no figures of ours" in report.shortfalls(record)[0]
+    ops = ops_record() | {"environment": record["environment"]}
+    for share, elements, told in ((0.8, 2**26, 1), (0.95, 2**26, 0), (0.8, 2**10, 0)):
+        ops["ops"] = ops["ops"][:1]
+        ops["ops"][0].update(elements=elements, bytes=20 * elements)
+        ops["ops"][0]["implementations"]["fastwgan"]["share"] = share
+        assert len(report.shortfalls(ops)) == told
+    ops["ops"][0]["implementations"].pop("fastwgan")
+    assert len(report.shortfalls(ops)) == 1
+    assert report.shortfalls(steps_record()) == []
 
 
 def test_report_of_no_record(tmp_path, capsys):
