@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 TAIL = 40  # lines of a part's output that are shown at its end
 GRACE = 15  # seconds that a part gets to say what it has found so far
 WORKERS = 12  # test processes at most, each with a context of its own on the GPU
-WEIGHTS = {"tests": 4, "sanitizer": 3, "ops": 4, "steps": 8, "tune": 4}  # of the parts, in order
+WEIGHTS = {"tests": 5, "sanitizer": 3, "ops": 4, "steps": 8, "tune": 4}  # of the parts, in order
 FIRST = ("test_gpu", "test_memory", "test_functional", "test_derivatives", "test_determinism", "test_graphs")
 
 
@@ -53,9 +53,10 @@ def run(name: str, command: list[str], seconds: float, out: Path) -> int:
 
 def tests() -> list[str]:
     """pytest's arguments: what only a GPU can show first; a process to a core, as compiling takes most of the time."""
-    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: path.stem not in FIRST)
+    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: ((*FIRST, path.stem).index(path.stem), path))
     cores = min(WORKERS, os.cpu_count() or 1)
-    processes = ["-n", str(cores)] if importlib.util.find_spec("xdist") and cores > 1 else []
+    parallel = importlib.util.find_spec("xdist") is not None and cores > 1
+    processes = ["-n", str(cores), "--maxschedchunk", "4"] if parallel else []  # few, as some of the first compile long
     return [
         "pytest", "-q", "-m", "gpu", "--tb=short", "--durations=10", "--continue-on-collection-errors", *processes,
         *(str(path.relative_to(ROOT)) for path in files),

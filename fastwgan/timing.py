@@ -140,7 +140,7 @@ def kernels(call: Call, device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     wait(device)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         call()
         wait(device)
     return len([event for event in profile.events() if event.device_type.name == "CUDA"])
@@ -156,7 +156,7 @@ def network_time(call: Call, device: torch.device) -> float | None:
         return None
     wait(device)
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         for _ in range(PROFILED_CALLS):
             call()
         wait(device)

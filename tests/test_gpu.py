@@ -24,7 +24,8 @@ def kernels_of(call):
     """The names of the device kernels that a call launches, copies among them."""
     call()  # compiles, and makes counters and tables
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:  # or PyTorch 2.11 warns
         call()
         torch.cuda.synchronize()
     return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
