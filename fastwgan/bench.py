@@ -22,7 +22,7 @@ __all__ = ["PRECISIONS", "Schedule", "check", "critic_step", "distance_allowed",
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHECKED_STEPS = 8  # enough that a trainer has done its probing, captured its graph and replayed it
-BACK_TO_BACK = 10  # steps to a sample on a GPU, whose events tick too coarsely for one
+BACK_TO_BACK, LONG = 10, 20.0  # steps to a sample on a GPU, fewer where they take so many milliseconds
 
 # How far an implementation may be from the float64 textbook, over how far the weights moved. It rounds as it likes, and
 # where a gradient is all but zero the papers' optimizers turn the sign of its rounding into a step of full
@@ -161,11 +161,13 @@ def check(
 
 def _time(steps: dict[str, Step], device: torch.device, rounds: int, deadline: float) -> dict[str, dict[str, Any]]:
     """Samples of each step, quantile by quantile; on a GPU also of its device work alone and of its host's."""
-    repeats = BACK_TO_BACK if device.type == "cuda" else 1
     samplers: dict[tuple[str, str], Any] = {}
     notes: dict[str, str] = {}
     for name, step in steps.items():
-        samplers[name, "step_ms"] = lambda take=step.take: timing.time_of(take, device, repeats)
+        repeats = 1
+        if device.type == "cuda":
+            repeats = max(1, min(BACK_TO_BACK, round(LONG / timing.time_of(step.take, device, 2))))
+        samplers[name, "step_ms"] = lambda take=step.take, n=repeats: timing.time_of(take, device, n)
         if device.type != "cuda":
             continue
         samplers[name, "host_ms"] = lambda take=step.take: timing.host_time(take, device)
@@ -177,7 +179,7 @@ def _time(steps: dict[str, Step], device: torch.device, rounds: int, deadline: f
         except Exception as error:  # whatever it is: then there is no time of the device alone
             notes[name] = f"not captured: {message(error)}"
             continue
-        samplers[name, "device_ms"] = lambda replay=replay: timing.time_of(replay, device, repeats)
+        samplers[name, "device_ms"] = lambda replay=replay, n=repeats: timing.time_of(replay, device, n)
         notes[name] = "replayed"
     samples = timing.interleaved(samplers, rounds, deadline)
     results: dict[str, dict[str, Any]] = {name: {"host_ms": None, "device_ms": None} for name in steps}

@@ -266,7 +266,7 @@ def run_ops(device: torch.device, *, rounds: int, minutes: float, path: Path | N
         record = _record(device, rounds, minutes)  # which brings an idle GPU's clocks up
         bandwidth = bench_ops.copy_bandwidth(device)
         print(f"a large copy moves {bandwidth:.4g} GB/s")
-        record |= {"copy_gb_s": round(bandwidth, 1), "ops": []}
+        record |= {"copy_gb_s": round(bandwidth, 1), "cache": "not flushed between calls", "ops": []}
         measure = partial(bench_ops.measure, device=device, bandwidth=bandwidth, schedule=schedule)
         jobs = [(str(case), partial(measure, case), partial(_op_table, title=str(case))) for case in cases]
         _go_through(jobs, schedule, record, record["ops"], path)
