@@ -32,11 +32,25 @@ TIMES_TEXTBOOK, FLOOR = 2.0, 0.01
 
 
 class Schedule:
-    """Minutes that are to do for several jobs: each gets an equal share of what those before it have left."""
+    """Minutes that are to do for several jobs: each gets an equal share of what those before it have left.
+
+    Attributes:
+        rounds: samples of each figure, at most.
+        at: the implementation that is being set up, or "".
+    """
 
     def __init__(self, minutes: float, jobs: int, rounds: int) -> None:
-        self.rounds = rounds
+        self.rounds, self.at = rounds, ""
         self._end, self._jobs = time.monotonic() + 60 * minutes, jobs
+
+    @contextmanager
+    def setting_up(self, implementation: str) -> Iterator[None]:
+        """While an implementation is."""
+        self.at = implementation
+        try:
+            yield
+        finally:
+            self.at = ""
 
     @property
     def over(self) -> bool:
@@ -142,7 +156,8 @@ def check(
             found[implementation] = "left out for time"
             continue
         try:
-            weights, seconds = weights_after(implementation, workload, device, torch.float32)
+            with schedule.setting_up(implementation):
+                weights, seconds = weights_after(implementation, workload, device, torch.float32)
         except Exception as error:  # whatever it is, the others can still be measured
             found[implementation] = message(error)
             continue
@@ -225,10 +240,11 @@ def critic_step(
             gc.collect()
             peak = timing.Peak(device)
             begun = time.perf_counter()
-            step = IMPLEMENTATIONS[implementation](setting(workload, device, dtype))
-            for _ in range(CHECKED_STEPS):
-                step.take()
-            timing.wait(device)
+            with schedule.setting_up(implementation):
+                step = IMPLEMENTATIONS[implementation](setting(workload, device, dtype))
+                for _ in range(CHECKED_STEPS):
+                    step.take()
+                timing.wait(device)
             seconds = time.perf_counter() - begun
             figures[implementation] = {
                 "kernels": timing.kernels(step.take, device),
@@ -242,7 +258,12 @@ def critic_step(
     if ready is not None:
         deadline = ready()
     for implementation, step in steps.items():  # now that the GPU is this process's alone
-        figures[implementation]["network_ms"] = None if step.is_graph else timing.network_time(step.take, device)
+        network: float | None = None
+        try:
+            network = None if step.is_graph else timing.network_time(step.take, device)
+        except Exception as error:  # the profiler's: the times do not need it
+            figures[implementation]["network"] = message(error)
+        figures[implementation]["network_ms"] = network
     for implementation, times in _time(steps, device, schedule.rounds, deadline).items():
         figures[implementation] = times | figures[implementation]
     _compare(figures)

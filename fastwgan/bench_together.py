@@ -27,21 +27,31 @@ MARGIN = 0.15  # of the time for set-up, after which whoever is not ready is lef
 Job = tuple[str, str]  # workload, precision
 
 
-def _over(signum: int, frame: FrameType | None) -> None:
-    raise TimeoutError("the time for set-up was over")
+def end_compilation(schedule: bench.Schedule) -> None:
+    """Have an alarm, of which there may be several, end the set-up of an implementation that compiles."""
+
+    def over(signum: int, frame: FrameType | None) -> None:
+        if "compiled" in schedule.at:
+            raise TimeoutError("the time for set-up was over")
+
+    signal.signal(signal.SIGALRM, over)
 
 
 def work(
     pipe: Connection, job: Job, implementations: Sequence[str], checks: bool, device: torch.device, rounds: int,
-    minutes: float,
+    until: float,
 ) -> None:  # fmt: skip
-    """A process: say "ready" when all is set up, wait for a deadline, measure until then, and send the result."""
+    """A process: say "ready" when all is set up, wait for a deadline, measure until then, and send the result.
+
+    At ``until``, a ``time.monotonic()``, a compilation is ended and no other begun.
+    """
     from fastwgan.bench_run import prepared
 
     torch.set_num_threads(1)
-    schedule = bench.Schedule(minutes, 1, rounds)
-    signal.signal(signal.SIGALRM, _over)
-    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)  # ends a compilation, and with it one implementation
+    left = max(0.1, until - time.monotonic())
+    schedule = bench.Schedule(left / 60, 1, rounds)
+    end_compilation(schedule)
+    signal.setitimer(signal.ITIMER_REAL, left, 1.0)  # again and again: what is raised in a destructor is lost
 
     def ready() -> float:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -89,7 +99,8 @@ class Together:
             self._pipes[job], theirs = context.Pipe()
             checks = job[0] not in seen
             seen.add(job[0])
-            args = (theirs, job, list(implementations), checks, device, rounds, SET_UP * minutes)
+            until = self._begun + SET_UP * self._seconds
+            args = (theirs, job, list(implementations), checks, device, rounds, until)
             self._processes.append(context.Process(target=work, args=args, daemon=True))
             self._processes[-1].start()
             theirs.close()  # so that the end of the process is the end of the pipe
