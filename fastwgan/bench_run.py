@@ -245,6 +245,7 @@ def run_steps(
         return bench.critic_step(name, precision, checked[name], device, schedule)
 
     if gpu:
+        record["settings"]["set_up_at_once"] = len(names)
         together = bench_together.Together(names, implementations, device, rounds=rounds, minutes=minutes)
         with together:
             jobs = [(" ".join(job), partial(together.measure, job), table) for job in names]
