@@ -2,6 +2,7 @@
 
 Records of critic steps give the table between README's markers and a picture of their ratios; records of ops give a
 picture of their share of the copy bandwidth. Whatever was slower than the textbook, or left out, is shown as it is.
+What a GPU's record falls short of is printed: kernels below SHARE of a copy's bandwidth, and steps below TARGETS.
 """
 
 import argparse
@@ -14,6 +15,10 @@ from fastwgan.baselines import IMPLEMENTATIONS
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+
+COLUMNS = 5  # of a picture
+SHARE = 0.9  # of the copy bandwidth, wanted of our kernels on arrays several times as large as the cache
+TARGETS = {"mlp": (8.0, 1.2), "dcgan": (3.0, 1.1)}  # our step over the textbook's, and over the best of the others
 
 Record = dict[str, Any]
 
@@ -44,6 +49,7 @@ def described(environment: Record) -> str:
             f"CUDA {e['cuda']}",
             f"TF32 {'in ' + ', '.join(allowed) if allowed else 'off'}",
         ]
+        parts += [f"{clock:.0f} MHz" for clock in [(e.get("clocks") or {}).get("clocks.sm")] if clock]
     else:
         parts.append(f"{e['threads']} threads")
     parts += [f"torch {e['torch']}", f"triton {e['triton']}", f"Python {e['python']}"]
@@ -60,7 +66,7 @@ def _names(record: Record) -> list[str]:
 def table(record: Record) -> str:
     """Markdown: the textbook's milliseconds, and how many times an implementation's it takes."""
     gpu, names = record["environment"]["type"] == "cuda", _names(record)
-    head = ["critic step", "textbook, ms", *names]
+    head = ["critic step", "textbook, ms", *(["networks alone, ms"] if gpu else []), *names]
     lines = [f"{described(record['environment'])}:", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for result in record["critic_step"]:
         done = result["implementations"]
@@ -72,6 +78,9 @@ def table(record: Record) -> str:
             cells.append(f"{textbook['step_ms']['q50']:.3g} / {textbook['device_ms']['q50']:.3g}")
         else:
             cells.append(f"{textbook['step_ms']['q50']:.3g}")
+        if gpu:
+            network = [figures["network_ms"] for figures in done.values() if figures["network_ms"]]
+            cells.append(f"{min(network):.3g}" if network else "-")
         for name in names:
             if name not in done or done[name]["step_ratio"] is None:
                 cells.append("-")
@@ -139,8 +148,13 @@ def draw_bandwidth(record: Record, path: Path) -> None:
         for name, figures in result["implementations"].items():
             lines.setdefault((result["op"], name, result["tensors"]), []).append((result["elements"], figures["share"]))
     ops = list(dict.fromkeys(op for op, _, _ in lines))
-    figure = Figure(figsize=(4 * max(1, len(ops)), 3.6), layout="constrained")
-    for axes, op in zip(figure.subplots(1, max(1, len(ops)), squeeze=False)[0], ops, strict=False):
+    columns = max(1, min(COLUMNS, len(ops)))
+    rows = max(1, -(-len(ops) // columns))
+    figure = Figure(figsize=(4 * columns, 3.6 * rows), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in places[len(ops) :]:
+        axes.remove()
+    for axes, op in zip(places, ops, strict=False):
         own = {(name, tensors): points for (of, name, tensors), points in lines.items() if of == op}
         several = sorted({tensors for _, tensors in own})
         for i, name in enumerate(dict.fromkeys(name for name, _ in own)):
@@ -154,6 +168,40 @@ def draw_bandwidth(record: Record, path: Path) -> None:
         axes.legend(fontsize=6)
     figure.suptitle(f"{described(record['environment'])}; a copy moves {record['copy_gb_s']} GB/s", fontsize=7)
     figure.savefig(path, dpi=120)
+
+
+def shortfalls(record: Record) -> list[str]:
+    """What a GPU's record falls short of, a line each, and with each step how far it is from its networks' own time."""
+    if record["environment"]["type"] != "cuda":
+        return []
+    found = []
+    cache = 2**20 * record["environment"]["chip"]["l2_mib"]
+    for result in record.get("ops", []):
+        ours = result["implementations"].get("fastwgan")
+        case = f"{result['op']}, {result['elements']} elements in {result['tensors']}"
+        if ours is None:
+            found.append(f"{case}: {result['dropped'].get('fastwgan', result['dropped'])}")
+        elif result["bytes"] > 4 * cache and ours["share"] < SHARE:
+            best = max((f["share"], name) for name, f in result["implementations"].items())
+            found.append(f"{case}: {ours['share']:.0%} of a copy; the best is {best[1]}, {best[0]:.0%}")
+    for result in record.get("critic_step", []):
+        done = {name: figures["step_ms"]["q50"] for name, figures in result["implementations"].items()}
+        ours = {name: ms for name, ms in done.items() if name.startswith("fastwgan")}
+        peers = {name: ms for name, ms in done.items() if name not in ours and name != "textbook"}
+        case = f"{result['workload']} {result['precision']}"
+        if not ours:
+            found.append(f"{case}: no figures of ours: {result['dropped']}")
+            continue
+        best = min(ours, key=lambda name: ours[name])
+        figures = result["implementations"][best]
+        network = [f["network_ms"] for f in result["implementations"].values() if f["network_ms"]]
+        floor = f"; {figures['device_ms']['q50'] / min(network):.2f} times its networks' time" if network else ""
+        targets = next((t for prefix, t in TARGETS.items() if case.startswith(prefix)), (0.0, 1.0))
+        for name, target in zip(("textbook", min(peers, key=lambda n: peers[n], default="")), targets, strict=True):
+            if name in done and done[name] / ours[best] < target:
+                ratio = f"{done[name] / ours[best]:.2f} times as fast as {name}, wanted {target:g}"
+                found.append(f"{case}: {best} is {ratio}{floor}")
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -175,6 +223,8 @@ def main(argv: list[str] | None = None) -> int:
             draw_ratios(record, args.out / f"{path.stem}-ratios.png")
         if "ops" in record:
             draw_bandwidth(record, args.out / f"{path.stem}-bandwidth.png")
+        for line in shortfalls(record):
+            print(f"{path.stem}: {line}")
     return 0
 
 

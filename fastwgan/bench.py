@@ -7,7 +7,7 @@ fails is left out and its error is part of the result.
 import gc
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ __all__ = ["PRECISIONS", "Schedule", "check", "critic_step", "distance_allowed",
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHECKED_STEPS = 8  # enough that a trainer has done its probing, captured its graph and replayed it
-BACK_TO_BACK = 10  # steps to a sample on a GPU, whose events tick too coarsely for one
+BACK_TO_BACK, LONG = 10, 20.0  # steps to a sample on a GPU, fewer where they take so many milliseconds
 
 # How far an implementation may be from the float64 textbook, over how far the weights moved. It rounds as it likes, and
 # where a gradient is all but zero the papers' optimizers turn the sign of its rounding into a step of full
@@ -32,11 +32,25 @@ TIMES_TEXTBOOK, FLOOR = 2.0, 0.01
 
 
 class Schedule:
-    """Minutes that are to do for several jobs: each gets an equal share of what those before it have left."""
+    """Minutes that are to do for several jobs: each gets an equal share of what those before it have left.
+
+    Attributes:
+        rounds: samples of each figure, at most.
+        at: the implementation that is being set up, or "".
+    """
 
     def __init__(self, minutes: float, jobs: int, rounds: int) -> None:
-        self.rounds = rounds
+        self.rounds, self.at = rounds, ""
         self._end, self._jobs = time.monotonic() + 60 * minutes, jobs
+
+    @contextmanager
+    def setting_up(self, implementation: str) -> Iterator[None]:
+        """While an implementation is."""
+        self.at = implementation
+        try:
+            yield
+        finally:
+            self.at = ""
 
     @property
     def over(self) -> bool:
@@ -136,12 +150,14 @@ def check(
     found: dict[str, float | str] = {}
     torch.compiler.reset()  # it allows a function only so many forms
     exact, allowed = distance_allowed(workload, device)
-    for implementation in ["textbook", *(i for i in IMPLEMENTATIONS if i in implementations and i != "textbook")]:
+    others = (i for i in IMPLEMENTATIONS if i in implementations and i != "textbook")
+    for implementation in ["textbook", *sorted(others, key=lambda i: "compiled" in i)]:  # these may take minutes
         if schedule.over and implementation != "textbook":
             found[implementation] = "left out for time"
             continue
         try:
-            weights, seconds = weights_after(implementation, workload, device, torch.float32)
+            with schedule.setting_up(implementation):
+                weights, seconds = weights_after(implementation, workload, device, torch.float32)
         except Exception as error:  # whatever it is, the others can still be measured
             found[implementation] = message(error)
             continue
@@ -160,11 +176,13 @@ def check(
 
 def _time(steps: dict[str, Step], device: torch.device, rounds: int, deadline: float) -> dict[str, dict[str, Any]]:
     """Samples of each step, quantile by quantile; on a GPU also of its device work alone and of its host's."""
-    repeats = BACK_TO_BACK if device.type == "cuda" else 1
     samplers: dict[tuple[str, str], Any] = {}
     notes: dict[str, str] = {}
     for name, step in steps.items():
-        samplers[name, "step_ms"] = lambda take=step.take: timing.time_of(take, device, repeats)
+        repeats = 1
+        if device.type == "cuda":
+            repeats = max(1, min(BACK_TO_BACK, round(LONG / timing.time_of(step.take, device, 2))))
+        samplers[name, "step_ms"] = lambda take=step.take, n=repeats: timing.time_of(take, device, n)
         if device.type != "cuda":
             continue
         samplers[name, "host_ms"] = lambda take=step.take: timing.host_time(take, device)
@@ -176,7 +194,7 @@ def _time(steps: dict[str, Step], device: torch.device, rounds: int, deadline: f
         except Exception as error:  # whatever it is: then there is no time of the device alone
             notes[name] = f"not captured: {message(error)}"
             continue
-        samplers[name, "device_ms"] = lambda replay=replay: timing.time_of(replay, device, repeats)
+        samplers[name, "device_ms"] = lambda replay=replay, n=repeats: timing.time_of(replay, device, n)
         notes[name] = "replayed"
     samples = timing.interleaved(samplers, rounds, deadline)
     results: dict[str, dict[str, Any]] = {name: {"host_ms": None, "device_ms": None} for name in steps}
@@ -190,8 +208,9 @@ def _time(steps: dict[str, Step], device: torch.device, rounds: int, deadline: f
 
 
 def critic_step(
-    name: str, precision: str, checked: Mapping[str, float | str], device: torch.device, schedule: Schedule
-) -> dict[str, Any]:
+    name: str, precision: str, checked: Mapping[str, float | str], device: torch.device, schedule: Schedule,
+    ready: Callable[[], float] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Time one workload.
 
     Args:
@@ -200,6 +219,7 @@ def critic_step(
         checked: what :func:`check` found of the workload.
         device: a CPU or a CUDA device.
         schedule: how long it may take.
+        ready: called when all is set up and before the times; returns when they have to be taken.
 
     Returns:
         ``{"workload", "precision", "batch", "implementations": {name: figures}, "dropped": {name: error}}``.
@@ -213,14 +233,18 @@ def critic_step(
     for implementation, found in checked.items():
         if isinstance(found, str):
             continue
-        gc.collect()
-        peak = timing.Peak(device)
-        begun = time.perf_counter()
+        if schedule.over and "compiled" in implementation:
+            dropped[implementation] = "left out for time"
+            continue
         try:
-            step = IMPLEMENTATIONS[implementation](setting(workload, device, dtype))
-            for _ in range(CHECKED_STEPS):
-                step.take()
-            timing.wait(device)
+            gc.collect()
+            peak = timing.Peak(device)
+            begun = time.perf_counter()
+            with schedule.setting_up(implementation):
+                step = IMPLEMENTATIONS[implementation](setting(workload, device, dtype))
+                for _ in range(CHECKED_STEPS):
+                    step.take()
+                timing.wait(device)
             seconds = time.perf_counter() - begun
             figures[implementation] = {
                 "kernels": timing.kernels(step.take, device),
@@ -231,6 +255,15 @@ def critic_step(
             steps[implementation] = step
         except Exception as error:  # whatever it is, the others can still be measured
             dropped[implementation] = message(error)
+    if ready is not None:
+        deadline = ready()
+    for implementation, step in steps.items():  # now that the GPU is this process's alone
+        network: float | None = None
+        try:
+            network = None if step.is_graph else timing.network_time(step.take, device)
+        except Exception as error:  # the profiler's: the times do not need it
+            figures[implementation]["network"] = message(error)
+        figures[implementation]["network_ms"] = network
     for implementation, times in _time(steps, device, schedule.rounds, deadline).items():
         figures[implementation] = times | figures[implementation]
     _compare(figures)

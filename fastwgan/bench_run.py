@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import platform
-import subprocess
 import tempfile
 import time
 import warnings
@@ -18,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fastwgan
-from fastwgan import bench, bench_ops
+from fastwgan import bench, bench_ops, bench_together, timing
+from fastwgan.timing import output
 from fastwgan.workloads import WORKLOADS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["default_workloads", "environment", "run_ops", "run_steps"]
+__all__ = ["default_workloads", "environment", "prepared", "run_ops", "run_steps"]
 
 
 def default_workloads(device: torch.device) -> list[str]:
@@ -35,22 +35,13 @@ def default_workloads(device: torch.device) -> list[str]:
 # The record
 
 
-def _output(*command: str) -> str | None:
-    """What a command prints, or None where it cannot be run or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
 def _commit() -> str | None:
-    """Of the checkout that this file belongs to; None where it is installed otherwise."""
+    """Of the checkout that this file belongs to; of a copy without its history what FASTWGAN_COMMIT says, else None."""
     here = Path(__file__)
-    if _output("git", "-C", str(here.parent), "ls-files", "--error-unmatch", here.name) is None:
-        return None
-    commit = _output("git", "-C", str(here.parent), "rev-parse", "--short", "HEAD")
-    changed = _output("git", "-C", str(here.parent), "status", "--porcelain", "--untracked-files=no")
+    if output("git", "-C", str(here.parent), "ls-files", "--error-unmatch", here.name) is None:
+        return os.environ.get("FASTWGAN_COMMIT")
+    commit = output("git", "-C", str(here.parent), "rev-parse", "--short", "HEAD")
+    changed = output("git", "-C", str(here.parent), "status", "--porcelain", "--untracked-files=no")
     return f"{commit} with changes" if changed else commit
 
 
@@ -73,7 +64,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
         triton = None
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", str(device.index or 0))
+    driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", str(device.index or 0))
     return {
         "device": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
         "type": device.type,
@@ -87,6 +78,17 @@ def environment(device: torch.device) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "tf32": tf32 if gpu else None,
         "threads": torch.get_num_threads(),
+        "clocks": timing.clocks(device),
+        "chip": _chip(device) if gpu else None,
+    }
+
+
+def _chip(device: torch.device) -> dict[str, Any]:
+    chip = torch.cuda.get_device_properties(device)
+    return {
+        "multiprocessors": chip.multi_processor_count,
+        "l2_mib": round(chip.L2_cache_size / 2**20, 1),
+        "memory_gib": round(chip.total_memory / 2**30, 1),
     }
 
 
@@ -132,7 +134,7 @@ def _step_table(result: dict[str, Any], *, gpu: bool) -> "Table":
     table = Table("implementation", title=title, title_justify="left")
     columns = ["ms", "5-95 %", "textbook's / it", "set-up s"]
     if gpu:
-        columns[3:3] = ["device ms", "textbook's / it", "host ms", "kernels", "MiB"]
+        columns[3:3] = ["device ms", "textbook's / it", "network ms", "host ms", "kernels", "MiB"]
     for column in columns:
         table.add_column(column, justify="right")
     for name, figures in result["implementations"].items():
@@ -140,7 +142,8 @@ def _step_table(result: dict[str, Any], *, gpu: bool) -> "Table":
         row = [_ms(step), f"{step['q05']:.4g}-{step['q95']:.4g}", f"{figures['step_ratio']:.2f}"]
         if gpu:
             mark = "" if figures["device"] == "replayed" else "*"
-            row += [_ms(figures["device_ms"]) + mark, f"{figures['device_ratio']:.2f}", _ms(figures["host_ms"])]
+            row += [_ms(figures["device_ms"]) + mark, f"{figures['device_ratio']:.2f}"]
+            row += [str(figures["network_ms"] or "-"), _ms(figures["host_ms"])]
             row += [str(figures["kernels"]), f"{figures['peak_mib']:.0f}"]
         table.add_row(name, *row, f"{figures['setup_s']:.1f}")
     return table
@@ -163,7 +166,7 @@ def _op_table(result: dict[str, Any], *, title: str) -> "Table":
 
 
 @contextmanager
-def _prepared(device: torch.device, *, compiles: bool) -> Iterator[None]:
+def prepared(device: torch.device, *, compiles: bool) -> Iterator[None]:
     """The device made current, compilers with cold caches and without Dynamo's remarks on what it ignores.
 
     What the compiler sets up once for all, if it is wanted at all, is not to be in the first one's time.
@@ -219,6 +222,8 @@ def run_steps(
 ) -> dict[str, Any]:
     """Check and time critic steps, print a table for each workload, and return the record.
 
+    On a GPU all are set up at once, see :mod:`fastwgan.bench_together`.
+
     Args:
         workloads, implementations, precisions: names, see :mod:`fastwgan.bench`.
         device: a CPU or a CUDA device.
@@ -230,17 +235,25 @@ def run_steps(
     names = [(workload, precision) for workload in workloads for precision in precisions]
     schedule = bench.Schedule(minutes, len(names), rounds)
     record = _record(device, rounds, minutes) | {"critic_step": []}
+    table = partial(_step_table, gpu=gpu)
     checked: dict[str, dict[str, float | str]] = {}
 
-    def measure(name: str, precision: str) -> dict[str, Any]:
+    def measure(job: tuple[str, str]) -> dict[str, Any]:
+        name, precision = job
         if name not in checked:
             checked[name] = bench.check(name, implementations, device, schedule)
         return bench.critic_step(name, precision, checked[name], device, schedule)
 
-    table = partial(_step_table, gpu=gpu)
-    jobs = [(" ".join(job), partial(measure, *job), table) for job in names]
-    with _prepared(device, compiles=any("compiled" in name for name in implementations)):
-        _go_through(jobs, schedule, record, record["critic_step"], path)
+    if gpu:
+        record["settings"]["set_up_at_once"] = len(names)
+        together = bench_together.Together(names, implementations, device, rounds=rounds, minutes=minutes)
+        with together:
+            jobs = [(" ".join(job), partial(together.measure, job), table) for job in names]
+            _go_through(jobs, schedule, record, record["critic_step"], path)
+    else:
+        jobs = [(" ".join(job), partial(measure, job), table) for job in names]
+        with prepared(device, compiles=any("compiled" in name for name in implementations)):
+            _go_through(jobs, schedule, record, record["critic_step"], path)
     if gpu:
         print("* not by replaying a graph of it, but by calling it again and again; the record says why")
     return record
@@ -250,10 +263,11 @@ def run_ops(device: torch.device, *, rounds: int, minutes: float, path: Path | N
     """Check and time each op at each size; otherwise as :func:`run_steps`."""
     cases = bench_ops.cases(device)
     schedule = bench.Schedule(minutes, len(cases), rounds)
-    with _prepared(device, compiles=True):
+    with prepared(device, compiles=True):
+        record = _record(device, rounds, minutes)  # which brings an idle GPU's clocks up
         bandwidth = bench_ops.copy_bandwidth(device)
         print(f"a large copy moves {bandwidth:.4g} GB/s")
-        record = _record(device, rounds, minutes) | {"copy_gb_s": round(bandwidth, 1), "ops": []}
+        record |= {"copy_gb_s": round(bandwidth, 1), "cache": "not flushed between calls", "ops": []}
         measure = partial(bench_ops.measure, device=device, bandwidth=bandwidth, schedule=schedule)
         jobs = [(str(case), partial(measure, case), partial(_op_table, title=str(case))) for case in cases]
         _go_through(jobs, schedule, record, record["ops"], path)

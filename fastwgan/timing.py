@@ -1,6 +1,7 @@
 """Times, launches and memory of a call, on a CPU or a CUDA GPU."""
 
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -12,13 +13,35 @@ import torch
 from fastwgan.backend import kernels as kernel_package
 from fastwgan.graphs import capturing
 
-__all__ = ["Peak", "capture", "host_time", "interleaved", "kernels", "median", "quantiles", "time_of", "wait"]
+__all__ = [
+    "Peak", "capture", "clocks", "host_time", "interleaved", "kernels", "median", "network_time", "output", "quantiles",
+    "time_of", "wait",
+]  # fmt: skip
 
 Call = Callable[[], object]
 Quantiles = dict[str, float]
 
 LEAST_ROUNDS = 5  # taken even when time is up, so that there is a median at all
 SIDE_STREAM_CALLS = 3  # before a capture, as PyTorch's notes on CUDA graphs ask for
+# What a network's own work is: matrix products and convolutions, by the names of the ops that launch their kernels.
+NETWORK_OPS = {
+    f"aten::{name}"
+    for name in (
+        "mm", "addmm", "_addmm_activation", "bmm", "baddbmm", "cudnn_convolution", "cudnn_convolution_transpose",
+        "convolution_backward", "_conv_depthwise2d", "_slow_conv2d_forward", "miopen_convolution",
+    )
+}  # fmt: skip
+PROFILED_CALLS = 3
+CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+
+
+def output(*command: str) -> str | None:
+    """What a command prints, or None where it cannot be run or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def wait(device: torch.device) -> None:
@@ -82,12 +105,13 @@ def median(samples: Iterable[float]) -> float:
     return statistics.median(samples)
 
 
-def capture(call: Call, random: Iterable[torch.Generator] = ()) -> Call:
+def capture(call: Call, random: Iterable[torch.Generator] = (), *, repeats: int = 1) -> Call:
     """The replay of a CUDA graph of ``call``: its device work without the host's.
 
     Args:
         call: called a few times, then captured.
         random: generators of its own that it draws from.
+        repeats: how many calls to a replay; one of a few microseconds waits for the host to ask for the next.
 
     Raises:
         RuntimeError: it cannot be captured.
@@ -103,7 +127,8 @@ def capture(call: Call, random: Iterable[torch.Generator] = ()) -> Call:
     unchecked = mock.patch.object(torch.optim.Optimizer, "_cuda_graph_capture_health_check", return_value=None)
     try:
         with unchecked, capturing(stream, torch.cuda.graph_pool_handle(), tuple(random)) as graph:
-            call()
+            for _ in range(repeats):
+                call()
     finally:
         if kernel_package is not None:
             kernel_package.table.fill_pending()  # what our optimizers' launches read, which a capture keeps back
@@ -115,11 +140,61 @@ def kernels(call: Call, device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     wait(device)
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities, acc_events=True) as profile:  # else 2.11 warns
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         call()
         wait(device)
     return len([event for event in profile.events() if event.device_type.name == "CUDA"])
+
+
+def network_time(call: Call, device: torch.device) -> float | None:
+    """Milliseconds of a call's matrix products and convolutions: what a step cannot be faster than by other kernels.
+
+    As the profiler assigns kernels to the ops that launched them, so None for a call that replays a graph, on a CPU,
+    and where there are none.
+    """
+    if device.type != "cuda":
+        return None
+    wait(device)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        for _ in range(PROFILED_CALLS):
+            call()
+        wait(device)
+    return network_share(profile.key_averages(), PROFILED_CALLS)
+
+
+def network_share(averages: Iterable[Any], calls: int) -> float | None:
+    """Of the profiler's rows, whose times are microseconds."""
+    total = sum(row.self_device_time_total for row in averages if row.key in NETWORK_OPS)
+    return float(f"{total / calls / 1e3:.5g}") if total else None
+
+
+def clocks(device: torch.device) -> dict[str, float] | None:
+    """A GPU's clocks (MHz), power (W) and temperature (C) under a load of copies; None on a CPU, or if it won't say.
+
+    The half second of copies is also what brings an idle GPU's clocks up.
+    """
+    if device.type != "cuda":
+        return None
+    source = torch.rand(2**27, device=device)
+    target = torch.empty_like(source)
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < 0.5:
+        for _ in range(200):
+            target.copy_(source)
+        wait(device)
+    for _ in range(800):  # less than a queue holds, and some tenths of a second
+        target.copy_(source)
+    query = f"--query-gpu={','.join(CLOCKS)}"
+    found = output("nvidia-smi", query, "--format=csv,noheader,nounits", "-i", str(device.index or 0))
+    wait(device)
+    return None if found is None else clocks_of(found)
+
+
+def clocks_of(line: str) -> dict[str, float]:
+    """nvidia-smi's numbers by name, without those it does not know."""
+    pairs = zip(CLOCKS, line.split(","), strict=True)
+    return {name: float(value) for name, value in pairs if value.strip().replace(".", "", 1).isdigit()}
 
 
 class Peak:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -12,7 +13,18 @@ import pytest
 import torch
 from torch import nn
 
-from fastwgan import GradientPenalty, WeightClip, baselines, bench, bench_ops, bench_run, cli, models, workloads
+from fastwgan import (
+    GradientPenalty,
+    WeightClip,
+    baselines,
+    bench,
+    bench_ops,
+    bench_run,
+    bench_together,
+    cli,
+    models,
+    workloads,
+)
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import report
@@ -221,7 +233,7 @@ def test_figures_of_a_gpu(monkeypatch):
     }
     figures = bench._time(steps, gpu, 5, 0.0)
     for result in figures.values():
-        result.update(kernels=9, peak_mib=1.0, setup_s=2.0)
+        result.update(kernels=9, network_ms=0.4, peak_mib=1.0, setup_s=2.0)
     bench._compare(figures)
     assert figures["textbook"]["device"] == "replayed"
     assert figures["fastwgan"]["device"] == "not captured: RuntimeError: it waits"
@@ -230,6 +242,74 @@ def test_figures_of_a_gpu(monkeypatch):
     assert all(result["host_ms"]["q50"] == 0.5 for result in figures.values())
     result = {"workload": "w", "precision": "float32", "batch": 1, "implementations": figures, "dropped": {}}
     assert bench_run._step_table(result, gpu=True).row_count == 3
+
+
+def test_a_compilation_is_ended_when_the_time_for_set_up_is_over(monkeypatch):
+    """And the others are measured all the same."""
+    schedule = bench.Schedule(1.0, 1, 5)
+
+    def compiles(setting):
+        schedule._end = 0.0
+        signal.raise_signal(signal.SIGALRM)
+
+    monkeypatch.setitem(baselines.IMPLEMENTATIONS, "compiled", compiles)
+    before = signal.getsignal(signal.SIGALRM)
+    bench_together.end_compilation(schedule)
+    try:
+        signal.raise_signal(signal.SIGALRM)  # nothing is being compiled
+        checked = bench.check("tiny-clip", ["compiled", "compiled-step", "foreach"], CPU, schedule)
+        result = bench.critic_step("tiny-clip", "float32", checked, CPU, schedule, lambda: 0.0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert result["dropped"] == {
+        "compiled": "TimeoutError: the time for set-up was over", "compiled-step": "left out for time",
+    }  # fmt: skip
+    assert list(result["implementations"]) == ["textbook", "foreach"]
+
+
+def test_set_up_at_once_and_timed_one_by_one(monkeypatch):
+    """As on a GPU: a process to each job, the second precision by the first one's check, and one that does not come."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    jobs = [("mlp-clip", "float32"), ("mlp-clip", "bfloat16"), ("no such", "float32")]
+    with bench_together.Together(jobs, ["foreach", "graphed"], CPU, rounds=5, minutes=1.0) as together:
+        results = [together.measure(job) for job in jobs[:2]]
+        with pytest.raises(RuntimeError, match="^KeyError: 'no such'"):
+            together.measure(jobs[2])
+    for result, (name, precision) in zip(results, jobs[:2], strict=True):
+        assert (result["workload"], result["precision"]) == (name, precision)
+        assert list(result["implementations"]) == ["textbook", "foreach"]
+        assert result["dropped"] == {"graphed": "RuntimeError: a CUDA graph needs a GPU"}
+        assert result["implementations"]["foreach"]["step_ms"]["samples"] >= 5
+    assert not any(process.is_alive() for process in together._processes)
+
+
+def test_who_is_not_ready_in_time_is_left_out():
+    job = ("mlp-clip", "float32")
+    together = bench_together.Together([job], ["foreach"], CPU, rounds=5, minutes=0.001)
+    with together, pytest.raises(RuntimeError, match="^not set up in time"):
+        together.measure(job)
+    assert not together._processes[0].is_alive()
+
+
+def test_what_a_profiler_and_a_driver_say():
+    """Rows and lines as they give them; what is asked of them needs a GPU."""
+    rows = [("aten::addmm", 3000.0), ("aten::mm", 1500.0), ("aten::add", 9000.0), ("_update_kernel", 1.0)]
+    rows = [SimpleNamespace(key=key, self_device_time_total=total) for key, total in rows]
+    assert bench.timing.network_share(rows, 3) == 1.5
+    assert bench.timing.network_share(rows[2:], 3) is None
+    assert bench.timing.clocks_of("1980, 3201, [N/A], 41") == {
+        "clocks.sm": 1980.0, "clocks.mem": 3201.0, "temperature.gpu": 41.0,
+    }  # fmt: skip
+    assert bench.timing.clocks(CPU) is None
+    assert hasattr(torch.autograd.profiler_util.FunctionEventAvg(), "self_device_time_total")
+
+
+def test_a_copy_without_history_takes_its_commit_from_the_environment(monkeypatch):
+    monkeypatch.setattr(bench_run, "output", lambda *command: None)
+    assert bench_run.environment(CPU)["commit"] is None
+    monkeypatch.setenv("FASTWGAN_COMMIT", "abc1234")
+    assert bench_run.environment(CPU)["commit"] == "abc1234"
 
 
 # Ops
@@ -273,7 +353,7 @@ ENVIRONMENT = {
 
 def figures(ms, ratio, gpu=False):
     result = {"step_ms": {"q50": ms}, "step_ratio": ratio}
-    return result | ({"device_ms": {"q50": ms / 2}, "device_ratio": ratio + 1} if gpu else {})
+    return result | ({"device_ms": {"q50": ms / 2}, "device_ratio": ratio + 1, "network_ms": ms / 4} if gpu else {})
 
 
 def steps_record(gpu=False):
@@ -281,6 +361,7 @@ def steps_record(gpu=False):
     if gpu:
         environment = ENVIRONMENT | {
             "type": "cuda", "driver": "580", "cuda": "13.0", "tf32": {"matmul": False, "cudnn": True},
+            "clocks": {"clocks.sm": 1980.0}, "chip": {"l2_mib": 50.0},
         }  # fmt: skip
     done = {
         "textbook": figures(6.5, 1.0, gpu), "foreach": figures(4.0, 1.625, gpu), "fastwgan": figures(8.0, 0.8125, gpu),
@@ -320,12 +401,35 @@ def test_report(tmp_path):
     assert "old" not in texts[0]
     assert "| critic step | textbook, ms | foreach | fastwgan |\n" in texts[0]
     assert "| mlp-clip, float32, batch 64 | 6.5 | 1.62 | 0.81 |" in texts[0]
-    assert "| mlp-clip, float32, batch 64 | 6.5 / 3.25 | 1.62 / 2.62 | 0.81 / 1.81 |" in texts[0]
+    assert "| mlp-clip, float32, batch 64 | 6.5 / 3.25 | 1 | 1.62 / 2.62 | 0.81 / 1.81 |" in texts[0]
     assert "Left out: graphed: RuntimeError: a CUDA graph needs a GPU" in texts[0]
     assert "Left out: dcgan-clip float32: time" in texts[0]
     assert "TF32 in cudnn" in texts[0]
     for name in ("cpu-ratios.png", "gpu-ratios.png", "ops-bandwidth.png"):
         assert (out / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_what_falls_short_is_said():
+    record = steps_record(gpu=True)
+    assert report.shortfalls(record) == [
+        "mlp-clip float32: fastwgan is 0.81 times as fast as textbook, wanted 8; 4.00 times its networks' time",
+        "mlp-clip float32: fastwgan is 0.50 times as fast as foreach, wanted 1.2; 4.00 times its networks' time",
+    ]
+    done = record["critic_step"][0]["implementations"]
+    done["fastwgan-graphed"] = figures(0.5, 13.0, gpu=True)
+    assert report.shortfalls(record) == []
+    for name in ("fastwgan", "fastwgan-graphed"):
+        del done[name]
+    assert "no figures of ours" in report.shortfalls(record)[0]
+    ops = ops_record() | {"environment": record["environment"]}
+    for share, elements, told in ((0.8, 2**26, 1), (0.95, 2**26, 0), (0.8, 2**10, 0)):
+        ops["ops"] = ops["ops"][:1]
+        ops["ops"][0].update(elements=elements, bytes=20 * elements)
+        ops["ops"][0]["implementations"]["fastwgan"]["share"] = share
+        assert len(report.shortfalls(ops)) == told
+    ops["ops"][0]["implementations"].pop("fastwgan")
+    assert len(report.shortfalls(ops)) == 1
+    assert report.shortfalls(steps_record()) == []
 
 
 def test_report_of_no_record(tmp_path, capsys):

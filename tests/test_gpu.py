@@ -3,9 +3,11 @@
 import math
 import warnings
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import OPS, WORKLOADS
 from torch import nn
 
@@ -15,7 +17,7 @@ from fastwgan.graphs import WARM_UP
 from fastwgan.trainer import PROBED_STEPS
 
 pytestmark = pytest.mark.gpu
-DEVICE = torch.device("cuda", 0)
+DEVICE, BACKEND = torch.device("cuda", 0), "nccl"
 
 
 def kernels_of(call):
@@ -23,7 +25,7 @@ def kernels_of(call):
     call()  # compiles, and makes counters and tables
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities, acc_events=True) as profile:  # else 2.11 warns
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:  # or PyTorch 2.11 warns
         call()
         torch.cuda.synchronize()
     return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
@@ -135,6 +137,7 @@ def test_training_goes_on_after_a_capture_that_fails():
     torch.testing.assert_close(*runs)
 
 
+@pytest.mark.filterwarnings("default")  # a compiler's, as of TF32 that is off
 @pytest.mark.parametrize("name", [name for name in WORKLOADS if name.startswith(("mlp", "dcgan"))])
 def test_compiled_and_graphed_steps_are_the_eager_ones(name):
     workload = WORKLOADS[name]
@@ -181,3 +184,43 @@ def test_no_more_memory_than_the_textbooks(name):
     allowed = peak(textbook, critic)
     trainer = Trainer(generator, critic, latent=workload.latent, constraint=workload.constraint, cuda_graph=False)
     assert peak(lambda: trainer.critic_step(real), critic) <= allowed + 2**16  # statistics, counters and tables
+
+
+class Several(int):
+    """One process that takes itself for several, and so asks the others, of whom there are none."""
+
+    __hash__ = int.__hash__
+
+    def __eq__(self, other):
+        return False
+
+    def __gt__(self, other):
+        return True
+
+
+@pytest.fixture
+def nccl(tmp_path):
+    options = {"device_id": DEVICE} if DEVICE.type == "cuda" else {}
+    dist.init_process_group(BACKEND, init_method=f"file://{tmp_path}/store", rank=0, world_size=1, **options)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True], ids=["eager", "graphed"])
+@pytest.mark.parametrize("name", ["mlp-clip", "mlp-penalty"])
+def test_one_rank_over_nccl(name, cuda_graph, nccl, monkeypatch):
+    """Weights, settings and gradients go round, the latter inside a captured step, and come back as they were."""
+    workload, runs, place = WORKLOADS[name], [], (0, Several(1))
+    for ranks in (False, True):
+        if ranks:
+            monkeypatch.setattr("fastwgan.ranks._place", lambda: place)
+        torch.manual_seed(0)
+        networks = workload.generator(8).to(DEVICE), workload.critic(8).to(DEVICE)
+        trainer = Trainer(*networks, latent=100, constraint=workload.constraint, n_critic=2, cuda_graph=cuda_graph)
+        before = nn.utils.parameters_to_vector(trainer.critic.parameters()).detach()
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+            metrics = [trainer.step(torch.rand(8, 784, device=DEVICE)) for _ in range(14)]
+        assert all_reduce.called == ranks
+        runs.append(nn.utils.parameters_to_vector(trainer.critic.parameters()).detach())
+    assert metrics[-1].wasserstein.isfinite()
+    assert (runs[1] - runs[0]).norm() <= 1e-5 * (runs[0] - before).norm()

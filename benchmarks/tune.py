@@ -1,0 +1,161 @@
+"""Launch parameters tried on a GPU: python -m benchmarks.tune --out DIR [--minutes M] [--kernels NAME ...]
+
+For each kernel, on arrays far larger than the cache, all combinations of its module's block constants and of warps.
+Each has first to come to what the present setting comes to, and is then measured against the copy bandwidth of the same
+run. DIR/gpu-tune.json has every combination; what is printed is the present setting and the best ones. Nothing is
+changed: a better setting is for whoever reads this to put into the kernel's module.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from fastwgan.kernels import guard, interpolate, objective, penalty, perturb, project, scores, update
+from torch import Tensor
+
+from fastwgan import bench_builders, bench_ops, bench_run, timing
+from fastwgan.bench import Schedule, message
+from fastwgan.bench_ops import Case
+
+SAMPLES, REPEATS = 9, 10  # of a setting, and calls to a sample, on a GPU
+ON_CPU = 2**13  # elements there, where this only shows that it works
+SHOWN = 4
+
+
+class Sweep(NamedTuple):
+    """A kernel in use: the case, its module and the constants of it to be tried, how many warps; samples in a batch."""
+
+    case: Case
+    module: ModuleType
+    constants: dict[str, tuple[int, ...]]
+    warps: tuple[int, ...]
+    batch: int = bench_builders.BATCH
+
+
+POWERS = tuple(2**i for i in range(9, 15))
+SUMS = {"BLOCK": (512, 1024, 2048, 4096), "MAX_PROGRAMS": (256, 512, 1024, 2048)}
+SWEEPS = {
+    "RMSprop": Sweep(Case("RMSprop", 2**26), update, {"BLOCK": POWERS[1:5]}, (4, 8, 16)),
+    "Adam": Sweep(Case("Adam", 2**26), update, {"BLOCK": POWERS[1:5]}, (4, 8, 16)),
+    "Adam averaged": Sweep(Case("Adam averaged", 2**26), update, {"BLOCK": POWERS[1:5]}, (4, 8, 16)),
+    "interpolate": Sweep(Case("interpolate", 2**26), interpolate, {"BLOCK": POWERS[1:5]}, (2, 4, 8)),
+    "penalty": Sweep(Case("penalty", 2**25), penalty, {"MAX_BLOCK": (2048, 16384)}, (4, 8, 16), 4096),
+    "penalty of few": Sweep(Case("penalty", 64 * 2**20), penalty, {"LOOP_BLOCK": POWERS[2:]}, (8, 16, 32)),
+    "guard": Sweep(Case("guard", 2**27), guard, {"BLOCK": POWERS[2:]}, (4, 8, 16)),
+    "perturb": Sweep(Case("perturb", 2**26), perturb, {"BLOCK": POWERS[:4]}, (2, 4, 8)),
+    "project": Sweep(Case("project", 2**26), project, {"MIN_BLOCK": (1024, 2048)}, (2, 4, 8)),
+    "scores": Sweep(Case("scores", 2**26), scores, SUMS, (4, 8)),
+    "objective": Sweep(Case("objective", 2**26), objective, SUMS, (4, 8)),
+}
+
+
+class _Launcher:
+    """A kernel that is launched with so many warps, or with as many as its launcher says, which it remembers."""
+
+    def __init__(self, kernel: Any, warps: int | None) -> None:
+        self._kernel, self.warps = kernel, warps
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        def launch(*args: Any, **options: Any) -> Any:
+            self.warps = options["num_warps"] = self.warps or options["num_warps"]
+            return self._kernel[grid](*args, **options)
+
+        return launch
+
+
+@contextmanager
+def setting(sweep: Sweep, constants: dict[str, int], warps: int | None) -> Iterator[_Launcher]:
+    """The module with other constants, and its kernel with other warps."""
+    name = next(name for name in vars(sweep.module) if name.endswith("_kernel"))
+    launcher = _Launcher(getattr(sweep.module, name), warps)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(bench_builders, "BATCH", sweep.batch))
+        for constant, value in {**constants, name: launcher}.items():
+            stack.enter_context(mock.patch.object(sweep.module, constant, value))
+        yield launcher
+
+
+def measured(case: Case, expected: list[Tensor] | None, device: torch.device) -> tuple[float, list[Tensor]]:
+    """(milliseconds a call, what it comes to); raises ValueError where that is not what is ``expected``."""
+    made = bench_ops.builders(case, device)["fastwgan"]()
+    made.take()
+    found = [x.detach().clone() for x in made.result()]
+    if expected is not None and not (away := bench_ops.difference(found, expected)) <= bench_ops.TOLERANCE:
+        raise ValueError(f"its result is {away:.3g} of the largest value away")
+    repeats, samples = (REPEATS, SAMPLES) if device.type == "cuda" else (1, 1)
+    call = timing.capture(made.take, repeats=repeats) if device.type == "cuda" else made.take
+    return timing.median(timing.time_of(call, device, 1) / repeats for _ in range(samples)), found
+
+
+def sweep_through(name: str, device: torch.device, bandwidth: float, deadline: float) -> dict[str, Any]:
+    """All settings of a kernel, the present one first: those that are measured by the best, and what failed."""
+    sweep, case = SWEEPS[name], SWEEPS[name].case
+    if device.type == "cpu":
+        sweep, case = sweep._replace(batch=bench_builders.BATCH), replace(case, elements=ON_CPU)
+    present = {constant: getattr(sweep.module, constant) for constant in sweep.constants}
+    tried: list[tuple[dict[str, int], int | None]] = [(present, None)]
+    for warps, *values in product(sweep.warps, *sweep.constants.values()):
+        tried.append((dict(zip(sweep.constants, values, strict=True)), warps))
+    rows: list[dict[str, Any]] = []
+    failed, expected = {}, None
+    for constants, warps in tried:
+        if time.monotonic() > deadline and rows:
+            break
+        with setting(sweep, constants, warps) as launcher:
+            try:
+                ms, found = measured(case, expected, device)
+            except Exception as error:  # too many registers, say: the others can still be measured
+                failed[f"{constants}, {warps} warps"] = message(error)
+                continue
+        expected = expected or found
+        share = float(f"{case.bytes / ms / 1e6 / bandwidth:.4g}")
+        rows.append(constants | {"warps": launcher.warps, "ms": ms, "share": share, "present": warps is None})
+    left = len(tried) - len(rows) - len(failed)
+    rows.sort(key=lambda row: row["ms"])
+    return {"kernel": name, "case": str(case), "settings": rows, "failed": failed, "left_out": left}
+
+
+def show(result: dict[str, Any]) -> None:
+    left = f", {result['left_out']} settings left out for time" if result["left_out"] else ""
+    print(f"{result['kernel']} ({result['case']}{left})")
+    for i, row in enumerate(result["settings"]):
+        if i < SHOWN or row["present"]:
+            constants = ", ".join(f"{k} {v}" for k, v in row.items() if k.isupper())
+            mark = "  <- present" if row["present"] else ""
+            print(f"  {row['share']:7.1%} of a copy: {constants}, {row['warps']} warps{mark}")
+    for what, why in result["failed"].items():
+        print(f"  failed: {what}: {why}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description="Launch parameters tried on a GPU.")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the record")
+    parser.add_argument("--minutes", type=float, default=5.0, help="that all of it may take; default: 5")
+    parser.add_argument(
+        "--kernels", nargs="+", choices=SWEEPS, default=list(SWEEPS), metavar="NAME", help="default: all"
+    )
+    args = parser.parse_args(argv)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    args.out.mkdir(parents=True, exist_ok=True)
+    schedule = Schedule(args.minutes, len(args.kernels), SAMPLES)
+    record = {"environment": bench_run.environment(device), "copy_gb_s": bench_ops.copy_bandwidth(device), "sweeps": []}
+    print(f"a large copy moves {record['copy_gb_s']:.4g} GB/s")
+    for name in args.kernels:
+        result = sweep_through(name, device, record["copy_gb_s"], schedule.next_deadline())
+        record["sweeps"].append(result)
+        show(result)
+        bench_run.write(args.out / "gpu-tune.json", record)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
