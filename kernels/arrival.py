@@ -9,7 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
+SPARES = 128  # counters set aside for captured launches
+
 _zeros: dict[tuple[torch.device, int, torch.dtype], torch.Tensor] = {}
+_spares: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+_captured: list[torch.Tensor] = []  # graphs count on these for as long as they live
 
 
 @triton.jit
@@ -36,10 +40,16 @@ def capturing(device: torch.device) -> bool:
 def zero(device: torch.device, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     """A [1] integer that is zero between launches, for the kernels of the current stream, which come one by one.
 
-    A graph gets one of its own, zeroed at each replay: it may be replayed beside others or on another stream.
+    A captured launch gets one of its own, as its graph may be replayed beside others or on another stream. It was set
+    aside and zeroed before the capture, in which that would be a kernel more at each replay.
     """
+    spares = _spares.setdefault((device, dtype), [])
     if capturing(device):
-        return torch.zeros(1, dtype=dtype, device=device)
+        counter = spares.pop() if spares else torch.zeros(1, dtype=dtype, device=device)
+        _captured.append(counter)
+        return counter
+    if len(spares) < SPARES:  # 16 bytes for each, as a pointer that is no multiple of that is another kernel to Triton
+        spares.extend(torch.zeros(SPARES, 16 // dtype.itemsize, dtype=dtype, device=device)[:, :1].unbind())
     key = (device, stream_of(device), dtype)
     if key not in _zeros:
         _zeros[key] = torch.zeros(1, dtype=dtype, device=device)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fastwgan.kernels import table
+from fastwgan.kernels import arrival, table
 
 from fastwgan import Adam
 
@@ -94,6 +94,23 @@ def test_bias_correction_is_exact_to_rounding(beta, device):
         opt.step()
         expected = -1 / (1 - beta ** (step + 1))
         assert p[0].item() == pytest.approx(expected, rel=4e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_captured_launches_have_counters_of_their_own_that_were_zeroed_before(dtype, monkeypatch):
+    eager = arrival.zero(CPU, dtype)
+    assert arrival.zero(CPU, dtype) is eager
+    monkeypatch.setattr(arrival, "capturing", lambda device: True)
+    monkeypatch.setattr(torch, "zeros", None)
+    captured = [arrival.zero(CPU, dtype) for _ in range(arrival.SPARES)]
+    assert len({eager.data_ptr(), *(counter.data_ptr() for counter in captured)}) == 1 + len(captured)
+    for counter in captured:
+        assert counter.tolist() == [0]
+        assert counter.data_ptr() % 16 == 0  # else a launch would be of another kernel, which a capture cannot load
+    monkeypatch.undo()
+    monkeypatch.setattr(arrival, "capturing", lambda device: True)
+    more = [arrival.zero(CPU, dtype) for _ in range(2 * arrival.SPARES)]
+    assert len({counter.data_ptr() for counter in (eager, *captured, *more)}) == 1 + len(captured) + len(more)
 
 
 def test_uploads_kept_back_during_a_capture_come_in_order_and_stay(monkeypatch):
