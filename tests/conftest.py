@@ -1,4 +1,8 @@
-"""Without a GPU, kernels run in Triton's interpreter; that is decided when they are defined, so before any import."""
+"""Without a GPU, kernels run on the CPU: as compiled for one (ptx.py), or in Triton's interpreter (strict.py).
+
+Which of the two is decided when kernels are defined, so before any import. It is the interpreter where there is no C
+compiler, and where FASTWGAN_KERNELS=interpreter asks for it.
+"""
 
 import os
 import shutil
@@ -17,26 +21,43 @@ if torch.cuda.is_available():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some versions would have another name for it
         torch.backends.cudnn.allow_tf32 = False  # a convolution's float32 is float32, as elsewhere
+    KERNELS = "compiled, on a GPU"
 else:
-    os.environ["TRITON_INTERPRET"] = "1"
+    interpreted = os.environ.get("FASTWGAN_KERNELS") == "interpreter" or shutil.which("cc") is None
+    KERNELS = "in Triton's interpreter" if interpreted else "compiled for a GPU, run on the CPU"
+    os.environ["TRITON_INTERPRET"] = str(int(interpreted))
     import strict
+    import triton
 
     strict.install()
+    if not interpreted:
+        import ptx
+
+        ptx.install()
+    triton.knobs.runtime.interpret = interpreted  # to stay, whereas the processes that tests start have no such machine
+    os.environ["TRITON_INTERPRET"] = "1"
 
 COMPILER = pytest.StashKey[subprocess.Popen[bytes]]()
+
+
+def pytest_report_header() -> str:
+    return f"kernels: {KERNELS}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip, with the reason, what this machine or this run is not for."""
     slow = pytest.mark.skip(reason="slow: run with -m slow")
     gpu = pytest.mark.skip(reason="gpu: no CUDA GPU here")
-    interpreted = pytest.mark.skip(reason="the interpreter runs where there is no GPU; here the kernels are compiled")
+    emulated = pytest.mark.skip(reason="emulated: here is a GPU")
+    interpreted = pytest.mark.skip(reason="interpreted: test_interpreter.py runs it")
     for item in items:
         if "slow" in item.keywords and "slow" not in config.getoption("-m"):
             item.add_marker(slow)
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(gpu)
-        if "interpreted" in item.keywords and torch.cuda.is_available():
+        if "emulated" in item.keywords and torch.cuda.is_available():
+            item.add_marker(emulated)
+        elif "interpreted" in item.keywords and KERNELS != "in Triton's interpreter":
             item.add_marker(interpreted)
     items.sort(key=lambda item: "compiled_kernels" in getattr(item, "fixturenames", ()))  # these wait for a compiler
 
@@ -84,11 +105,9 @@ def compiled_kernels(pytestconfig: pytest.Config) -> str:
     return (out / "rows").read_text()
 
 
-@pytest.fixture(
-    params=[pytest.param("cpu", marks=pytest.mark.interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
-)
+@pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.emulated), pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where Triton kernels run: the CPU by the interpreter, or a GPU."""
+    """Where Triton kernels run: a GPU, or the CPU for want of one."""
     return torch.device("cuda", 0) if request.param == "cuda" else torch.device("cpu")
 
 

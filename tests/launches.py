@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import strict
 import torch
-import triton
 from fastwgan.kernels import table
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -37,7 +37,7 @@ class _Dispatches(TorchDispatchMode):
 def count_kernels() -> Iterator[Counter[str]]:
     """Counts by name: PyTorch ops that reach a device kernel, and Triton launches under their kernels' names."""
     mode = _Dispatches()
-    executor = triton.runtime.interpreter.GridExecutor
+    executor = strict.Executor
     run, upload = executor.__call__, table.upload
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
-from triton.runtime.interpreter import GridExecutor
 
 T = TypeVar("T")
 
@@ -78,11 +77,11 @@ class Recording:
         """Call ``work`` once and record what it asks of the device."""
         if self._run is not None:
             raise RuntimeError("capture: expected a new recording")
-        self._run, capturing = GridExecutor.__call__, (arrival.capturing, table.capturing)
+        self._run, capturing = strict.Executor.__call__, (arrival.capturing, table.capturing)
         states = [generator.get_state() for generator in self._generators]
         self._tape = []
         arrival.capturing = table.capturing = lambda device: True
-        GridExecutor.__call__ = lambda launch, *args, **kwargs: self._launch(launch, args, kwargs)
+        strict.Executor.__call__ = lambda launch, *args, **kwargs: self._launch(launch, args, kwargs)
         try:
             calls = _mode(TorchFunctionMode, "__torch_function__", self._call)
             with calls, _mode(TorchDispatchMode, "__torch_dispatch__", self._op):
@@ -91,7 +90,7 @@ class Recording:
             self._tape = None
             raise
         finally:
-            GridExecutor.__call__ = self._run
+            strict.Executor.__call__ = self._run
             arrival.capturing, table.capturing = capturing
             with _disable_current_modes(), torch.no_grad():
                 for memory, content in self._before.values():
@@ -181,7 +180,7 @@ class Recording:
             self._record(step, held)
         return result
 
-    def _launch(self, launch: GridExecutor, args: Any, kwargs: Any) -> None:
+    def _launch(self, launch: Any, args: Any, kwargs: Any) -> None:
         with _disable_current_modes():
             held = args, kwargs, by_address = tree_map_only(
                 Tensor, self._hold, (args, kwargs, strict._state.by_address)

@@ -23,6 +23,7 @@ from triton.runtime import interpreter
 POISON = 97
 REGION = 52  # a stand-in for argument i lies at (i + 1) << REGION, where no memory is
 
+Executor: Any = interpreter.GridExecutor  # what ``kernel[grid]`` gives
 _Builder, _Executor, Handle = interpreter.InterpreterBuilder, interpreter.GridExecutor, interpreter.TensorHandle
 _load, _store, _atomic = _Builder.create_masked_load, _Builder.create_masked_store, _Builder.create_atomic_rmw
 _set_grid_dim, _set_grid_idx = _Builder.set_grid_dim, _Builder.set_grid_idx

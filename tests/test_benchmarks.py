@@ -63,7 +63,7 @@ def test_every_test_file_is_run_those_first_that_only_a_gpu_can_pass():
 # The sweep of launch parameters, in the interpreter
 
 
-@pytest.mark.interpreted
+@pytest.mark.emulated
 @pytest.mark.parametrize("name", tune.SWEEPS)
 def test_every_kernel_can_be_swept(name, monkeypatch):
     """The present setting and one other of each, which comes to the same."""
@@ -84,7 +84,7 @@ def test_every_kernel_can_be_swept(name, monkeypatch):
     assert all(value >= 128 for values in sweep.constants.values() for value in values)
 
 
-@pytest.mark.interpreted
+@pytest.mark.emulated
 def test_the_sweeps_command(tmp_path, monkeypatch, capsys):
     """What cannot be compiled, or comes to something else, is left out and said."""
     sweep = tune.SWEEPS["scores"]._replace(constants={"BLOCK": (1024, 1000)}, warps=(4,))

@@ -86,7 +86,7 @@ def test_repeated_launches_give_the_same_bits(name, device):
         assert_same_bits(launch(), expected)
 
 
-@pytest.mark.interpreted
+@pytest.mark.emulated
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_the_order_of_programs_does_not_matter(name):
     """Backwards, and shuffled: reductions do not depend on who comes last, nor programs on each other."""
@@ -103,7 +103,7 @@ def test_the_order_of_programs_does_not_matter(name):
             assert_same_bits(launch(), expected)
 
 
-@pytest.mark.interpreted
+@pytest.mark.emulated
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_counters_are_zero_between_launches(name):
     """So a launch can be replayed: nothing on the host resets them."""

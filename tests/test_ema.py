@@ -216,7 +216,7 @@ def test_parametrized_generators(make, backend):
     assert not torch.allclose(trainer.sample(4, ema=True), trainer.sample(4), atol=1e-4)
 
 
-@pytest.mark.interpreted
+@pytest.mark.emulated
 def test_still_one_launch():
     trainer = Trainer(
         models.mlp([6, 70, 10]), models.mlp([10, 1]), latent=6, ema=0.9, backend="triton", constraint=GradientPenalty()

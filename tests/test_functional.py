@@ -181,7 +181,7 @@ def test_clip_weights(dtype, backend, device):
     assert params[1].isnan().sum() == 1
 
 
-@pytest.mark.interpreted
+@pytest.mark.emulated
 def test_each_forward_is_one_launch():
     x, y = torch.randn(300, 7), torch.randn(300, 7)
     cases = {

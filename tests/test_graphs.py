@@ -484,7 +484,7 @@ def hooked(optimizer):
     return optimizer
 
 
-@pytest.mark.interpreted
+@pytest.mark.emulated
 def test_a_replay_allocates_its_copied_outputs_alone(graphed):
     trainer, shape = made(graphed, True, constraint=GradientPenalty(), n_critic=1000)
     *data, last = batches(graphed, shape, 8)
@@ -523,7 +523,7 @@ def test_resuming_with_graphs(graphed, tmp_path):
     assert_same_state(resumed.state_dict(), whole.state_dict())
 
 
-@pytest.mark.interpreted
+@pytest.mark.emulated
 def test_a_replay_launches_no_kernel_that_has_not_run_before_the_capture(graphed, monkeypatch):
     """Triton compiles another for addresses that are no multiples of 16, and a capture can load none."""
     from triton.runtime.interpreter import GridExecutor
@@ -612,7 +612,7 @@ def test_a_capture_that_fails_leaves_pytorch_as_it_was(enabled, broken, monkeypa
     assert (allocator.underway, allocator.references, allocator.state) == (set(), 0, "new")
 
 
-@pytest.mark.interpreted  # on a GPU its warm-up tells, and each step raises
+@pytest.mark.emulated  # on a GPU its warm-up tells, and each step raises
 def test_all_graphs_are_made_anew_after_a_capture_that_fails(graphed):
     """One that was to have graphs and raises may be used on; random generators are others by then."""
 

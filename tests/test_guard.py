@@ -189,7 +189,7 @@ def test_scores_that_are_not_finite_show_but_skip_nothing(device):
     assert state[0][0] == 0
 
 
-@pytest.mark.interpreted
+@pytest.mark.emulated
 def test_the_order_of_programs_does_not_matter():
     import strict
 

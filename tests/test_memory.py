@@ -330,7 +330,7 @@ def test_the_interpreter_is_strict():
     assert not back.isnan().any()
 
 
-@pytest.mark.interpreted
+@pytest.mark.emulated
 def test_two_programs_in_any_order():
     import strict
 

@@ -156,7 +156,7 @@ def test_compiled_steps(name, monkeypatch):
         compare("mlp", OPTIONS[name], backend="torch", compile=True)
 
 
-@pytest.mark.interpreted
+@pytest.mark.emulated
 @pytest.mark.parametrize(
     ("name", "launches"),
     [
@@ -274,7 +274,7 @@ def test_noise_is_normal_and_independent(backend):
         assert abs((x[:, lag:] ** 2 * x[:, :-lag] ** 2).mean() - 1) < 8 / math.sqrt(count)
 
 
-@pytest.mark.interpreted
+@pytest.mark.emulated
 def test_noise_goes_by_index_alone():
     """So it is the same for any batch, rank and block; on both backends to rounding."""
     x = torch.zeros(6, 2500)
@@ -291,7 +291,7 @@ def test_noise_goes_by_index_alone():
     assert not torch.equal(functional.perturb(x, scale=0.5, seed=2**61, offset=2**33, backend="triton"), whole)
 
 
-@pytest.mark.interpreted
+@pytest.mark.emulated
 @pytest.mark.parametrize("dtype", [F64, torch.bfloat16])
 def test_noise_on_two_arrays(dtype):
     for shape in ((3, 17), (2, 2049), (2, 3, 4, 5)):
@@ -307,7 +307,7 @@ def test_noise_on_two_arrays(dtype):
             torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.interpreted
+@pytest.mark.emulated
 def test_noise_on_two_arrays_of_different_layouts():
     """Both get theirs in one order of elements, on both backends."""
     last = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)

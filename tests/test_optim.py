@@ -143,7 +143,7 @@ def test_groups_have_their_own_numbers(name, backend, device):
     assert mine.saturation.item() == pytest.approx(((sets[1][0].abs() == 0.1).sum() / 30).item())
 
 
-@pytest.mark.interpreted
+@pytest.mark.emulated
 def test_one_launch_for_any_number_of_tensors_and_groups():
     params = _params(torch.float32, "cpu", [(n,) for n in range(1, 101)])
     optimizer = RMSprop([{"params": params[:50], "lr": 0.1}, {"params": params[50:]}], clip=0.01, backend="triton")
@@ -358,7 +358,7 @@ def test_triton_that_cannot_be_had_says_why(monkeypatch):
     RMSprop([p], backend="auto").step()
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpreted)])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.emulated)])
 @pytest.mark.parametrize("name", ["RMSprop", "Adam"])
 def test_what_a_nan_leaves_behind_is_in_the_state_alone(name, backend):
     """Weights and state put right again, the next step is: there is no memory that a state_dict does not have."""

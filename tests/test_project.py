@@ -144,7 +144,7 @@ def test_layouts(per, layout, rank, dtype, backend, device):
     assert p._version > version
 
 
-@pytest.mark.interpreted
+@pytest.mark.emulated
 def test_a_channels_last_weight_is_projected_as_it_lies(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "contiguous", None)
     p = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
@@ -205,7 +205,7 @@ def test_many_tensors_of_all_dtypes(per, backend, device):
         torch.testing.assert_close(p.cpu(), e.to(p.dtype).cpu(), rtol=2 * torch.finfo(p.dtype).eps, atol=1e-7)
 
 
-@pytest.mark.interpreted
+@pytest.mark.emulated
 @pytest.mark.parametrize("per", PER)
 def test_all_parameters_are_one_launch(per):
     params = [torch.randn(shape) for shape in ((1,), (40, 30), (7,), (3, 9000), (), (4, 3, 2, 2))]
@@ -290,7 +290,7 @@ def test_a_step_is_the_textbooks_and_a_projection(per, optimizer, pair, backend,
     assert max(shares) > 0
 
 
-@pytest.mark.interpreted
+@pytest.mark.emulated
 @pytest.mark.parametrize("optimizer", [None, Adam, torch.optim.SGD])
 def test_one_launch_after_the_update(optimizer):
     critic = models.mlp([10, 16, 1])
@@ -399,7 +399,7 @@ def test_an_iteration_is_one_graph(per, graphed):  # noqa: F811
     assert runs[1][1] == pytest.approx(runs[0][1], abs=1e-3)
 
 
-@pytest.mark.interpreted
+@pytest.mark.emulated
 def test_new_bounds_do_not_reach_into_graphs_nor_share_tables():
     """One launcher serves any bound and both kinds of rows, in any order."""
     p = torch.randn(6, 40)

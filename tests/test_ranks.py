@@ -520,7 +520,7 @@ def assert_as_one(name, results):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.interpreted) if name.startswith("triton") else name for name in EQUAL],
+    [pytest.param(name, marks=pytest.mark.emulated) if name.startswith("triton") else name for name in EQUAL],
 )
 def test_two_ranks_train_as_one_process(two, name):
     assert_as_one(name, two[name])

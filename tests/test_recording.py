@@ -12,7 +12,7 @@ import fastwgan
 from fastwgan import functional
 from fastwgan.constraints import GradientPenalty
 
-pytestmark = pytest.mark.interpreted
+pytestmark = pytest.mark.emulated
 
 
 @pytest.fixture

@@ -109,7 +109,7 @@ def test_critic_step_is_the_textbooks(backend, constraint, pair, device):
     assert all(p.grad is None for p in generator.parameters())
 
 
-@pytest.mark.interpreted
+@pytest.mark.emulated
 @pytest.mark.parametrize("pair", ["mlp", "conv"])
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 def test_backends_agree_over_twenty_iterations(constraint, pair):
@@ -143,7 +143,7 @@ class Constant(nn.Module):
 BUDGETS = {"mlp-clip": (85, 18), "mlp-penalty": (146, 40), "dcgan-clip": (149, 67), "dcgan-penalty": (168, 77)}
 
 
-@pytest.mark.interpreted
+@pytest.mark.emulated
 @pytest.mark.parametrize("name", BUDGETS)
 def test_lean_budgets(name):
     """Dispatcher calls that reach a device kernel in one critic step, generator excluded: (textbook, ours)."""
@@ -199,7 +199,7 @@ def test_no_more_memory_than_the_textbooks(name):
     assert peak(lambda: trainer.critic_step(real)) <= allowed + 2**10  # statistics
 
 
-@pytest.mark.interpreted
+@pytest.mark.emulated
 def test_generator_step_computes_no_critic_weight_gradient():
     critic = models.mlp([10, 16, 1])
     trainer = Trainer(models.mlp([6, 10]), critic, latent=6, backend="triton")

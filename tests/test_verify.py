@@ -494,7 +494,7 @@ ELSEWHERE = {  # a fault: (form, backend, what holds it, its name, what makes a 
 }  # fmt: skip
 
 
-@pytest.mark.interpreted
+@pytest.mark.emulated
 @pytest.mark.parametrize("fault", ELSEWHERE)
 def test_a_fault_elsewhere_is_named(fault, monkeypatch):
     form, backend, holder, name, make, expected = ELSEWHERE[fault]

@@ -1,0 +1,191 @@
+// What the C code that ptx.py makes of a kernel's PTX stands on: threads, barriers, memory, and rules that hardware
+// leaves unsaid or unchecked. An access outside the launch's tensors, one that is not aligned to its width, a barrier
+// that not all threads reach, or two accesses to one place (one of them a store) that no barrier and no acquired
+// release puts in order end the launch with a message.
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef uint64_t u64;
+typedef int16_t s16;
+typedef int32_t s32;
+typedef int64_t s64;
+
+enum { WARP = 32, GRANULE = 2, COUNTERS = 4 };
+enum { EXIT, AT_BARRIER, AT_WARP };  // why a thread stopped
+
+typedef struct {  // by thread `thread` of program `program` - 1, after so many barriers and collective operations
+    s32 program, thread, barriers, collectives, atomic;
+} Access;
+typedef struct {  // of a granule of memory: the last store to it, and the last two threads that have loaded it since
+    Access stored, loaded, loaded_too;
+} Shadow;
+typedef struct {
+    u64 first, end;
+    Shadow *shadow;
+} Span;
+typedef struct {  // a place where programs release and acquire; how far each of them was when it came, thread -1 before
+    u64 address;
+    Access *released;
+} Counter;
+
+typedef struct {
+    char *message;
+    s64 message_size;
+    jmp_buf stop;
+    s64 programs;
+    s32 threads;
+    const unsigned char *params;
+    Span *spans;
+    s64 span_count;
+    unsigned char *shared;
+    u64 shared_size;
+    Shadow *shared_shadow;
+    Counter counters[COUNTERS];
+    u32 (*exchange)[2][WARP][4];  // of each warp: what its threads bring to a collective operation; two, used in turn
+    // where it is
+    s32 program, thread, barriers, *collectives;
+    Access acquired[COUNTERS];  // by which thread of this program, and after how many barriers; program 0 before
+} Launch;
+
+#define FAIL(...) (snprintf(m->message, m->message_size, __VA_ARGS__), longjmp(m->stop, 1))
+
+static inline float f32_of(u32 x) { float y; memcpy(&y, &x, 4); return y; }
+static inline u32 of_f32(float x) { u32 y; memcpy(&y, &x, 4); return y; }
+static inline double f64_of(u64 x) { double y; memcpy(&y, &x, 8); return y; }
+static inline u64 of_f64(double x) { u64 y; memcpy(&y, &x, 8); return y; }
+static inline float f16_of(u16 x) { _Float16 y; memcpy(&y, &x, 2); return (float)y; }
+static inline u16 of_f16(float x) { _Float16 h = (_Float16)x; u16 y; memcpy(&y, &h, 2); return x != x ? 0x7fff : y; }
+static inline float bf16_of(u16 x) { return f32_of((u32)x << 16); }
+static inline u16 of_bf16(float x) {
+    u32 bits = of_f32(x);
+    return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+static inline float ftz(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0, x) : x; }
+
+// Of NaN and a number the number, or NaN; of zeros the negative one is the smaller.
+#define EXTREMES(T, F, S)                                                                                             \
+    static inline T min_##F(T a, T b) {                                                                               \
+        return a != a ? b : b != b ? a : a == b ? (signbit(a) ? a : b) : a < b ? a : b;                               \
+    }                                                                                                                 \
+    static inline T max_##F(T a, T b) {                                                                               \
+        return a != a ? b : b != b ? a : a == b ? (signbit(a) ? b : a) : a > b ? a : b;                               \
+    }                                                                                                                 \
+    static inline T min_nan_##F(T a, T b) { return a != a || b != b ? (T)NAN : min_##F(a, b); }                       \
+    static inline T max_nan_##F(T a, T b) { return a != a || b != b ? (T)NAN : max_##F(a, b); }
+EXTREMES(float, f32, f)
+EXTREMES(double, f64, )
+
+// An approximate instruction is off by as much as its documentation allows, up or down by its operand.
+static inline float approximately(float x, u32 seed) {
+    float off = seed * 2654435761u >> 31 ? 0x1p-22f : -0x1p-22f;
+    return x == 0 || isinf(x) || x != x ? x : x * (1 + off);
+}
+// rcp.approx.ftz.f64 takes and gives the upper half of a double's bits, good to 2^-20 or so.
+static inline double coarse_reciprocal(double x) {
+    double y = 1 / f64_of(of_f64(x) & ~0ull << 32);
+    y = f64_of(of_f64(y) & ~0ull << 32);
+    return fabs(x) < 0x1p-1022 ? copysign(INFINITY, x) : fabs(y) < 0x1p-1022 ? copysign(0, y) : y;
+}
+#define TO_INTEGER(T, LOW, HIGH, x) ((x) != (x) ? 0 : (x) <= LOW ? (T)LOW : (x) >= HIGH ? (T)(HIGH - 1) : (T)(x))
+static inline s32 s32_of_float(double x) {
+    return x != x ? 0 : x <= -0x1p31 ? INT32_MIN : x >= 0x1p31 ? INT32_MAX : (s32)x;
+}
+static inline u32 permute_bytes(u32 a, u32 b, u32 selector) {
+    u64 both = (u64)b << 32 | a;
+    u32 out = 0;
+    for (int i = 0; i < 4; i++) {
+        u32 choice = selector >> 4 * i & 15, byte = both >> 8 * (choice & 7) & 255;
+        out |= (choice & 8 ? (byte & 128 ? 255u : 0) : byte) << 8 * i;
+    }
+    return out;
+}
+
+// Whether an earlier access is over, for all to see, before what the current thread does now.
+static int in_order(const Launch *m, const Access *before) {
+    if (before->program == m->program + 1)
+        return before->thread == m->thread || before->barriers < m->barriers
+            || (before->thread / WARP == m->thread / WARP && before->collectives < m->collectives[m->thread]);
+    for (int i = 0; i < COUNTERS && m->counters[i].address; i++) {
+        const Access *acquired = &m->acquired[i], *released = &m->counters[i].released[before->program - 1];
+        if (acquired->program && (acquired->thread == m->thread || acquired->barriers < m->barriers)
+            && (before->thread == released->thread ? before->barriers <= released->barriers
+                                                   : before->barriers < released->barriers))
+            return 1;
+    }
+    return 0;
+}
+
+#define RACE(what, other, verb)                                                                                       \
+    FAIL("line %d: program %d, thread %d %s what program %d, thread %d %s, in no order", line, m->program, m->thread,  \
+         what, (other)->program - 1, (other)->thread, verb)
+
+// Take note of an access to a granule. Threads of a program that hold copies of a number may all store it.
+static void touch(Launch *m, Shadow *shadow, const void *place, const void *from, int atomic, int line) {
+    const Access now = {m->program + 1, m->thread, m->barriers, m->collectives[m->thread], atomic};
+    const Access *stored = &shadow->stored;
+    const int copy = from && stored->program == now.program && !memcmp(place, from, GRANULE);
+    if (stored->program && !copy && !(atomic && stored->atomic) && !in_order(m, stored))
+        RACE(from ? "stores over" : "loads", stored, "stores");
+    if (from) {
+        for (const Access *loaded = &shadow->loaded; loaded <= &shadow->loaded_too; loaded++)
+            if (loaded->program && !in_order(m, loaded)) RACE("stores over", loaded, "loads");
+        shadow->stored = now;
+        shadow->loaded.program = shadow->loaded_too.program = 0;
+    } else {
+        const Access *loaded = &shadow->loaded;
+        if (loaded->program != now.program || loaded->thread != now.thread) shadow->loaded_too = *loaded;
+        shadow->loaded = now;
+    }
+}
+
+// Where an access to global memory goes: a load, or the store of what `from` points to.
+static void *global(Launch *m, u64 address, u64 size, const void *from, int atomic, int line) {
+    s64 low = 0, high = m->span_count;
+    while (high - low > 1) {
+        const s64 middle = (low + high) / 2;
+        *(m->spans[middle].first <= address ? &low : &high) = middle;
+    }
+    const Span *span = &m->spans[low];
+    const char *verb = from ? "stores" : "loads";
+    if (address % size)
+        FAIL("line %d: program %d, thread %d %s %d bytes at %#llx, which is no multiple of that", line, m->program,
+             m->thread, verb, (int)size, (unsigned long long)address);
+    if (address < span->first || address + size > span->end)
+        FAIL("line %d: program %d, thread %d %s %d bytes at %#llx, outside the launch's tensors", line, m->program,
+             m->thread, verb, (int)size, (unsigned long long)address);
+    for (u64 i = 0; i < size; i += GRANULE)
+        touch(m, &span->shadow[(address + i - span->first) / GRANULE], (char *)address + i, from ? (char *)from + i : 0,
+              atomic, line);
+    return (void *)address;
+}
+
+static void *shared(Launch *m, u32 address, u64 size, const void *from, int line) {
+    if (address % size || address + size > m->shared_size)
+        FAIL("line %d: program %d, thread %d %s %d bytes at %u of %d of shared memory", line, m->program, m->thread,
+             from ? "stores" : "loads", (int)size, address, (int)m->shared_size);
+    for (u64 i = 0; i < size; i += GRANULE)
+        touch(m, &m->shared_shadow[(address + i) / GRANULE], m->shared + address + i, from ? (char *)from + i : 0, 0,
+              line);
+    return m->shared + address;
+}
+
+// A place that the programs come to with acquire and release: what they did before is seen by those that come later.
+static void release_and_acquire(Launch *m, u64 address, int line) {
+    int i = 0;
+    while (i < COUNTERS && m->counters[i].address && m->counters[i].address != address) i++;
+    if (i == COUNTERS) FAIL("line %d: more than %d counters", line, COUNTERS);
+    Counter *counter = &m->counters[i];
+    if (!counter->address) {
+        counter->address = address;
+        counter->released = malloc(m->programs * sizeof *counter->released);
+        for (s64 p = 0; p < m->programs; p++) counter->released[p].thread = counter->released[p].barriers = -1;
+    }
+    m->acquired[i] = counter->released[m->program] = (Access){m->program + 1, m->thread, m->barriers};
+}
