@@ -1,7 +1,7 @@
 """The kernels as Triton compiles them for an NVIDIA GPU, run on a CPU.
 
 ``Program`` turns the PTX of a kernel into C, one function that a thread runs up to its next barrier, and launches it
-thread by thread on ptx_machine.h, which keeps the rules of a GPU's memory more strictly than a GPU does. ``install``
+thread by thread in ptx_machine.c, which keeps the rules of a GPU's memory more strictly than a GPU does. ``install``
 has Triton launch kernels so, on CPU tensors: its own front end specialises and compiles them, and what runs is what it
 has compiled, with each access as wide as it is on the device. It knows the instructions that Triton's code for these
 kernels has, and no others.
@@ -14,7 +14,7 @@ import re
 import struct
 import subprocess
 import tempfile
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,9 +29,10 @@ from fastwgan import kernels
 
 TARGET = GPUTarget("cuda", 90, 32)
 WARP = 32
-OPTIONS = ["-O0", "-w", "-shared", "-fPIC", "-fwrapv", "-fno-strict-aliasing", "-ffp-contract=off"]  # to compile takes
-OPTIONS += ["-mfma", "-mf16c"] if platform.machine() == "x86_64" else []  # longer than to run
-MACHINE = Path(__file__).with_name("ptx_machine.h")
+OPTIONS = ["-w", "-shared", "-fPIC", "-fwrapv", "-fno-strict-aliasing", "-ffp-contract=off"]
+OPTIONS += ["-O0"]  # most programs run for less time than it takes to compile them
+OPTIONS += ["-mfma", "-mf16c"] if platform.machine() == "x86_64" else []
+MACHINE = Path(__file__).with_name("ptx_machine.c")
 REGISTERS = {"p": "unsigned char", "rs": "u16", "r": "u32", "rd": "u64", "f": "u32", "fd": "u64"}
 SPECIAL = {"%tid.x": "tid", "%ctaid.x": "m->program", "%nctaid.x": "m->programs", "%tid.y": "0", "%tid.z": "0"}
 FLOATS = ("f16", "bf16", "f32", "f64")
@@ -78,14 +79,9 @@ class _Translation:
         self.code = [self.line(number, line) for number, line in enumerate(body.split("\n"), 1)]
 
     def source(self) -> str:
-        registers = "\n".join(f"    {REGISTERS[name]} {name}[{count}];" for name, count in self.registers)
-        return (
-            MACHINE.read_text()
-            + f"typedef struct {{\n    s32 at, why;\n{registers}\n}} Thread;\n\n"
-            + "static int run(Launch *m, Thread *t, const s32 tid) {\n    switch (t->at) {\n    case 0:;\n"
-            + "\n".join(filter(None, self.code))
-            + "\n    }\n    return EXIT;\n}\n"
-        ) + LAUNCH
+        registers = "".join(f"{REGISTERS[name]} {name}[{count}]; " for name, count in self.registers)
+        code = "\n".join(filter(None, self.code))
+        return MACHINE.read_text().replace("// REGISTERS", registers).replace("// CODE", code)
 
     def value(self, operand: str, kind: str) -> str:
         """An operand read as a type."""
@@ -153,7 +149,7 @@ class _Translation:
         return f"t->at = {self.stops}; return {why}; case {self.stops}:;"
 
     def collective(self, values: Sequence[str], then: str) -> str:
-        """Each thread of a warp shows its values; when all have, each goes on, seeing X(lane, i)."""
+        """Each thread of a warp shows its values; when all have, each goes on and can see the others'."""
         mine = "m->exchange[tid / WARP][m->collectives[tid] & 1][tid % WARP]"
         show = " ".join(f"{mine}[{i}] = {v};" for i, v in enumerate(values))
         return f"{show} {self.stop('AT_WARP')} m->collectives[tid]++; {{ {then} }}"
@@ -364,60 +360,6 @@ class _Translation:
         return f"{aligned} {self.collective([place], then)}"
 
 
-LAUNCH = """
-// 0, or 1 with a message. Programs come in the order given; of the threads of one, warp by warp.
-int launch(char *message, s64 message_size, s64 programs, const s32 *order, s32 threads, const unsigned char *params,
-           u64 shared_size, const u64 *spans, s64 span_count, s32 backwards) {
-    Launch launch = {.message = message, .message_size = message_size, .programs = programs, .threads = threads,
-                     .params = params, .shared_size = shared_size, .span_count = span_count}, *m = &launch;
-    Thread *state = malloc(threads * sizeof *state);
-    m->shared = malloc(shared_size + 16);
-    m->shared_shadow = malloc((shared_size / GRANULE + 1) * sizeof(Shadow));
-    m->spans = malloc(span_count * sizeof(Span));
-    m->collectives = malloc(threads * sizeof *m->collectives);
-    m->exchange = malloc(threads / WARP * sizeof *m->exchange);
-    for (s64 i = 0; i < span_count; i++)
-        m->spans[i] = (Span){spans[2 * i], spans[2 * i + 1],
-                             calloc((spans[2 * i + 1] - spans[2 * i]) / GRANULE + 1, sizeof(Shadow))};
-    int status = setjmp(m->stop);
-    for (s64 i = 0; !status && i < programs; i++) {
-        m->program = order[i];
-        m->barriers = 0;
-        memset(m->acquired, 0, sizeof m->acquired);
-        memset(m->collectives, 0, threads * sizeof *m->collectives);
-        memset(m->shared, 0xa5, shared_size);
-        memset(m->shared_shadow, 0, (shared_size / GRANULE + 1) * sizeof(Shadow));
-        memset(state, 0xa5, threads * sizeof *state);
-        for (s32 t = 0; t < threads; t++) state[t].at = state[t].why = 0;
-        for (int running = 1; running; m->barriers++) {
-            for (s32 w = 0; w < threads / WARP; w++) {
-                const s32 first = (backwards ? threads / WARP - 1 - w : w) * WARP;
-                do {
-                    for (s32 l = 0; l < WARP; l++) {
-                        const s32 t = first + (backwards ? WARP - 1 - l : l);
-                        m->thread = t;
-                        state[t].why = run(m, &state[t], t);
-                    }
-                    for (s32 t = first; t < first + WARP; t++)
-                        if (state[t].why != state[first].why || (state[t].why && state[t].at != state[first].at))
-                            FAIL("program %d: threads %d and %d of a warp stop at different places", m->program, first,
-                                 t);
-                } while (state[first].why == AT_WARP);
-            }
-            running = state[0].why != EXIT;
-            for (s32 t = 0; t < threads; t++)
-                if (state[t].why != state[0].why || (running && state[t].at != state[0].at))
-                    FAIL("program %d: threads 0 and %d stop at different barriers", m->program, t);
-        }
-    }
-    for (s64 i = 0; i < span_count; i++) free(m->spans[i].shadow);
-    for (int i = 0; i < COUNTERS; i++) free(m->counters[i].released);
-    free(state), free(m->shared), free(m->shared_shadow), free(m->spans), free(m->exchange), free(m->collectives);
-    return status;
-}
-"""
-
-
 class FaultError(RuntimeError):
     """What a kernel must not do."""
 
@@ -449,12 +391,11 @@ class Program:
         Args:
             order: in which the programs run, one after the other.
             arguments: (type, value), types by Triton's names.
-            spans: the memory that it may touch, (first, end), in ascending order.
+            spans: the memory that it may touch, (first, end), in ascending order and apart.
             backwards: of a program's threads the last runs first.
         """
         t = self._translation
         params = bytearray(t.param_size)
-        assert len(arguments) <= len(t.params), (len(arguments), t.params)
         for (kind, value), (_, offset, size) in zip(arguments, t.params, strict=False):  # there are more, for Triton
             code = "<Q" if kind.startswith("*") else PACK[kind]
             assert struct.calcsize(code) == size, (kind, size)
@@ -472,6 +413,17 @@ class Program:
             line = re.match(r"line (\d+)", text)
             body = self._ptx.split("\n{\n", 1)[1].split("\n")
             raise FaultError(f"{t.name}: {text}" + (f"\n{body[int(line[1]) - 1].strip()}" if line else ""))
+
+
+def _spans(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
+    """The memory of tensors, which may share it, in ascending order."""
+    spans: list[tuple[int, int]] = []
+    for first, end in sorted((x.data_ptr(), x.data_ptr() + strict._extent(x)) for x in tensors if x.numel()):
+        if spans and first < spans[-1][1]:
+            spans[-1] = spans[-1][0], max(end, spans[-1][1])
+        else:
+            spans.append((first, end))
+    return spans
 
 
 class Launch:
@@ -505,7 +457,7 @@ class Launch:
                 (kind, bound[name].data_ptr() if kind[0] == "*" else bound[name])
                 for name, kind in signature.items() if kind != "constexpr"
             ],
-            sorted({(x.data_ptr(), x.data_ptr() + strict._extent(x)) for x in tensors if x.numel()}),
+            _spans(tensors),
             backwards=order is not None,
         )  # fmt: skip
 

@@ -526,16 +526,16 @@ def test_resuming_with_graphs(graphed, tmp_path):
 @pytest.mark.emulated
 def test_a_replay_launches_no_kernel_that_has_not_run_before_the_capture(graphed, monkeypatch):
     """Triton compiles another for addresses that are no multiples of 16, and a capture can load none."""
-    from triton.runtime.interpreter import GridExecutor
+    import strict
 
-    run, programs = GridExecutor.__call__, set()
+    run, programs = strict.Executor.__call__, set()
 
     def seen(launch, *args, **kwargs):
         kinds = [(x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, torch.Tensor) else x for x in args]
         programs.add((launch.fn.__name__, *kinds, str(kwargs)))
         run(launch, *args, **kwargs)
 
-    monkeypatch.setattr(GridExecutor, "__call__", seen)
+    monkeypatch.setattr(strict.Executor, "__call__", seen)
     generator = nn.Linear(6, 10, bias=False).to(graphed)  # odd numbers of tensors, whose rows are no multiple of 16
     critic = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 1, bias=False)).to(graphed)
     trainer = Trainer(generator, critic, latent=6, n_critic=3, backend="triton", cuda_graph=True)

@@ -35,7 +35,7 @@ def test_tables_upload_once_per_content(monkeypatch):
 
 
 def test_one_unaligned_tensor_makes_a_row_unaligned():
-    """128-bit accesses fault on a GPU at other addresses, which an interpreter cannot show."""
+    """128-bit accesses fault on a GPU at other addresses."""
 
     def aligned(*offsets):
         p, g, s = (torch.ones(40)[offset:][:33] for offset in offsets)

@@ -1,5 +1,5 @@
-// What the C code that ptx.py makes of a kernel's PTX stands on: threads, barriers, memory, and rules that hardware
-// leaves unsaid or unchecked. An access outside the launch's tensors, one that is not aligned to its width, a barrier
+// The machine that ptx.py puts a kernel into, in place of the words REGISTERS and CODE below. It has a GPU's threads,
+// barriers and memory, and rules that hardware leaves unsaid or unchecked. An access outside the launch's tensors, one that is not aligned to its width, a barrier
 // that not all threads reach, or two accesses to one place (one of them a store) that no barrier and no acquired
 // release puts in order end the launch with a message.
 
@@ -188,4 +188,69 @@ static void release_and_acquire(Launch *m, u64 address, int line) {
         for (s64 p = 0; p < m->programs; p++) counter->released[p].thread = counter->released[p].barriers = -1;
     }
     m->acquired[i] = counter->released[m->program] = (Access){m->program + 1, m->thread, m->barriers};
+}
+
+typedef struct {
+    s32 at, why;  // where it goes on, and why it stopped there
+    // REGISTERS
+} Thread;
+
+// A thread, up to where it stops next.
+static int run(Launch *m, Thread *t, const s32 tid) {
+    switch (t->at) {
+    case 0:;
+        // CODE
+    }
+    return EXIT;
+}
+
+// 0, or 1 with a message. Programs come in the order given; of the threads of one, warp by warp.
+int launch(char *message, s64 message_size, s64 programs, const s32 *order, s32 threads, const unsigned char *params,
+           u64 shared_size, const u64 *spans, s64 span_count, s32 backwards) {
+    Launch launch = {.message = message, .message_size = message_size, .programs = programs, .threads = threads,
+                     .params = params, .shared_size = shared_size, .span_count = span_count}, *m = &launch;
+    Thread *state = malloc(threads * sizeof *state);
+    m->shared = malloc(shared_size + 16);
+    m->shared_shadow = malloc((shared_size / GRANULE + 1) * sizeof(Shadow));
+    m->spans = malloc(span_count * sizeof(Span));
+    m->collectives = malloc(threads * sizeof *m->collectives);
+    m->exchange = malloc(threads / WARP * sizeof *m->exchange);
+    for (s64 i = 0; i < span_count; i++)
+        m->spans[i] = (Span){spans[2 * i], spans[2 * i + 1],
+                             calloc((spans[2 * i + 1] - spans[2 * i]) / GRANULE + 1, sizeof(Shadow))};
+    int status = setjmp(m->stop);
+    for (s64 i = 0; !status && i < programs; i++) {
+        m->program = order[i];
+        m->barriers = 0;
+        memset(m->acquired, 0, sizeof m->acquired);
+        memset(m->collectives, 0, threads * sizeof *m->collectives);
+        memset(m->shared, 0xa5, shared_size);
+        memset(m->shared_shadow, 0, (shared_size / GRANULE + 1) * sizeof(Shadow));
+        memset(state, 0xa5, threads * sizeof *state);
+        for (s32 t = 0; t < threads; t++) state[t].at = state[t].why = 0;
+        for (int running = 1; running; m->barriers++) {
+            for (s32 w = 0; w < threads / WARP; w++) {
+                const s32 first = (backwards ? threads / WARP - 1 - w : w) * WARP;
+                do {
+                    for (s32 l = 0; l < WARP; l++) {
+                        const s32 t = first + (backwards ? WARP - 1 - l : l);
+                        m->thread = t;
+                        state[t].why = run(m, &state[t], t);
+                    }
+                    for (s32 t = first; t < first + WARP; t++)
+                        if (state[t].why != state[first].why || (state[t].why && state[t].at != state[first].at))
+                            FAIL("program %d: threads %d and %d of a warp stop at different places", m->program, first,
+                                 t);
+                } while (state[first].why == AT_WARP);
+            }
+            running = state[0].why != EXIT;
+            for (s32 t = 0; t < threads; t++)
+                if (state[t].why != state[0].why || (running && state[t].at != state[0].at))
+                    FAIL("program %d: threads 0 and %d stop at different barriers", m->program, t);
+        }
+    }
+    for (s64 i = 0; i < span_count; i++) free(m->spans[i].shadow);
+    for (int i = 0; i < COUNTERS; i++) free(m->counters[i].released);
+    free(state), free(m->shared), free(m->shared_shadow), free(m->spans), free(m->exchange), free(m->collectives);
+    return status;
 }
