@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .arithmetic import mean
+
 SPARES = 128  # counters set aside for captured launches
 
 _zeros: dict[tuple[torch.device, int, torch.dtype], torch.Tensor] = {}
@@ -25,6 +27,14 @@ def is_last(counter_ptr):
     if last:
         tl.store(counter_ptr, 0)
     return last
+
+
+@triton.jit
+def mean_of_partials(partial_ptr, count, MAX_PROGRAMS: tl.constexpr):
+    """In the last program: the sum of what each of up to MAX_PROGRAMS programs stored, over ``count``."""
+    slots = tl.arange(0, MAX_PROGRAMS)
+    used = slots < tl.num_programs(0)
+    return mean(tl.sum(tl.load(partial_ptr + slots, used, other=0, cache_modifier=".cg"), axis=0), count)
 
 
 def stream_of(device: torch.device) -> int:

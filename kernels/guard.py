@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from . import table
-from .arithmetic import divide, mean
-from .arrival import is_last, zero
+from .arithmetic import divide
+from .arrival import is_last, mean_of_partials, zero
 from .table import Tables
 
 BLOCK = 4096
@@ -43,13 +43,6 @@ def _sum(x_ptr, numel, acc: tl.constexpr, BLOCK: tl.constexpr, MAX_PROGRAMS: tl.
     for start in range(program * BLOCK, numel, stride):
         total += tl.load(x_ptr + start + lanes, start + lanes < numel, other=0).to(acc)
     return tl.sum(total, axis=0)
-
-
-@triton.jit
-def _mean(partial_ptr, numel, MAX_PROGRAMS: tl.constexpr):
-    slots = tl.arange(0, MAX_PROGRAMS)
-    used = slots < tl.num_programs(0)
-    return mean(tl.sum(tl.load(partial_ptr + slots, used, other=0, cache_modifier=".cg"), axis=0), numel)
 
 
 @triton.jit(do_not_specialize=["chunks", "tensors"])
@@ -102,9 +95,9 @@ def _guard_kernel(
 
     if is_last(counter_ptr):
         if FORM != "none":
-            mean_a = _mean(partial_ptr, a_numel, MAX_PROGRAMS)
+            mean_a = mean_of_partials(partial_ptr, a_numel, MAX_PROGRAMS)
             if FORM == "critic":
-                mean_b = _mean(partial_ptr + MAX_PROGRAMS, b_numel, MAX_PROGRAMS)
+                mean_b = mean_of_partials(partial_ptr + MAX_PROGRAMS, b_numel, MAX_PROGRAMS)
                 tl.store(stats_ptr + 0, mean_a)
                 tl.store(stats_ptr + 1, mean_b)
                 tl.store(stats_ptr + 2, mean_a - mean_b)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import divide, log1p, mean
-from .arrival import is_last, zero
+from .arrival import is_last, mean_of_partials, zero
 
 BLOCK = 1024
 MAX_PROGRAMS = 512  # several per multiprocessor on any current GPU; also the width of the final sum
@@ -64,13 +64,6 @@ def _walk(
 
 
 @triton.jit
-def _mean(partial_ptr, numel, MAX_PROGRAMS: tl.constexpr):
-    slots = tl.arange(0, MAX_PROGRAMS)
-    used = slots < tl.num_programs(0)
-    return mean(tl.sum(tl.load(partial_ptr + slots, used, other=0, cache_modifier=".cg"), axis=0), numel)
-
-
-@triton.jit
 def _objective_kernel(
     a_ptr,  # [a_numel] scores
     b_ptr,  # [b_numel] scores, where CRITIC
@@ -106,11 +99,11 @@ def _objective_kernel(
         )  # fmt: skip
 
     if is_last(counter_ptr):
-        loss = _mean(partial_ptr + MAX_PROGRAMS, a_numel, MAX_PROGRAMS)
+        loss = mean_of_partials(partial_ptr + MAX_PROGRAMS, a_numel, MAX_PROGRAMS)
         if CRITIC:
-            loss += _mean(partial_ptr + 3 * MAX_PROGRAMS, b_numel, MAX_PROGRAMS)
-            mean_a = _mean(partial_ptr, a_numel, MAX_PROGRAMS)
-            mean_b = _mean(partial_ptr + 2 * MAX_PROGRAMS, b_numel, MAX_PROGRAMS)
+            loss += mean_of_partials(partial_ptr + 3 * MAX_PROGRAMS, b_numel, MAX_PROGRAMS)
+            mean_a = mean_of_partials(partial_ptr, a_numel, MAX_PROGRAMS)
+            mean_b = mean_of_partials(partial_ptr + 2 * MAX_PROGRAMS, b_numel, MAX_PROGRAMS)
             tl.store(stats_ptr + 0, mean_a)
             tl.store(stats_ptr + 1, mean_b)
             tl.store(stats_ptr + 2, mean_a - mean_b)

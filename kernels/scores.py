@@ -16,8 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .arithmetic import mean
-from .arrival import is_last, zero
+from .arrival import is_last, mean_of_partials, zero
 
 BLOCK = 1024
 MAX_PROGRAMS = 512  # several per multiprocessor on any current GPU; also the width of the final sum
@@ -67,13 +66,9 @@ def _scores_kernel(
         tl.store(partial_ptr + MAX_PROGRAMS + program, tl.sum(b_sum, axis=0))
 
     if is_last(counter_ptr):
-        slots = tl.arange(0, MAX_PROGRAMS)
-        used = slots < tl.num_programs(0)
-        a_partials = tl.load(partial_ptr + slots, used, other=0, cache_modifier=".cg")
-        mean_a = mean(tl.sum(a_partials, axis=0), a_numel)
+        mean_a = mean_of_partials(partial_ptr, a_numel, MAX_PROGRAMS)
         if FORM == "critic" or FORM == "hinge":
-            b_partials = tl.load(partial_ptr + MAX_PROGRAMS + slots, used, other=0, cache_modifier=".cg")
-            mean_b = mean(tl.sum(b_partials, axis=0), b_numel)
+            mean_b = mean_of_partials(partial_ptr + MAX_PROGRAMS, b_numel, MAX_PROGRAMS)
             tl.store(stats_ptr + 0, mean_a)
             tl.store(stats_ptr + 1, mean_b)
             tl.store(stats_ptr + 2, mean_a - mean_b)
