@@ -75,9 +75,7 @@ def small(constraint=PENALTY, *, device="cpu", seed=0, backend="auto", **options
 @pytest.mark.parametrize(
     ("name", "backend", "constraint"),
     [
-        # Without the MLP and the tabular ones, whose weights take the interpreter too long.
-        *((name, "triton", "penalty") for name in ("dcgan", "resnet", "conditional")),
-        *((name, "triton", "clip") for name in ("dcgan", "resnet")),  # with BatchNorm
+        *((name, "triton", constraint) for name in verify_run.BUILT_IN for constraint in CONSTRAINTS),
         *((name, "torch", constraint) for name in verify_run.BUILT_IN for constraint in CONSTRAINTS),
         ("dcgan", "triton", "norm-clip"),
         ("resnet", "torch", "dragan"),
