@@ -385,8 +385,8 @@ class Program:
     def __call__(
         self, order: Sequence[int], arguments: Sequence[tuple[str, Any]], spans: Sequence[tuple[int, int]],
         *, backwards: bool = False,
-    ) -> None:  # fmt: skip
-        """Launch.
+    ) -> tuple[int, int]:  # fmt: skip
+        """Launch; return how many bytes of global memory were loaded and stored, counting each once for a program.
 
         Args:
             order: in which the programs run, one after the other.
@@ -401,18 +401,20 @@ class Program:
             assert struct.calcsize(code) == size, (kind, size)
             struct.pack_into(code, params, offset, value)
         flat = [n for span in spans for n in span]
-        message = ctypes.create_string_buffer(1000)
+        message, moved = ctypes.create_string_buffer(1000), (ctypes.c_int64 * 2)()
         status = self._launch(
             message, ctypes.c_int64(len(message)), ctypes.c_int64(len(order)), (ctypes.c_int32 * len(order))(*order),
             ctypes.c_int32(t.threads),
             (ctypes.c_ubyte * len(params)).from_buffer(params), ctypes.c_uint64(self._shared),
-            (ctypes.c_uint64 * len(flat))(*flat), ctypes.c_int64(len(spans)), ctypes.c_int32(backwards),
+            (ctypes.c_uint64 * len(flat))(*flat), ctypes.c_int64(len(spans)), ctypes.c_int32(backwards), moved,
         )  # fmt: skip
         if status:
             text = message.value.decode()
             line = re.match(r"line (\d+)", text)
             body = self._ptx.split("\n{\n", 1)[1].split("\n")
             raise FaultError(f"{t.name}: {text}" + (f"\n{body[int(line[1]) - 1].strip()}" if line else ""))
+        loaded, stored = moved
+        return loaded, stored
 
 
 def _spans(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
@@ -432,6 +434,7 @@ class Launch:
     _binders: ClassVar[dict[JITFunction[Any], Callable[..., Any]]] = {}
     _programs: ClassVar[dict[Hashable, tuple[Program, dict[str, str]]]] = {}
     _backend = make_backend(TARGET)
+    moved: ClassVar[dict[str, tuple[int, int]]] = {}  # bytes loaded and stored, by the last launch of each kernel
 
     def __init__(self, fn: JITFunction[Any], grid: tuple[int, ...]) -> None:
         self.fn, self.grid = fn, grid
@@ -451,7 +454,7 @@ class Launch:
         program, signature = self._programs[key]
         tensors = [x for x in (*bound.values(), *strict._state.by_address) if isinstance(x, torch.Tensor)]
         (programs,), order = self.grid, strict._state.order
-        program(
+        self.moved[self.fn.__name__] = program(
             [order(i, programs) if order else i for i in range(programs)],
             [
                 (kind, bound[name].data_ptr() if kind[0] == "*" else bound[name])

@@ -49,6 +49,7 @@ typedef struct {
     Shadow *shared_shadow;
     Counter counters[COUNTERS];
     u32 (*exchange)[2][WARP][4];  // of each warp: what its threads bring to a collective operation; two, used in turn
+    s64 *moved;  // bytes loaded and stored, those of global memory, which a program is counted for once
     // where it is
     s32 program, thread, barriers, *collectives;
     Access acquired[COUNTERS];  // by which thread of this program, and after how many barriers; program 0 before
@@ -160,9 +161,12 @@ static void *global(Launch *m, u64 address, u64 size, const void *from, int atom
     if (address < span->first || address + size > span->end)
         FAIL("line %d: program %d, thread %d %s %d bytes at %#llx, outside the launch's tensors", line, m->program,
              m->thread, verb, (int)size, (unsigned long long)address);
-    for (u64 i = 0; i < size; i += GRANULE)
-        touch(m, &span->shadow[(address + i - span->first) / GRANULE], (char *)address + i, from ? (char *)from + i : 0,
-              atomic, line);
+    for (u64 i = 0; i < size; i += GRANULE) {
+        Shadow *shadow = &span->shadow[(address + i - span->first) / GRANULE];
+        const Access *before = from ? &shadow->stored : &shadow->loaded;
+        if (before->program != m->program + 1) m->moved[from != 0] += GRANULE;
+        touch(m, shadow, (char *)address + i, from ? (char *)from + i : 0, atomic, line);
+    }
     return (void *)address;
 }
 
@@ -206,9 +210,9 @@ static int run(Launch *m, Thread *t, const s32 tid) {
 
 // 0, or 1 with a message. Programs come in the order given; of the threads of one, warp by warp.
 int launch(char *message, s64 message_size, s64 programs, const s32 *order, s32 threads, const unsigned char *params,
-           u64 shared_size, const u64 *spans, s64 span_count, s32 backwards) {
+           u64 shared_size, const u64 *spans, s64 span_count, s32 backwards, s64 *moved) {
     Launch launch = {.message = message, .message_size = message_size, .programs = programs, .threads = threads,
-                     .params = params, .shared_size = shared_size, .span_count = span_count}, *m = &launch;
+                     .params = params, .shared_size = shared_size, .span_count = span_count, .moved = moved}, *m = &launch;
     Thread *state = malloc(threads * sizeof *state);
     m->shared = malloc(shared_size + 16);
     m->shared_shadow = malloc((shared_size / GRANULE + 1) * sizeof(Shadow));

@@ -3,10 +3,13 @@
 import shutil
 from typing import Any
 
+import conftest
 import numpy as np
 import ptx
 import pytest
 import torch
+
+from fastwgan.bench_builders import OPS, Case
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="PTX is run by way of C: no C compiler here")
 
@@ -233,3 +236,30 @@ def test_what_a_kernel_must_not_do(body: str, message: str) -> None:
 def test_instructions_that_are_not_known_are_refused(body: str) -> None:
     with pytest.raises(ptx.UnknownError):
         _program(body)
+
+
+BYTES = {  # of an element that is loaded, and stored
+    "RMSprop": ("_update_kernel", 12, 8),
+    "Adam": ("_update_kernel", 16, 12),
+    "Adam averaged": ("_update_kernel", 20, 16),
+    "guard": ("_guard_kernel", 4, 0),
+    "project": ("_project_kernel", 4, 4),
+    "interpolate": ("_interpolate_kernel", 8, 4),
+    "perturb": ("_perturb_kernel", 4, 4),
+    "penalty": ("_penalty_kernel", 4, 4),
+    "scores": ("_scores_kernel", 8, 0),
+    "objective": ("_objective_kernel", 8, 8),
+}
+
+
+@pytest.mark.emulated
+@pytest.mark.skipif(conftest.KERNELS != "compiled for a GPU, run on the CPU", reason="the machine counts bytes")
+@pytest.mark.parametrize("op", BYTES)
+def test_each_kernel_moves_what_it_has_to_and_no_more(op: str) -> None:
+    """Every number is read once and written once: what the benchmark takes for the least that has to be moved."""
+    name, *expected = BYTES[op]
+    case = Case(op, 2**18, 4 if OPS[op].of_tensors else 1)
+    assert OPS[op].bytes == sum(expected) + (8 if op == "project" else 0)  # it is given a copy to work on
+    OPS[op].builders(case, torch.device("cpu"))["fastwgan"]().take()
+    for moved, least in zip(ptx.Launch.moved[name], expected, strict=True):
+        assert least * case.elements <= moved <= (1.02 * least + 0.05) * case.elements
