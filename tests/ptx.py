@@ -134,6 +134,7 @@ class _Translation:
         if found is None:
             raise UnknownError(line)
         guard, operation, operands = found.groups()
+        operation = operation.replace("shared::cta", "shared")  # another name of the same
         try:
             statement = self.instruction(operation, _split(operands), number)
         except (UnknownError, ValueError, KeyError, IndexError) as error:
@@ -168,8 +169,8 @@ class _Translation:
             return self.stop("AT_BARRIER")
         if name in ("ld", "st"):
             return self.memory(name, modifiers, operands, number)
-        if name == "atom":
-            return self.atomic(modifiers, operands, number)
+        if name in ("atom", "red"):  # with the old value, and without
+            return self.atomic(modifiers, operands if name == "atom" else ["_", *operands], number)
         if name in ("shfl", "redux", "ldmatrix", "stmatrix"):
             return self.of_warp(operation, operands, number)
         if kind == "pred":

@@ -161,6 +161,22 @@ def test_matrices_are_transposed() -> None:
         np.testing.assert_array_equal(y.view(np.int32)[32 * warp : 32 * warp + 32], np.repeat(want[:, None], 4, 1))
 
 
+def test_atomics_take_turns() -> None:
+    y = _memory()
+    body = """
+    cvt.u64.u32 %rd5, %r1;
+    atom.global.gpu.relaxed.add.u64 %rd6, [ %rd4 + 0 ], 3;
+    red.global.gpu.relaxed.max.s64 [ %rd4 + 8 ], %rd5;
+    atom.global.gpu.relaxed.exch.b64 %rd7, [ %rd4 + 16 ], %rd5;
+    add.s64 %rd8, %rd6, %rd7;
+    atom.global.gpu.relaxed.add.u64 %rd9, [ %rd4 + 24 ], %rd8;
+    """
+    _run(body, y, y)
+    one_to_each = sum(range(THREADS))
+    last = y.view(np.int64)[1, 0]  # what was exchanged last comes back to nobody
+    assert y.view(np.int64)[:2].ravel().tolist() == [3 * THREADS, 63, last, 3 * one_to_each + one_to_each - last]
+
+
 SUM = """
     @%p1 mov.b32 %r9, 0;
     bar.sync 0;
