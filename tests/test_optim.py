@@ -197,6 +197,30 @@ def test_infinite_weight_without_decay_stays(backend, device):
     assert p.isinf().all()
 
 
+@pytest.mark.parametrize("which", ["parameter", "gradient", "state"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_one_tensor_that_is_not_aligned(name, which, backend, device):
+    """Of more elements than a program has, so that its neighbours are loaded and stored 16 bytes at a time."""
+    n = 2 * 2048 + 5
+
+    def make(unaligned):
+        return torch.randn(n + 1, device=device)[1:] if unaligned else torch.randn(n, device=device)
+
+    p = nn.Parameter(make(which == "parameter"))
+    q = nn.Parameter(p.detach().clone())
+    mine, other = PAIRS[name][0]([p], lr=0.01, backend=backend), PAIRS[name][1]([q], lr=0.01)
+    for _ in range(3):
+        p.grad = make(which == "gradient")
+        q.grad = p.grad.clone()
+        mine.step()
+        other.step()
+        if which == "state":
+            state = mine.state[p]
+            key = "square_avg" if name == "rmsprop" else "exp_avg_sq"
+            state[key] = make(True).copy_(state[key])
+    torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_steps_count_as_changes_to_autograd(name, backend, device):
     """A backward pass over weights that a step has changed meanwhile must fail, not go wrong."""

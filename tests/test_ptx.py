@@ -247,7 +247,8 @@ def test_the_last_program_to_arrive_sees_what_the_others_stored(order: tuple[int
         (READ_BY_ALL + "st.global.b32 [%rd4], 7;\n$L_end:", "program 2, thread 0 stores over what program 1, .* loads"),
         (COUNT + "ld.global.b64 %rd9, [%rd4];\n$L_end:", "program 2, thread 0 loads what program 1, thread 0 stores"),
         (COUNT + "atom.global.gpu.relaxed.exch.b64 %rd9, [%rd4], 0;\n$L_end:", "loads what program 1, thread 0 stores"),
-        ("st.shared.b32 [0], 7;\nshfl.sync.idx.b32 %r5, %r1, 0, 31, -1;\nst.shared.b32 [0], %r1;", "stores over what"),
+        ("setp.eq.b32 %p1, %r1, 0;\n@%p1 st.shared.b32 [0], 7;\nshfl.sync.idx.b32 %r5, %r1, 0, 31, -1;\n"
+         "ld.shared.b32 %r6, [0];", "thread 1 loads what program 0, thread 0 stores"),
         ("ld.global.b32 %r5, [%rd4];\nshfl.sync.idx.b32 %r6, %r1, 0, 31, -1;\nsetp.eq.b32 %p1, %r1, 40;\n"
          "@%p1 st.global.b32 [%rd4], %r1;", "program 0, thread 40 stores over what program 0, thread .* loads"),
         ("redux.sync.add.s32 %r5, %r1, 7;", "part of a warp"),
