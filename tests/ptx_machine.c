@@ -200,6 +200,10 @@ static void *shared(Launch *m, u32 address, u64 size, const void *from, int line
     if (address % size || address + size > m->shared_size)
         FAIL("line %d: program %d, thread %d %s %d bytes at %u of %d of shared memory", line, m->program, m->thread,
              from ? "stores" : "loads", (int)size, address, (int)m->shared_size);
+    for (u64 i = 0; i < size && !from; i += GRANULE)
+        if (!m->shared_shadow[(address + i) / GRANULE].stored[0].program)
+            FAIL("line %d: program %d, thread %d loads %u of shared memory, where nothing is", line, m->program, m->thread,
+                 (u32)(address + i));
     for (u64 i = 0; i < size; i += GRANULE)
         touch(m, &m->shared_shadow[(address + i) / GRANULE], m->shared + address + i, from ? (char *)from + i : 0, 0,
               line);

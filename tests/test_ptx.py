@@ -252,6 +252,7 @@ def test_the_last_program_to_arrive_sees_what_the_others_stored(order: tuple[int
         ("ld.global.b32 %r5, [%rd4];\nshfl.sync.idx.b32 %r6, %r1, 0, 31, -1;\nsetp.eq.b32 %p1, %r1, 40;\n"
          "@%p1 st.global.b32 [%rd4], %r1;", "program 0, thread 40 stores over what program 0, thread .* loads"),
         ("redux.sync.add.s32 %r5, %r1, 7;", "part of a warp"),
+        ("ld.shared.b32 %r5, [16];", "loads 16 of shared memory, where nothing is"),
         ("div.s32 %r5, %r1, %r2;", "a division by zero"),
         (STORE_PARTIAL + SUM.replace("bar.sync 0;\n    ld.shared", "ld.shared"), "loads what .*, thread 0 stores"),
     ],
