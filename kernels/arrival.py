@@ -55,9 +55,10 @@ def zero(device: torch.device, dtype: torch.dtype = torch.int32) -> torch.Tensor
     """
     spares = _spares.setdefault((device, dtype), [])
     if capturing(device):
-        counter = spares.pop() if spares else torch.zeros(1, dtype=dtype, device=device)
-        _captured.append(counter)
-        return counter
+        if not spares:  # memory of the graph's, which is given back with it
+            return torch.zeros(1, dtype=dtype, device=device)
+        _captured.append(spares.pop())
+        return _captured[-1]
     if len(spares) < SPARES:  # 16 bytes for each, as a pointer that is no multiple of that is another kernel to Triton
         spares.extend(torch.zeros(SPARES, 16 // dtype.itemsize, dtype=dtype, device=device)[:, :1].unbind())
     key = (device, stream_of(device), dtype)

@@ -31,7 +31,6 @@ TARGET = GPUTarget("cuda", 90, 32)
 WARP = 32
 OPTIONS = ["-w", "-shared", "-fPIC", "-fwrapv", "-fno-strict-aliasing", "-ffp-contract=off"]
 OPTIONS += ["-O0"]  # most programs run for less time than it takes to compile them
-OPTIONS += ["-mfma", "-mf16c"] if platform.machine() == "x86_64" else []
 MACHINE = Path(__file__).with_name("ptx_machine.c")
 REGISTERS = {"p": "unsigned char", "rs": "u16", "r": "u32", "rd": "u64", "f": "u32", "fd": "u64"}
 SPECIAL = {"%tid.x": "tid", "%ctaid.x": "m->program", "%nctaid.x": "m->programs", "%tid.y": "0", "%tid.z": "0"}
@@ -41,6 +40,25 @@ PACK = {"i32": "<i", "i64": "<q", "fp32": "<f"}  # by Triton's names; a pointer 
 ARITHMETIC = {"add": "a + b", "sub": "a - b", "mul": "a * b", "mul.lo": "a * b", "div": "a / b", "mad.lo": "a * b + c"}
 ARITHMETIC |= {"and": "a & b", "or": "a | b", "xor": "a ^ b", "not": "~a", "neg": "-a", "rem": "a % b"}
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+
+# All that there is a meaning for here, each to the last modifier: one more can be another instruction.
+_INTEGER, _RELATION, _MATRIX = "[us](16|32|64)", "(eq|ne|lt|le|gt|ge)", "sync.aligned.m8n8.x4"
+_PATTERNS = (
+    "ret|bra(.uni)?|bar.sync",
+    "(and|or|not|mov).pred|(mov|selp).([bus]16|[busf](32|64))",
+    f"(add|sub|mul.lo|mad.lo|div|rem|min|max).{_INTEGER}|neg.s(16|32|64)|(mul|mad).wide.[us]32|mul.hi.[us]32",
+    "(and|or|xor|not|shl).b(16|32|64)|shr.[bus](16|32|64)|bfe.[us]32|popc.b32|prmt.b32",
+    "((add|sub|mul)(.rn)?|(fma|div|sqrt).rn|neg|abs|min|max)((.ftz)?.f32|.f64)",
+    "(min|max)(.ftz)?.NaN.f32|abs.b?f16(x2)?|ex2.approx(.ftz)?.f32|rcp.approx.ftz.f64",
+    f"setp.{_RELATION}.{_INTEGER}|setp.(eq|ne).b(16|32|64)|setp.({_RELATION}u?|nan|num).(b?f16|f32|f64)",
+    f"cvt.{_INTEGER}.{_INTEGER}|cvt.rn.f(32|64).{_INTEGER}|cvt.rzi.s32.f(32|64)",
+    "cvt.f32.b?f16|cvt.f64.f32|cvt.rn.f32.f64|cvt.rn.b?f16(x2)?.f32",
+    f"ld.param.[bus](32|64)|ld(.volatile)?.global(.cg)?(.v2|.v4)?.(b16|b32|b64|{_INTEGER})",
+    f"(st.global|ld.shared|st.shared)(.v2|.v4)?.(b16|b32|b64|{_INTEGER})",
+    "(atom|red).global.gpu.(relaxed|acq_rel).(add.u(32|64)|max.[us](32|64)|exch.b(32|64))",
+    f"shfl.sync.(bfly|idx).b32|redux.sync.add.s32|(ldmatrix.{_MATRIX}(.trans)?|stmatrix.{_MATRIX}).shared.b16",
+)
+KNOWN = re.compile("|".join(_PATTERNS).replace(".", r"\."))
 
 
 class UnknownError(Exception):
@@ -119,6 +137,8 @@ class _Translation:
         return f"{self.value(base.strip(), kind)} + {offset.strip() or 0}"
 
     def predicate(self, operand: str) -> str:
+        if not re.fullmatch(r"!?%p\d+", operand):
+            raise UnknownError(operand)
         negated = operand.startswith("!")
         return f"{'!' if negated else ''}t->p[{operand.lstrip('!')[2:]}]"
 
@@ -136,6 +156,8 @@ class _Translation:
         guard, operation, operands = found.groups()
         operation = operation.replace("shared::cta", "shared")  # another name of the same
         try:
+            if not KNOWN.fullmatch(operation):
+                raise UnknownError(operation)
             statement = self.instruction(operation, _split(operands), number)
         except (UnknownError, ValueError, KeyError, IndexError) as error:
             raise UnknownError(f"{line} ({error!r})") from error
@@ -190,12 +212,14 @@ class _Translation:
         if name == "abs" and kind in ("f16", "bf16", "f16x2", "bf16x2"):
             mask, bits = (0x7FFF7FFF, "b32") if kind.endswith("x2") else (0x7FFF, "b16")
             return store(operands[0], bits, f"{value(operands[1], bits)} & {mask}")
-        return self.arithmetic(operation, operands)
+        divisor = name in ("div", "rem") and kind not in FLOATS and value(operands[2], kind)
+        checked = f'if (!{divisor}) FAIL("line {number}: a division by zero"); ' if divisor else ""
+        return checked + self.arithmetic(operation, operands)
 
     def arithmetic(self, operation: str, operands: list[str]) -> str:
         parts = operation.split(".")
         kind = parts[-1]
-        known = {p for p in parts[:-1] if p in ("ftz", "rn", "NaN", "approx", "sat")}
+        known = {p for p in parts[:-1] if p in ("ftz", "rn", "NaN", "approx")}
         name = ".".join(p for p in parts[:-1] if p not in known)
         flush = "ftz" if "ftz" in known and kind == "f32" else ""
         a, b, c = ([f"{flush}({self.value(o, kind)})" for o in operands[1:4]] + ["", ""])[:3]
@@ -209,8 +233,6 @@ class _Translation:
                 "min": f"min_{nan}{kind}({a}, {b})", "max": f"max_{nan}{kind}({a}, {b})",
                 "ex2": f"approximately(exp2f({a}), of_f32({a}))", "rcp": f"coarse_reciprocal({a})",
             }[name]  # fmt: skip
-            if (name in ("sqrt", "div") and "rn" not in known) or (name in ("ex2", "rcp")) != ("approx" in known):
-                raise UnknownError(operation)
             expression = f"{flush}({expression})"
         elif name in ARITHMETIC:
             # Signed overflow wraps on a GPU, so all but division is of unsigned numbers.
@@ -233,6 +255,8 @@ class _Translation:
             expression = f"{b} >= {bits} ? {beyond} : {a} {'<<' if name == 'shl' else '>>'} {b}"
         elif name == "bfe":  # of bits known here
             first, count = int(operands[2]), int(operands[3])
+            if not 0 <= first < first + count <= 32:
+                raise UnknownError("bits beyond the word")
             expression = f"({kind})({self.value(operands[1], 'u32')} << {32 - first - count}) >> {32 - count}"
         elif operation == "popc.b32":
             expression = f"__builtin_popcount({a})"
@@ -270,26 +294,19 @@ class _Translation:
         return self.store(to, f"u{bits}", self.value(source, f"u{bits}"))
 
     def conversion(self, modifiers: list[str], operands: list[str]) -> str:
-        rounding = [m for m in modifiers if m in ("rn", "rzi")]
-        if len(modifiers) - len(rounding) != 2:
-            raise UnknownError("cvt of this kind")
         to, source = modifiers[-2:]
         a = self.value(operands[1], source)
         if to in ("f16x2", "bf16x2"):  # the first goes into the upper half
             low = self.value(operands[2], source)
             return self.store(operands[0], "u32", f"(u32)of_{to[:-2]}({a}) << 16 | of_{to[:-2]}({low})")
         if source in FLOATS and to not in FLOATS:
-            if to != "s32" or rounding != ["rzi"]:
-                raise UnknownError("cvt to this integer")
-            return self.store(operands[0], to, f"s32_of_float({a})")
+            return self.store(operands[0], to, f"s32_of_float({a}, {'INT32_MIN' if source == 'f64' else 0})")
         if to in FLOATS:
             return self.store(operands[0], to, f"({'double' if to == 'f64' else 'float'}){a}")
         return self.store(operands[0], to, a)
 
     def memory(self, name: str, modifiers: list[str], operands: list[str], number: int) -> str:
         (space,) = {"global", "shared", "param"}.intersection(modifiers)
-        if set(modifiers[:-1]) - {space, "cg", "volatile", "v2", "v4"}:
-            raise UnknownError(str(modifiers))
         kind = modifiers[-1]
         ckind = kind.replace("b", "u")
         place, data = operands if name == "st" else operands[::-1]
@@ -308,15 +325,14 @@ class _Translation:
 
     def atomic(self, modifiers: list[str], operands: list[str], number: int) -> str:
         *_, order, what, kind = modifiers
-        if modifiers[:2] != ["global", "gpu"] or order not in ("relaxed", "acq_rel"):
-            raise UnknownError(str(modifiers))
         place, ckind = self.address(operands[1], "u64"), kind.replace("b", "u")
         meet = f"release_and_acquire(m, {place}, {number}); " if order == "acq_rel" else ""
+        atomic = {"add": "ADD", "max": "MAX", "exch": "EXCHANGE"}[what]
         at = f"*({ckind} *)global(m, {place}, {_bits(kind) // 8}"
         new = {"add": "old + by", "max": "old > by ? old : by", "exch": "by"}[what]
         return (
-            f"{{ {meet}const {ckind} old = {at}, 0, 1, {number}), by = {self.value(operands[2], ckind)}, new = {new}; "
-            f"{at}, &new, 1, {number}) = new; {self.store(operands[0], kind, 'old')} }}"
+            f"{{ const {ckind} old = {at}, 0, {atomic}, {number}), by = {self.value(operands[2], ckind)}, new = {new}; "
+            f"{at}, &new, {atomic}, {number}) = new; {meet}{self.store(operands[0], kind, 'old')} }}"
         )
 
     def of_warp(self, operation: str, operands: list[str], number: int) -> str:
@@ -330,7 +346,9 @@ class _Translation:
             )
         if operation == "redux.sync.add.s32":
             total = f"u32 sum = 0; for (int i = 0; i < WARP; i++) sum += {seen}[i][0];"
-            return self.collective([self.value(operands[1], "u32")], f"{total} {self.store(operands[0], 'u32', 'sum')}")
+            part = f'if (~{self.value(operands[2], "u32")}) FAIL("line {number}: a sum over part of a warp");'
+            both = self.collective([self.value(operands[1], "u32")], f"{total} {self.store(operands[0], 'u32', 'sum')}")
+            return f"{part} {both}"
         kind = operation.split(".", 1)[1]
         at = f"shared(m, {seen}[8 * %d + %s][0] + %s, %d, %s, {number})"
         if operation == "stmatrix.sync.aligned.m8n8.x4.shared.b16":
@@ -374,7 +392,8 @@ class Program:
         source = self._translation.source()
         directory = Path(triton.knobs.cache.dir) / "ptx"
         directory.mkdir(parents=True, exist_ok=True)
-        library = directory / f"{hashlib.sha256(source.encode()).hexdigest()[:24]}.so"
+        key = "\n".join((source, platform.platform(), *OPTIONS))  # machines may share a home
+        library = directory / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
         if not library.exists():
             with tempfile.TemporaryDirectory(dir=directory) as scratch:
                 c, so = Path(scratch) / "kernel.c", Path(scratch) / "kernel.so"

@@ -1,5 +1,7 @@
 """What the public ops do not show: the pointer table and its uploads, and the bias correction."""
 
+import weakref
+
 import pytest
 import torch
 from fastwgan.kernels import arrival, table
@@ -111,6 +113,8 @@ def test_captured_launches_have_counters_of_their_own_that_were_zeroed_before(dt
     monkeypatch.setattr(arrival, "capturing", lambda device: True)
     more = [arrival.zero(CPU, dtype) for _ in range(2 * arrival.SPARES)]
     assert len({counter.data_ptr() for counter in (eager, *captured, *more)}) == 1 + len(captured) + len(more)
+    (late,) = [weakref.ref(counter) for counter in [arrival.zero(CPU, dtype)]]
+    assert late() is None  # it is memory of the graph's, which nothing else may keep
 
 
 def test_uploads_kept_back_during_a_capture_come_in_order_and_stay(monkeypatch):

@@ -14,7 +14,7 @@ import fastwgan
 from fastwgan import Adam, RMSprop
 
 PAIRS = {"rmsprop": (RMSprop, torch.optim.RMSprop), "adam": (Adam, torch.optim.Adam)}
-SHAPES = ((1,), (17,), (2048,), (33, 65), (4, 3, 5, 5), (0,), ())
+SHAPES = ((1,), (17,), (2047,), (2048,), (33, 65), (4, 3, 5, 5), (0,), ())
 
 
 @pytest.fixture(params=["triton", "torch"])
@@ -195,6 +195,30 @@ def test_infinite_weight_without_decay_stays(backend, device):
     p.grad = torch.ones_like(p)
     RMSprop([p], backend=backend).step()
     assert p.isinf().all()
+
+
+@pytest.mark.parametrize("which", ["parameter", "gradient", "state"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_one_tensor_that_is_not_aligned(name, which, backend, device):
+    """Of more elements than a program has, so that its neighbours are loaded and stored 16 bytes at a time."""
+    n = 2 * 2048 + 5
+
+    def make(unaligned):
+        return torch.randn(n + 1, device=device)[1:] if unaligned else torch.randn(n, device=device)
+
+    p = nn.Parameter(make(which == "parameter"))
+    q = nn.Parameter(p.detach().clone())
+    mine, other = PAIRS[name][0]([p], lr=0.01, backend=backend), PAIRS[name][1]([q], lr=0.01)
+    for _ in range(3):
+        p.grad = make(which == "gradient")
+        q.grad = p.grad.clone()
+        mine.step()
+        other.step()
+        if which == "state":
+            state = mine.state[p]
+            key = "square_avg" if name == "rmsprop" else "exp_avg_sq"
+            state[key] = make(True).copy_(state[key])
+    torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", PAIRS)

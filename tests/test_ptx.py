@@ -82,6 +82,9 @@ WORDS = np.array([0, 1, -1, 2**31 - 1, -(2**31), 0x12345678, -0x12345678, 97], n
         ("cvt.rn.bf16x2.f32 %r5, %r4, %r3;\nmov.b32 {%rs1, _}, %r5;\ncvt.f32.bf16 %r5, %rs1;",
          lambda a, b: torch.from_numpy(a).bfloat16().float().numpy()),
         ("cvt.rn.f16.f32 %rs1, %r3;\ncvt.f32.f16 %r5, %rs1;", lambda a, b: torch.from_numpy(a).half().float().numpy()),
+        ("cvt.rn.f16x2.f32 %r5, %r3, %r4;\nmov.b32 {_, %rs1}, %r5;\ncvt.f32.f16 %r5, %rs1;",
+         lambda a, b: torch.from_numpy(a).half().float().numpy()),
+        ("ex2.approx.f32 %r5, 0f00000000;", lambda a, b: 0 * b.view(np.int32) + 1),
         ("cvt.rzi.s32.f32 %r6, %r3;\ncvt.rn.f32.s32 %r5, %r6;",
          lambda a, b: np.trunc(np.clip(np.nan_to_num(a, nan=0.0, posinf=3e9, neginf=-3e9), -(2.0**31), 2.0**31)) + 0.0),
     ],
@@ -162,19 +165,17 @@ def test_matrices_are_transposed() -> None:
 
 
 def test_atomics_take_turns() -> None:
-    y = _memory()
+    x, y = _bits(10 * np.arange(THREADS)), _memory()
     body = """
     cvt.u64.u32 %rd5, %r1;
     atom.global.gpu.relaxed.add.u64 %rd6, [ %rd4 + 0 ], 3;
     red.global.gpu.relaxed.max.s64 [ %rd4 + 8 ], %rd5;
-    atom.global.gpu.relaxed.exch.b64 %rd7, [ %rd4 + 16 ], %rd5;
-    add.s64 %rd8, %rd6, %rd7;
-    atom.global.gpu.relaxed.add.u64 %rd9, [ %rd4 + 24 ], %rd8;
+    atom.global.gpu.relaxed.exch.b64 %rd7, [ %rd1 + 0 ], %rd6;
+    red.global.gpu.relaxed.add.u64 [ %rd4 + 16 ], %rd7;
     """
-    _run(body, y, y)
-    one_to_each = sum(range(THREADS))
-    last = y.view(np.int64)[1, 0]  # what was exchanged last comes back to nobody
-    assert y.view(np.int64)[:2].ravel().tolist() == [3 * THREADS, 63, last, 3 * one_to_each + one_to_each - last]
+    _run(body, x, y)
+    assert y.view(np.int64).ravel()[:3].tolist() == [3 * THREADS, THREADS - 1, 10 * sum(range(THREADS))]
+    assert sorted(x.view(np.int64)[:, 0]) == [3 * i for i in range(THREADS)]
 
 
 SUM = """
@@ -201,6 +202,34 @@ STORE_PARTIAL = """
     add.s32 %r5, %r2, 5;
     setp.eq.b32 %p1, %r1, 33;
     @%p1 st.global.b32 [%rd7], %r5;
+"""
+# The same, stored when the program has arrived: too late for others to see.
+LATE = """
+    setp.ne.b32 %p1, %r1, 0;
+    @%p1 bra $L_end;
+    add.s64 %rd8, %rd4, 512;
+    mad.wide.u32 %rd7, %r2, 4, %rd3;
+    atom.global.gpu.acq_rel.add.u32 %r6, [%rd8], 1;
+    st.global.b32 [%rd7], %r6;
+    setp.ne.b32 %p2, %r2, 2;
+    @%p2 bra $L_end;
+    ld.global.b32 %r10, [%rd3];
+$L_end:
+"""
+READ_BY_ALL = """
+    ld.global.b32 %r5, [%rd4];
+    bar.sync 0;
+    setp.ne.b32 %p1, %r1, 0;
+    @%p1 bra $L_end;
+    setp.ne.b32 %p1, %r2, 2;
+    @%p1 bra $L_end;
+"""
+COUNT = """
+    setp.ne.b32 %p1, %r1, 0;
+    @%p1 bra $L_end;
+    atom.global.gpu.relaxed.add.u64 %rd8, [%rd4], 1;
+    setp.ne.b32 %p1, %r2, 2;
+    @%p1 bra $L_end;
 """
 
 
@@ -231,6 +260,17 @@ def test_the_last_program_to_arrive_sees_what_the_others_stored(order: tuple[int
         ("setp.lt.u32 %p1, %r1, 7;\n@%p1 bra $L_end;\nredux.sync.add.s32 %r5, %r1, -1;\n$L_end:", "of a warp stop at"),
         (STORE_PARTIAL + SUM.replace("bar.sync 0;", "", 1), "loads what program 0, thread 33 stores"),
         (STORE_PARTIAL + SUM.replace("acq_rel", "relaxed"), "loads what program 0, thread 33 stores"),
+        (LATE, "loads what program 0, thread 0 stores"),
+        (READ_BY_ALL + "st.global.b32 [%rd4], 7;\n$L_end:", "program 2, thread 0 stores over what program 1, .* loads"),
+        (COUNT + "ld.global.b64 %rd9, [%rd4];\n$L_end:", "program 2, thread 0 loads what program 1, thread 0 stores"),
+        (COUNT + "atom.global.gpu.relaxed.exch.b64 %rd9, [%rd4], 0;\n$L_end:", "loads what program 1, thread 0 stores"),
+        ("setp.eq.b32 %p1, %r1, 0;\n@%p1 st.shared.b32 [0], 7;\nshfl.sync.idx.b32 %r5, %r1, 0, 31, -1;\n"
+         "ld.shared.b32 %r6, [0];", "thread 1 loads what program 0, thread 0 stores"),
+        ("ld.global.b32 %r5, [%rd4];\nshfl.sync.idx.b32 %r6, %r1, 0, 31, -1;\nsetp.eq.b32 %p1, %r1, 40;\n"
+         "@%p1 st.global.b32 [%rd4], %r1;", "program 0, thread 40 stores over what program 0, thread .* loads"),
+        ("redux.sync.add.s32 %r5, %r1, 7;", "part of a warp"),
+        ("ld.shared.b32 %r5, [16];", "loads 16 of shared memory, where nothing is"),
+        ("div.s32 %r5, %r1, %r2;", "a division by zero"),
         (STORE_PARTIAL + SUM.replace("bar.sync 0;\n    ld.shared", "ld.shared"), "loads what .*, thread 0 stores"),
     ],
 )  # fmt: skip
@@ -247,11 +287,54 @@ def test_what_a_kernel_must_not_do(body: str, message: str) -> None:
         "bar.sync 1;",
         "@%p1 bar.sync 0;",
         "ld.local.b32 %r5, [0];",
+        "add.f16x2 %r5, %r3, %r4;",
+        "neg.bf16x2 %r5, %r3;",
+        "fma.rn.f16 %rs1, %rs2, %rs3, %rs4;",
+        "add.sat.s32 %r5, %r3, %r4;",
+        "fma.rn.sat.f32 %r5, %r3, %r3, %r4;",
+        "setp.lt.ftz.f32 %p1, %r3, %r4;",
+        "setp.lt.f16x2 %p1|%p2, %r3, %r4;",
+        "setp.lt.b32 %p1, %r3, %r4;",
+        "abs.ftz.f16x2 %r5, %r3;",
+        "bfe.u64 %rd5, %rd6, 4, 8;",
+        "bfe.u32 %r5, %r3, 30, 8;",
+        "rcp.approx.ftz.f32 %r5, %r3;",
+        "cvt.rzi.f32.f32 %r5, %r3;",
+        "cvt.rn.f16.f64 %rs1, %rd5;",
+        "cvt.rn.bf16.s32 %rs1, %r3;",
+        "cvt.u8.u32 %rs1, %r3;",
+        "ld.param.v2.b32 {%r5, %r6}, [kernel_param_0];",
+        "ld.global.nc.b32 %r5, [%rd1];",
+        "ld.global.b8 %rs1, [%rd1];",
+        "atom.global.sys.relaxed.add.u32 %r5, [%rd1], 1;",
+        "shfl.sync.bfly.b32 %r5|%p1, %r3, 5, 31, -1;",
+        "shfl.sync.bfly.b32 %r5, %r3, 5, 15, -1;",
     ],
 )
 def test_instructions_that_are_not_known_are_refused(body: str) -> None:
     with pytest.raises(ptx.UnknownError):
         _program(body)
+
+
+def test_every_float16_is_rounded_to() -> None:
+    """All of them and the numbers half way between two, and next to these."""
+    halves = np.arange(0x7C01, dtype=np.uint16).view(np.float16).astype(np.float32)
+    halves[-1] = 65536
+    ties = (halves[:-1] + halves[1:]) / 2
+    values = np.concatenate([halves, ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(INF))])
+    values = np.resize(np.concatenate([values, -values]), (-(-2 * len(values) // THREADS), THREADS))
+    x, y = values.copy(), np.zeros(values.shape, np.uint32)
+    body = """
+    mad.lo.s32 %r3, %r2, 64, %r1;
+    mad.wide.u32 %rd5, %r3, 4, %rd3;
+    mad.wide.u32 %rd6, %r3, 4, %rd4;
+    ld.global.b32 %r4, [%rd5];
+    cvt.rn.f16.f32 %rs1, %r4;
+    cvt.f32.f16 %r5, %rs1;
+    st.global.b32 [%rd6], %r5;
+    """
+    _run(body, x, y, programs=len(values))
+    np.testing.assert_array_equal(y, torch.from_numpy(values).half().float().numpy().view(np.uint32))
 
 
 BYTES = {  # of an element that is loaded, and stored
