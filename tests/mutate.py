@@ -79,7 +79,7 @@ FAULTS = [
     Fault("hinge counts lanes past the end", "scores", "tl.where(mask, tl.maximum(1 - a", "tl.where(lanes >= 0, tl.maximum(1 - a"),
     Fault("hinge swallows NaN", "scores", "(1 - a, 0, propagate_nan=tl.PropagateNan.ALL)", "(1 - a, 0)"),
     Fault("a missing partial", "arrival", "used = slots < tl.num_programs(0)", "used = slots < tl.num_programs(0) - 1"),
-    Fault("mean over the other's count", "scores", "tl.sum(b_partials, axis=0), b_numel", "tl.sum(b_partials, axis=0), a_numel"),
+    Fault("mean over the other's count", "scores", "mean_of_partials(partial_ptr + MAX_PROGRAMS, b_numel", "mean_of_partials(partial_ptr + MAX_PROGRAMS, a_numel"),
     Fault("programs overlap", "scores", "stride = tl.num_programs(0) * BLOCK", "stride = BLOCK"),
     Fault("32-bit start", "scores", "program.to(tl.int64) * BLOCK", "program * BLOCK"),
     # interpolate
