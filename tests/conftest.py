@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -62,10 +63,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: "compiled_kernels" in getattr(item, "fixturenames", ()))  # these wait for a compiler
 
 
-def _compiled(config: pytest.Config) -> Path:
-    """Where this run's compilation of all kernels puts what it finds; all of pytest-xdist's workers see it."""
-    run = getattr(config, "workerinput", {}).get("testrunuid", os.getpid())
-    return Path(tempfile.gettempdir()) / f"fastwgan-kernels-{run}"
+def _compiled() -> Path:
+    """Where a run's compilation of all kernels puts what it finds; all of pytest-xdist's processes see it."""
+    return Path(os.environ["FASTWGAN_COMPILED"])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # one of several processes, which have a core each, as what they start
+        torch.set_num_threads(1)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    else:
+        os.environ["FASTWGAN_COMPILED"] = tempfile.mkdtemp(prefix="fastwgan-kernels-")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -76,27 +84,31 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     everything = "--all" if "slow" in session.config.getoption("-m") else ""
-    out = _compiled(session.config)
-    out.mkdir()
+    out = _compiled()
     command = 'cd "$1"; nice -n 19 "$2" "$3" $4 > rows 2> errors; echo $? > ended; mv ended status'
     script = Path(__file__).with_name("compile_kernels.py")
     session.config.stash[COMPILER] = subprocess.Popen(
         ["sh", "-c", command, "sh", out, sys.executable, script, everything], env=env,
         preexec_fn=os.setpgrp,  # noqa: PLW1509 - a group to kill; in a session of its own nice would mean nothing
     )  # fmt: skip
+    (out / "group").write_text(str(session.config.stash[COMPILER].pid))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if COMPILER in config.stash:
-        if config.stash[COMPILER].poll() is None:
-            os.killpg(config.stash[COMPILER].pid, signal.SIGKILL)  # it has workers
-        shutil.rmtree(_compiled(config), ignore_errors=True)
+    """The last to leave ends the compilation: a worker that has no more to do leaves others that wait for it."""
+    if hasattr(config, "workerinput"):
+        return
+    out = _compiled()
+    if (out / "group").exists() and not (out / "status").exists():
+        with suppress(ProcessLookupError):
+            os.killpg(int((out / "group").read_text()), signal.SIGKILL)  # it has workers
+    shutil.rmtree(out, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
-def compiled_kernels(pytestconfig: pytest.Config) -> str:
+def compiled_kernels() -> str:
     """What the compilation of all kernels prints, once it is done."""
-    out = _compiled(pytestconfig)
+    out = _compiled()
     end = time.monotonic() + 1800
     while not (out / "status").exists():
         assert time.monotonic() < end, "the kernels are not compiled after half an hour"
@@ -109,12 +121,6 @@ def compiled_kernels(pytestconfig: pytest.Config) -> str:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where Triton kernels run: a GPU, or the CPU for want of one."""
     return torch.device("cuda", 0) if request.param == "cuda" else torch.device("cpu")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config, "workerinput"):  # one of several processes, which have a core each, as what they start
-        torch.set_num_threads(1)
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
