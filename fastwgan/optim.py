@@ -102,7 +102,7 @@ class _Optimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("decay", 0.0)
-        for name in ("_updates", "_means", "averages"):  # kept by load_state_dict: a graph may read the tables
+        for name in ("_updates", "averages"):  # kept by load_state_dict: a graph may read the tables
             self.__dict__.setdefault(name, {})
         self.shares = []
         for group in self.param_groups:
@@ -453,7 +453,6 @@ class RMSprop(_Optimizer):
             "maximize": maximize,
             "clip": clip,
         }
-        self._means: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults, backend)
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -486,12 +485,10 @@ class RMSprop(_Optimizer):
             super()._step_group(params, states, group)
             return
         # Adam without memory of the gradient (beta1 = 0), long after its first steps, where its bias corrections are 1:
-        # that is RMSprop. The step writes the gradient to its mean, which takes something finite to be in there.
-        for p, grad in zip(params, grads, strict=True):
-            if p not in self._means or not same_layout(self._means[p], grad) or self._means[p].dtype != p.dtype:
-                self._means[p] = torch.empty_like(grad)
-        means = [self._means[p] for p in params]
-        torch._foreach_copy_(means, grads)
+        # that is RMSprop. The step writes the gradient to its mean, so p.grad, which holds just that, can be the mean: an
+        # array less to write. It would not stay as it is where something is done to the gradient first.
+        own = group["maximize"] or group["weight_decay"]
+        means = [grad.clone() for grad in grads] if own else grads
         _fused_step(params, grads, means, squares, [LONG_AFTER] * len(params), group, 0.0, group["alpha"])
         torch._foreach_add_([state["step"] for state in states], 1)
 

@@ -1,5 +1,6 @@
 """The reference against published values, closed forms and torch.optim."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,10 +19,11 @@ from fastwgan import reference
         ),
     ],
 )
-def test_philox_gives_the_published_words(counter, key, expected):
+@pytest.mark.parametrize("array", [torch.tensor, np.array])
+def test_philox_gives_the_published_words(counter, key, expected, array):
     """Known answers of Random123, the cipher's own library."""
-    words = reference.philox(torch.tensor(counter).view(4, 1), key)
-    assert tuple(words.flatten().tolist()) == expected
+    words = reference.philox([array([word]) for word in counter], key)
+    assert tuple(word.item() for word in words) == expected
 
 
 def test_uniform_lies_in_the_unit_interval_and_is_uniform():
@@ -36,6 +38,9 @@ def test_uniform_depends_on_seed_and_index_alone():
     whole = reference.uniform(5, 10, 100)
     assert torch.equal(whole[40:], reference.uniform(5, 50, 60))
     assert torch.equal(whole, reference.uniform(5, torch.tensor([10]), 100))
+    for offset in (2**32 - 50, 2**63 - 100):
+        far = reference.uniform(2**63 - 1, offset, 100)
+        assert torch.equal(far, reference.uniform(2**63 - 1, torch.tensor([offset]), 100))
     assert not torch.equal(whole, reference.uniform(6, 10, 100))
     assert not torch.equal(whole, reference.uniform(5, 10 + 2**32, 100))
     assert not torch.equal(whole, reference.uniform(5 + 2**32, 10, 100))
