@@ -164,7 +164,7 @@ def interpolate(real: Tensor, fake: Tensor, *, seed: int, offset: int | Tensor =
     """fake + eps * (real - fake) with one eps per sample, uniform(seed, offset, N). WGAN-GP, Algorithm 1, line 6."""
     wide_real, wide_fake = _wide(real), _wide(fake)
     eps = uniform(seed, offset, len(fake), fake.device).to(wide_fake.dtype)
-    return (wide_fake + _per_sample(eps, fake) * (wide_real - wide_fake)).to(fake.dtype)
+    return (wide_real - wide_fake).mul_(_per_sample(eps, fake)).add_(wide_fake).to(fake.dtype)
 
 
 def _squared_norm(gradients: Tensor) -> Tensor:
@@ -250,9 +250,12 @@ def saturation(parameters: Iterable[Tensor], bound: float) -> tuple[Tensor, int]
     """(how many weights lie on their bound, of how many)."""
     params = list(parameters)
     limit = torch.tensor(bound, dtype=params[0].dtype, device="cpu").item()
-    # In place of booleans, whose sum takes longer.
-    on_bound = [_wide(p.detach()).abs().ge_(limit).sum() for p in params]
-    return torch.stack(on_bound).sum(), sum(p.numel() for p in params)
+    arrays = [_wide(p.detach()).reshape(-1) for p in params]
+    small = [x for x in arrays if len(x) < 2**14]  # whose calls would take longer than their elements
+    if small:
+        arrays = [*(x for x in arrays if len(x) >= 2**14), torch.cat(small)]
+    on_bound = [x.abs().ge_(limit).sum() for x in arrays]  # in place of booleans, whose sum takes longer
+    return torch.stack(on_bound).sum(), sum(map(len, arrays))
 
 
 def _rows(p: Tensor, per: str) -> tuple[Tensor, Tensor, Tensor]:
