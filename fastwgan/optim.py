@@ -225,8 +225,9 @@ class _Optimizer(Optimizer):
             if group["clip"] is not None:
                 on_bound, total = reference.saturation(params, group["clip"])
                 self.shares.append((on_bound / total, total))
-        kept = [p for p, _ in members if p in self.averages]
-        reference.average_([self.averages[p] for p in kept], kept, self.decay)
+        if self.averages:
+            kept = [p for p, _ in members if p in self.averages]
+            reference.average_([self.averages[p] for p in kept], kept, self.decay)
 
     def _step_group(self, params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
         for p, state in zip(params, states, strict=True):

@@ -178,11 +178,11 @@ def _root(squares: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, squares, 1).sqrt(), squares)
 
 
-def _penalties(squares: Tensor, kind: str, target: float) -> Tensor:
+def _penalties(squares: Tensor, norms: Tensor, kind: str, target: float) -> Tensor:
     if kind == "two-sided":
-        return (_root(squares) - target).square()
+        return (norms - target).square()
     if kind == "one-sided":
-        return (_root(squares) - target).relu().square()
+        return (norms - target).relu().square()
     return squares if kind == "zero-centered" else squares ** (POWER // 2)
 
 
@@ -192,7 +192,8 @@ def penalty(gradients: Tensor, *, kind: str = "two-sided", target: float = 1.0) 
     two-sided (n - target)^2: WGAN-GP, equation 3. one-sided max(n - target, 0)^2: WGAN-LP, arXiv 1709.08894.
     zero-centered n^2: R1 and R2 without their factor 1/2, arXiv 1801.04406. power n^6: WGAN-div, arXiv 1712.01026.
     """
-    return _penalties(_squared_norm(gradients), kind, target).mean().to(gradients.dtype)
+    squares = _squared_norm(gradients)
+    return _penalties(squares, _root(squares), kind, target).mean().to(gradients.dtype)
 
 
 def penalty_cotangent(gradients: Tensor, *, kind: str, target: float, weight: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -212,7 +213,8 @@ def penalty_cotangent(gradients: Tensor, *, kind: str, target: float, weight: fl
             excess = excess.relu()
         zero = norms == 0
         slope = torch.where(zero, 0, 2 * excess / torch.where(zero, 1, norms))
-    statistics = torch.stack((_penalties(squares, kind, target).mean(), norms.mean(), norms.amin(), norms.amax()))
+    penalties = _penalties(squares, norms, kind, target)
+    statistics = torch.stack((penalties.mean(), norms.mean(), norms.amin(), norms.amax()))
     scale = _per_sample(slope * (weight / len(norms)), gradients)
     return statistics, (scale * _wide(gradients)).to(gradients.dtype)
 

@@ -619,7 +619,8 @@ class Trainer:
                 optimizer.step()
             finally:  # the optimizer is the caller's, too
                 optimizer.gate, optimizer.averages = None, {}
-            averaged = {p for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+            if averages:
+                averaged = {p for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
         else:
             skip, factor = guard.gate.tolist()  # any optimizer may come, so the host has to know
             if skip:
