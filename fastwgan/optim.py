@@ -486,8 +486,8 @@ class RMSprop(_Optimizer):
             super()._step_group(params, states, group)
             return
         # Adam without memory of the gradient (beta1 = 0), long after its first steps, where its bias corrections are 1:
-        # that is RMSprop. The step writes the gradient to its mean, so p.grad, which holds just that, can be the mean: an
-        # array less to write. It would not stay as it is where something is done to the gradient first.
+        # that is RMSprop. The step writes the gradient to its mean, so p.grad, which holds just that, can be the mean,
+        # which spares an array; but it would not stay as it is where something is done to the gradient first.
         own = group["maximize"] or group["weight_decay"]
         means = [grad.clone() for grad in grads] if own else grads
         _fused_step(params, grads, means, squares, [LONG_AFTER] * len(params), group, 0.0, group["alpha"])
