@@ -151,21 +151,24 @@ def draw_bandwidth(record: Record, path: Path) -> None:
     columns = max(1, min(COLUMNS, len(ops)))
     rows = max(1, -(-len(ops) // columns))
     figure = Figure(figsize=(4 * columns, 3.6 * rows), layout="constrained")
-    places = figure.subplots(rows, columns, squeeze=False).flat
+    places = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for _, name, _ in lines))}
     for axes in places[len(ops) :]:
         axes.remove()
     for axes, op in zip(places, ops, strict=False):
         own = {(name, tensors): points for (of, name, tensors), points in lines.items() if of == op}
         several = sorted({tensors for _, tensors in own})
-        for i, name in enumerate(dict.fromkeys(name for name, _ in own)):
+        for name in dict.fromkeys(name for name, _ in own):
             for tensors, style in zip((several[0], several[-1])[: len(several)], ("-", ":"), strict=False):
                 points = sorted(own.get((name, tensors), []))
                 label = f"{name}, in {tensors}" if len(several) > 1 else name
                 if points:
-                    axes.plot(*zip(*points, strict=True), style, marker=".", color=f"C{i}", label=label)
+                    axes.plot(*zip(*points, strict=True), style, marker=".", color=colours[name], label=label)
         axes.axhline(1, color="black", linewidth=0.8)
-        axes.set(xscale="log", yscale="log", title=op, xlabel="elements", ylabel="share of the copy bandwidth")
+        axes.set(xscale="log", yscale="log", title=op)
         axes.legend(fontsize=6)
+    figure.supxlabel("elements", fontsize=9)
+    figure.supylabel("share of the copy bandwidth", fontsize=9)
     figure.suptitle(f"{described(record['environment'])}; a copy moves {record['copy_gb_s']} GB/s", fontsize=7)
     figure.savefig(path, dpi=120)
 
