@@ -38,6 +38,8 @@ def test_uniform_depends_on_seed_and_index_alone():
     whole = reference.uniform(5, 10, 100)
     assert torch.equal(whole[40:], reference.uniform(5, 50, 60))
     assert torch.equal(whole, reference.uniform(5, torch.tensor([10]), 100))
+    with torch.device("meta"):  # as a default device
+        assert torch.equal(whole, reference.uniform(5, 10, 100))
     for offset in (2**32 - 50, 2**63 - 100):
         far = reference.uniform(2**63 - 1, offset, 100)
         assert torch.equal(far, reference.uniform(2**63 - 1, torch.tensor([offset]), 100))
