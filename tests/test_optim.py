@@ -232,12 +232,15 @@ def test_steps_count_as_changes_to_autograd(name, backend, device):
         y.backward()
 
 
+@pytest.mark.parametrize("infinite", [False, True])
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"maximize": True}, {"clip": 0.01}])
 @pytest.mark.parametrize("name", PAIRS)
-def test_gradients_stay_as_they_are(name, options, backend, device):
+def test_gradients_stay_as_they_are(name, options, infinite, backend, device):
     params = _params(torch.float32, device)
     _set_grads(params, step=0)
     params[1].grad *= 1e-41  # subnormal
+    if infinite:
+        params[2].grad[5] = math.inf
     before = [p.grad.clone() for p in params]
     PAIRS[name][0](params, backend=backend, **options).step()
     for p, grad in zip(params, before, strict=True):
