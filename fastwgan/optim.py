@@ -487,9 +487,9 @@ class RMSprop(_Optimizer):
             return
         # Adam without memory of the gradient (beta1 = 0), long after its first steps, where its bias corrections are 1:
         # that is RMSprop. The step writes the gradient to its mean. That is what p.grad holds, so p.grad can be the
-        # mean, which spares an array; but not where the step changes the gradient first, or makes inf - inf of it.
-        finite = self.gate is not None or reference.all_finite(grads)  # the trainer has looked
-        kept = finite and not group["maximize"] and group["weight_decay"] == 0
+        # mean, which spares an array; but not where the step changes the gradient first, nor where one may be infinite,
+        # as inf - inf would be written. The trainer, which sets a gate, has looked.
+        kept = self.gate is not None and not group["maximize"] and group["weight_decay"] == 0
         means = grads if kept else [grad.clone() for grad in grads]
         _fused_step(params, grads, means, squares, [LONG_AFTER] * len(params), group, 0.0, group["alpha"])
         torch._foreach_add_([state["step"] for state in states], 1)

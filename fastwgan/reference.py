@@ -417,11 +417,6 @@ def guard_(gradients: list[Tensor], tally: Tensor, gate: Tensor, scale: Tensor |
         scale[1] = torch.where(skip | grown, 0, served)
 
 
-def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether all is finite, for which one sum each is enough: False may also be a sum that overflowed. Waits."""
-    return math.isfinite(sum(x.sum().item() for x in tensors))
-
-
 # The whole step
 
 
