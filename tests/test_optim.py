@@ -190,6 +190,17 @@ def test_clamp_keeps_nan_and_counts_the_bound(backend, device):
     assert optimizer.saturation == 0.5
 
 
+def test_the_share_on_the_bound_is_of_all_weights_small_and_large(backend, device):
+    params = [nn.Parameter(torch.zeros(numel, device=device)) for numel in (3, 2**14 - 1, 2**14, 40_000)]
+    for i, p in enumerate(params):
+        p.data[: 2**i] = 1.0  # 1, 2, 4 and 8 weights outside
+        p.grad = torch.zeros_like(p)
+    optimizer = RMSprop(params, clip=0.03, backend=backend)
+    optimizer.step()
+    total = sum(p.numel() for p in params)
+    assert round(optimizer.saturation.item() * total, 3) == 1 + 2 + 4 + 8
+
+
 def test_infinite_weight_without_decay_stays(backend, device):
     p = nn.Parameter(torch.tensor([math.inf], device=device))
     p.grad = torch.ones_like(p)
