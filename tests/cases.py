@@ -136,5 +136,5 @@ PARAMETERS: dict[str, tuple[tuple[int, ...], ...]] = {
     "one element": ((1,),),
     "edges": ((1,), (17,), (511,), (513,), (2047,), (2048,), (2049,), (4097,), (0,), ()),
     "ranks": ((3,), (33, 65), (5, 4, 3), (4, 3, 5, 5), (2, 3, 2, 4, 3)),
-    "300 tensors": tuple((1 + i % 7,) for i in range(300)),
+    "600 tensors": tuple((1 + i % 7,) for i in range(600)),  # more than STEPS_BLOCK
 }

@@ -146,7 +146,7 @@ def test_optimizers(case, dtype, clip, backend, device):
     check_optimizer(label, name, options, params, gradients(params, 3), clip=clip, backend=backend)
 
 
-@pytest.mark.parametrize("shapes", ["one element", "ranks", "300 tensors"])
+@pytest.mark.parametrize("shapes", ["one element", "ranks", "600 tensors"])
 @pytest.mark.parametrize("name", ["RMSprop", "Adam"])
 def test_optimizers_of_any_number_of_tensors(name, shapes, backend, device):
     params = [VALUES["normal"](shape, torch.float32, device) for shape in PARAMETERS[shapes]]
