@@ -144,12 +144,12 @@ class _CriticLoss(_Op):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.shapes = [x.shape for x in inputs]
+        ctx.shapes, ctx.dtype = [x.shape for x in inputs], inputs[0].dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        real, fake = ctx.shapes
-        return (grad / -real.numel()).expand(real), (grad / fake.numel()).expand(fake)
+        real, fake = ((grad / n).to(ctx.dtype) for n in (-ctx.shapes[0].numel(), ctx.shapes[1].numel()))
+        return real.expand(ctx.shapes[0]), fake.expand(ctx.shapes[1])
 
 
 class _BlendedLoss(_Op):
@@ -193,11 +193,11 @@ class _GeneratorLoss(_Op):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.shape = inputs[0].shape
+        ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return (grad / -ctx.shape.numel()).expand(ctx.shape)
+        return (grad / -ctx.shape.numel()).to(ctx.dtype).expand(ctx.shape)
 
 
 class _WassersteinLoss(_Op):
@@ -212,9 +212,10 @@ class _WassersteinLoss(_Op):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         y_true, y_pred = ctx.saved_tensors
-        grad = grad / y_pred.numel()
+        grad = grad / y_pred.numel()  # wide: 1 / N may be too small for float16, a label times it is rounded once
         needs_true, needs_pred = ctx.needs_input_grad
-        return grad * y_pred if needs_true else None, grad * y_true if needs_pred else None
+        of_true = (grad * y_pred.to(grad.dtype)).to(y_true.dtype) if needs_true else None
+        return of_true, (grad * y_true.to(grad.dtype)).to(y_pred.dtype) if needs_pred else None
 
 
 class _HingeCriticLoss(_Op):
@@ -231,7 +232,8 @@ class _HingeCriticLoss(_Op):
     def backward(ctx: Any, real_grad: Tensor, fake_grad: Tensor) -> tuple[Tensor, Tensor]:
         real, fake = ctx.saved_tensors
         # Not "real < 1": a NaN score has a slope, so that it shows in the gradients as in the loss.
-        return ~(real >= 1) * (real_grad / -real.numel()), ~(fake <= -1) * (fake_grad / fake.numel())
+        real_grad, fake_grad = (real_grad / -real.numel()).to(real.dtype), (fake_grad / fake.numel()).to(fake.dtype)
+        return ~(real >= 1) * real_grad, ~(fake <= -1) * fake_grad
 
 
 def check_blend(blend: object, drift: object = 0.0) -> None:
@@ -254,7 +256,7 @@ def critic_loss(
         backend: see :mod:`fastwgan.backend`.
 
     Returns:
-        0-d tensor in the scores' dtype, summed in float32 or wider.
+        0-d tensor, float32 or wider; its gradients have the scores' dtype.
 
     Raises:
         TypeError, ValueError: an argument is not a floating tensor, is empty, or they do not match.
@@ -294,7 +296,7 @@ def generator_loss(fake_scores: Tensor, *, blend: float = 0.0, backend: Backend 
         backend: see :mod:`fastwgan.backend`.
 
     Returns:
-        0-d tensor in the scores' dtype, summed in float32 or wider.
+        0-d tensor, float32 or wider; its gradients have the scores' dtype.
 
     Raises:
         TypeError, ValueError: ``fake_scores`` is not a floating tensor or is empty.
@@ -327,7 +329,7 @@ def wasserstein_loss(y_true: Tensor, y_pred: Tensor, *, backend: Backend = "auto
         backend: see :mod:`fastwgan.backend`.
 
     Returns:
-        0-d tensor in the scores' dtype, summed in float32 or wider.
+        0-d tensor, float32 or wider; its gradients have the scores' dtype.
 
     Raises:
         TypeError, ValueError: an argument is not a floating tensor, is empty, or they do not match.
@@ -355,7 +357,7 @@ def hinge_critic_loss(real_scores: Tensor, fake_scores: Tensor, *, backend: Back
         backend: see :mod:`fastwgan.backend`.
 
     Returns:
-        Two 0-d tensors in the scores' dtype, summed in float32 or wider. The critic minimises their sum.
+        Two 0-d tensors, float32 or wider; their gradients have the scores' dtype. The critic minimises their sum.
 
     Raises:
         TypeError, ValueError: an argument is not a floating tensor, is empty, or they do not match.
@@ -587,7 +589,7 @@ def penalty(gradients: Tensor, *, kind: str = "two-sided", target: float = 1.0, 
         backend: see :mod:`fastwgan.backend`.
 
     Returns:
-        0-d tensor in the gradients' dtype, summed in float32 or wider. At n = 0 its gradient is 0.
+        0-d tensor, float32 or wider; its gradient has the dtype of ``gradients``, and is 0 at n = 0.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range.
@@ -718,7 +720,7 @@ def gradient_penalty(
         backend: see :mod:`fastwgan.backend`.
 
     Returns:
-        0-d tensor in the samples' dtype.
+        0-d tensor, float32 or wider.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, or the critic's scores do not

@@ -1,8 +1,8 @@
 """Every op in plain PyTorch: the specification, the CPU path, the oracle and the baseline.
 
 WGAN is Arjovsky, Chintala and Bottou, arXiv 1701.07875; WGAN-GP is Gulrajani, Ahmed, Arjovsky, Dumoulin and
-Courville, arXiv 1704.00028. Any floating dtype goes in and comes out; half precision is computed in float32, so no
-norm of finite gradients overflows. Arguments are not checked here but in :mod:`fastwgan.functional`.
+Courville, arXiv 1704.00028. Any floating dtype goes in. Half precision is computed in float32: tensors come out in
+their own dtype, losses and statistics in float32, as float16 may not hold the mean of what it holds. Arguments are not checked here but in :mod:`fastwgan.functional`.
 """
 
 import math
@@ -37,12 +37,12 @@ def critic_loss(real_scores: Tensor, fake_scores: Tensor, *, blend: float = 0.0,
     With ``blend`` that share of it is the GAN's loss, mean(log(1 + exp(fake))) + mean(log(1 + exp(-real))), of
     arXiv 1406.2661; ``drift`` adds drift * mean(real^2), arXiv 1710.10196, appendix A.1.
     """
-    return score_statistics(real_scores, fake_scores, blend=blend, drift=drift)[3].to(fake_scores.dtype)
+    return score_statistics(real_scores, fake_scores, blend=blend, drift=drift)[3]
 
 
 def generator_loss(fake_scores: Tensor, *, blend: float = 0.0) -> Tensor:
     """-mean(fake_scores). WGAN, Algorithm 1, line 10. With ``blend`` that share is mean(log(1 + exp(-fake)))."""
-    return _blended(-_wide(fake_scores), blend).mean().to(fake_scores.dtype) if blend else -fake_scores.mean()
+    return _blended(-_wide(fake_scores), blend).mean()
 
 
 def _blended(x: Tensor, blend: float) -> Tensor:
@@ -61,13 +61,12 @@ def score_slopes(scores: Tensor, sign: int, *, blend: float, drift: float, weigh
 
 def wasserstein_loss(y_true: Tensor, y_pred: Tensor) -> Tensor:
     """mean(y_true * y_pred): the label form of Keras code, with labels of +1 and -1."""
-    return (_wide(y_true) * _wide(y_pred)).mean().to(y_pred.dtype)
+    return (_wide(y_true) * _wide(y_pred)).mean()
 
 
 def hinge_critic_loss(real_scores: Tensor, fake_scores: Tensor) -> tuple[Tensor, Tensor]:
     """(mean(relu(1 - real_scores)), mean(relu(1 + fake_scores))). Lim and Ye, arXiv 1705.02894."""
-    real, fake = (1 - _wide(real_scores)).relu().mean(), (1 + _wide(fake_scores)).relu().mean()
-    return real.to(real_scores.dtype), fake.to(fake_scores.dtype)
+    return (1 - _wide(real_scores)).relu().mean(), (1 + _wide(fake_scores)).relu().mean()
 
 
 def score_statistics(real_scores: Tensor, fake_scores: Tensor, *, blend: float = 0.0, drift: float = 0.0) -> Tensor:
@@ -192,7 +191,7 @@ def penalty(gradients: Tensor, *, kind: str = "two-sided", target: float = 1.0) 
     zero-centered n^2: R1 and R2 without their factor 1/2, arXiv 1801.04406. power n^6: WGAN-div, arXiv 1712.01026.
     """
     squares = _squared_norm(gradients)
-    return _penalties(squares, _root(squares), kind, target).mean().to(gradients.dtype)
+    return _penalties(squares, _root(squares), kind, target).mean()
 
 
 def penalty_cotangent(gradients: Tensor, *, kind: str, target: float, weight: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -68,8 +68,8 @@ def _objective_kernel(
     a_ptr,  # [a_numel] scores
     b_ptr,  # [b_numel] scores, where CRITIC
     slope_ptr,  # [a_numel + b_numel], where SLOPES
-    loss_ptr,  # [] in the scores' dtype
-    stats_ptr,  # [4] mean a, mean b, mean a - mean b, loss; [1] loss; the accumulator's dtype
+    loss_ptr,  # [], in the accumulator's dtype as the statistics
+    stats_ptr,  # [4] mean a, mean b, mean a - mean b, loss; [1] loss
     partial_ptr,  # [4, MAX_PROGRAMS]
     scale_ptr,  # [1] float32, of slopes, where SCALED
     counter_ptr,  # [1] int32
@@ -126,7 +126,7 @@ def objective(
         b = None if b is None else b.resolve_neg().contiguous()
         b_numel = 0 if b is None else b.numel()
         acc = torch.float64 if a.dtype == torch.float64 else torch.float32
-        loss = torch.empty((), dtype=a.dtype, device=a.device)
+        loss = torch.empty((), dtype=acc, device=a.device)
         stats = torch.empty(1 if b is None else 4, dtype=acc, device=a.device)
         partial = torch.empty(4, MAX_PROGRAMS, dtype=acc, device=a.device)
         out = torch.empty(0 if slopes is None else a.numel() + b_numel, dtype=slopes or a.dtype, device=a.device)

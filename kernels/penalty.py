@@ -63,8 +63,8 @@ def _slope(norm, KIND: tl.constexpr, TARGET: tl.constexpr):
 def _penalty_kernel(
     g_ptr,  # [N, size]
     v_ptr,  # [N, size], written where COTANGENT, in its own dtype
-    loss_ptr,  # [] in g's dtype
-    stats_ptr,  # [4] mean penalty; mean, least and greatest norm; the accumulator's dtype
+    loss_ptr,  # [], in the accumulator's dtype as all that follows: a float16 penalty could be beyond float16
+    stats_ptr,  # [4] mean penalty; mean, least and greatest norm
     norm_ptr,  # [N]
     counter_ptr,  # [1] int32
     batch: tl.int64,
@@ -142,7 +142,7 @@ def gradient_penalty(
         batch, size = g.shape[0], g[0].numel()
         acc = torch.float64 if g.dtype == torch.float64 else torch.float32
         v = g.new_empty(0) if cotangent is None else torch.empty_like(g, dtype=cotangent)
-        loss = torch.empty((), dtype=g.dtype, device=g.device)
+        loss = torch.empty((), dtype=acc, device=g.device)
         stats = torch.empty(4, dtype=acc, device=g.device)
         norms = torch.empty(batch, dtype=acc, device=g.device)
         block = triton.next_power_of_2(size) if size <= MAX_BLOCK else LOOP_BLOCK

@@ -8,7 +8,8 @@
 
 ``critic`` also fills the statistics.
 
-Inputs are read once, as flat arrays in any order. Sums run in float32 (float64 for float64 input). Each program
+Inputs are read once, as flat arrays in any order. Sums run in float32 (float64 for float64 input), and losses and
+statistics keep that dtype: a mean of float16 scores may be beyond float16. Each program
 strides over the input and writes one partial per mean; the last to arrive adds them in index order.
 """
 
@@ -26,9 +27,9 @@ MAX_PROGRAMS = 512  # several per multiprocessor on any current GPU; also the wi
 def _scores_kernel(
     a_ptr,  # [a_numel] scores or labels
     b_ptr,  # [b_numel] scores
-    loss_ptr,  # [] in the scores' dtype
-    second_ptr,  # [] likewise, the hinge form's loss on b
-    stats_ptr,  # [4] mean a, mean b, mean a - mean b, mean b - mean a; the accumulator's dtype
+    loss_ptr,  # [], in the accumulator's dtype as all that follows
+    second_ptr,  # [], the hinge form's loss on b
+    stats_ptr,  # [4] mean a, mean b, mean a - mean b, mean b - mean a
     partial_ptr,  # [2, MAX_PROGRAMS]
     counter_ptr,  # [1] int32
     a_numel,
@@ -89,7 +90,7 @@ def mean_scores(form: str, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tens
     with torch.cuda.device_of(a):
         a, b = a.resolve_neg().contiguous(), b.resolve_neg().contiguous()
         acc = torch.float64 if a.dtype == torch.float64 else torch.float32
-        loss, second = (torch.empty((), dtype=a.dtype, device=a.device) for _ in range(2))
+        loss, second = (torch.empty((), dtype=acc, device=a.device) for _ in range(2))
         stats = torch.empty(4, dtype=acc, device=a.device)
         partial = torch.empty(2, MAX_PROGRAMS, dtype=acc, device=a.device)
         programs = min(triton.cdiv(max(a.numel(), b.numel()), BLOCK), MAX_PROGRAMS)

@@ -134,6 +134,49 @@ def test_penalty_of_large_half_precision_gradients_is_finite(backend, device):
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_of_half_precision_are_float32(dtype, backend, device):
+    """Beyond what float16 can hold, with gradients in the inputs' dtype."""
+    low, high = (torch.full((8, 1), value, dtype=dtype, device=device, requires_grad=True) for value in (-49152, 49152))
+    g = torch.full((2, 4096), 8.0, dtype=dtype, device=device, requires_grad=True)  # a norm of 512
+    double = torch.full_like(high, 2.0)
+    for loss, expected in (
+        (functional.critic_loss(low, high, backend=backend), 98304),
+        (functional.critic_loss(low, high, blend=1.0, backend=backend), 98304),
+        (functional.critic_loss(high, high, drift=1.0, backend=backend), 49152**2),
+        (functional.generator_loss(low, backend=backend), 49152),
+        (functional.generator_loss(low, blend=0.5, backend=backend), 49152),
+        (functional.wasserstein_loss(double, high, backend=backend), 98304),
+        (sum(functional.hinge_critic_loss(low, high, backend=backend)), 98306),
+        (functional.penalty(g, backend=backend), 511**2),
+        (functional.penalty(g, kind="power", backend=backend), 512.0**6),
+    ):
+        assert loss.dtype == torch.float32
+        assert loss.item() == expected
+        grads = torch.autograd.grad(loss, (low, high, g), allow_unused=True)
+        assert {grad.dtype for grad in grads if grad is not None} == {dtype}
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_gradient_penalty_of_half_precision_is_float32(backend, device):
+    critic = nn.Linear(4096, 1, bias=False).to(device, torch.float16)
+    with torch.no_grad():
+        critic.weight.fill_(8.0)
+    x = torch.zeros(2, 4096, dtype=torch.float16, device=device)
+    loss = functional.gradient_penalty(critic, x, x, weight=1.0, backend=backend)
+    assert loss.dtype == torch.float32
+    assert loss.item() == 511**2
+    (0.001 * loss).backward()
+    assert critic.weight.grad.dtype == torch.float16
+    torch.testing.assert_close(
+        critic.weight.grad.double(),
+        torch.full((1, 4096), 0.002 * 511 * 8 / 512, dtype=torch.float64, device=device),
+        rtol=1e-3,
+        atol=0,
+    )
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero_gradient_has_finite_penalty_and_zero_derivatives(kind, backend, device):
     g = torch.zeros(3, 5, dtype=torch.float64, device=device, requires_grad=True)
