@@ -19,7 +19,8 @@ from .arithmetic import divide
 from .arrival import is_last, mean_of_partials, zero
 from .table import Tables
 
-BLOCK = 4096
+BLOCK = 4096  # of a gradient: small networks want many programs
+LARGE_BLOCK, LARGE = 16384, 2**25  # from so many elements in a launch on: beyond a cache, long reads pay
 SCORES_BLOCK = 1024
 MAX_PROGRAMS = 512  # that sum scores; also the width of the final sum
 # The tally (int64): how many elements of the last step were not finite; the first tensor that had one, as of the last
@@ -166,15 +167,15 @@ class Guard:
             partial = torch.empty(2, MAX_PROGRAMS, dtype=wide, device=device) if scores else stats
             blocks = min(triton.cdiv(max(a.numel(), b.numel()), SCORES_BLOCK), MAX_PROGRAMS)
             for k, (dtype, members) in enumerate(by_dtype.items(), 1):
-                rows, owners = self._tables.addresses(
-                    [gradients[i] for i in members], None, [()] * len(members), None, members, BLOCK
-                )
+                own = [gradients[i] for i in members]
+                block = LARGE_BLOCK if sum(g.numel() for g in own) >= LARGE else BLOCK
+                rows, owners = self._tables.addresses(own, None, [()] * len(own), None, members, block)
                 final = k == len(by_dtype)
                 _guard_kernel[(max(len(owners), blocks),)](
                     rows, owners, tally, gate, gate if scale is None else scale, a, b, stats, partial, zero(device),
                     len(owners), len(gradients), a.numel(), b.numel(),
                     DTYPE=getattr(tl, str(dtype).removeprefix("torch.")), FORM=form if final else "none",
-                    SCALED=scale is not None, FINAL=final, BLOCK=BLOCK, SCORES_BLOCK=SCORES_BLOCK,
+                    SCALED=scale is not None, FINAL=final, BLOCK=block, SCORES_BLOCK=SCORES_BLOCK,
                     MAX_PROGRAMS=MAX_PROGRAMS, num_warps=8, enable_fp_fusion=True,
                 )  # fmt: skip
         return stats

@@ -23,7 +23,8 @@ from .arrival import is_last, zero
 from .layout import dense_samples
 
 MAX_BLOCK = 16384  # the largest sample held in registers: 32 per thread with 16 warps
-LOOP_BLOCK = 8192  # of a larger one
+LOOP_BLOCK = 8192  # of a larger one, by as many threads as a program may have: there is one program to a sample
+MOST_WARPS = 16 if torch.version.hip else 32  # 1024 threads
 NORMS_BLOCK = 1024
 
 
@@ -145,12 +146,13 @@ def gradient_penalty(
         loss = torch.empty((), dtype=acc, device=g.device)
         stats = torch.empty(4, dtype=acc, device=g.device)
         norms = torch.empty(batch, dtype=acc, device=g.device)
-        block = triton.next_power_of_2(size) if size <= MAX_BLOCK else LOOP_BLOCK
-        warps = block * acc.itemsize // 2048  # 64 bytes of the accumulator per thread
+        one_block = size <= MAX_BLOCK
+        block = triton.next_power_of_2(size) if one_block else LOOP_BLOCK
+        warps = min(max(block * acc.itemsize // 2048, 4), 16)  # 64 bytes of the accumulator per thread
         _penalty_kernel[(batch,)](
             g, g if cotangent is None else v, loss, stats, norms, zero(g.device), batch, size,
-            KIND=kind, TARGET=target, WEIGHT=weight, COTANGENT=cotangent is not None, ONE_BLOCK=size <= block,
-            BLOCK=block, NORMS_BLOCK=NORMS_BLOCK, num_warps=min(max(warps, 4), 16),
+            KIND=kind, TARGET=target, WEIGHT=weight, COTANGENT=cotangent is not None, ONE_BLOCK=one_block,
+            BLOCK=block, NORMS_BLOCK=NORMS_BLOCK, num_warps=warps if one_block else MOST_WARPS,
             enable_fp_fusion=True,
         )  # fmt: skip
     return loss, stats, v

@@ -20,7 +20,7 @@ import triton.language as tl
 from .arrival import is_last, mean_of_partials, zero
 
 BLOCK = 1024
-MAX_PROGRAMS = 512  # several per multiprocessor on any current GPU; also the width of the final sum
+MAX_PROGRAMS = 1024  # several per multiprocessor on any current GPU; also the width of the final sum
 
 
 @triton.jit
@@ -94,8 +94,9 @@ def mean_scores(form: str, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tens
         stats = torch.empty(4, dtype=acc, device=a.device)
         partial = torch.empty(2, MAX_PROGRAMS, dtype=acc, device=a.device)
         programs = min(triton.cdiv(max(a.numel(), b.numel()), BLOCK), MAX_PROGRAMS)
+        warps = min(BLOCK * a.itemsize // 512, 8)  # 16 bytes per thread
         _scores_kernel[(programs,)](
             a, b, loss, second, stats, partial, zero(a.device), a.numel(), b.numel(),
-            FORM=form, BLOCK=BLOCK, MAX_PROGRAMS=MAX_PROGRAMS, num_warps=4, enable_fp_fusion=True,
+            FORM=form, BLOCK=BLOCK, MAX_PROGRAMS=MAX_PROGRAMS, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
     return loss, second, stats

@@ -151,6 +151,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     for count, scaled in product(range(3), (False, True)):
         name = f"guard {count} scores" + " scaled" * scaled
         yield name, (count, scaled) == (2, False), partial(_guard, dtype, 5000, (new(64),) * count, scaled)
+    yield "guard of a large network", True, partial(_guard, dtype, 2**25, (new(64), new(64)), False)
     for n in (1, 17, HUGE):
         yield f"guard {n}", False, partial(_guard, dtype, n, (new(n), new(17)), False)
     for size in (4608, 1, 1025, 2049):  # each block size
@@ -213,10 +214,12 @@ def compile_all(target_name: str, dtype: torch.dtype, main_only: bool) -> list[d
             return
         name, main, _ = case
         row = {"kernel": self.__name__, "case": name, "main": main, "target": target_name, "dtype": str(dtype)[6:]}
-        row["elements"] = kwargs["BLOCK"] / (kwargs["num_warps"] * target.warp_size)  # of a block, per thread
+        row["threads"] = kwargs["num_warps"] * target.warp_size
+        row["elements"] = kwargs["BLOCK"] / row["threads"]  # of a block, per thread
         rows[compiled.hash] = row | (_nvidia(compiled, main) if target.backend == "cuda" else _amd(compiled))
 
     JITFunction.run = compile_one
+    penalty.MOST_WARPS = 1024 // target.warp_size  # as on a machine with that GPU
     for case in cases(dtype):
         if case[1] or not main_only:
             case[2]()

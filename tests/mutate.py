@@ -137,7 +137,7 @@ FAULTS = [
     Fault("last block of a sample left out", "penalty", "for column in range(origin, size, BLOCK):", "for column in range(origin, size - BLOCK, BLOCK):"),
     Fault("padding counted as samples", "penalty", "tl.where(valid, _phi(each, KIND, TARGET), 0)", "_phi(each, KIND, TARGET)"),
     Fault("32-bit sample offset", "penalty", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)"),
-    Fault("spills", "penalty", "LOOP_BLOCK = 8192", "LOOP_BLOCK = 32768", CODE),
+    Fault("spills", "penalty", "LOOP_BLOCK = 8192", "LOOP_BLOCK = 65536", CODE),
     # table
     Fault("unaligned taken for aligned", "table", "pointer % 16 == 0", "pointer % 2 == 0"),
     Fault("chunks counted from the wrong row", "table", "first += count", "first += 1"),
@@ -205,6 +205,7 @@ FAULTS = [
     Fault("fake scores for real ones", "guard", "mean_a = mean_of_partials(partial_ptr, a_numel", "mean_a = mean_of_partials(partial_ptr + (MAX_PROGRAMS if FORM == 'critic' else 0), a_numel", GUARD),
     Fault("guard's generator loss negated", "guard", "tl.store(stats_ptr, -mean_a)", "tl.store(stats_ptr, mean_a)", GUARD),
     Fault("blocks of scores left out", "guard", "range(program * BLOCK, numel, stride)", "range(program * BLOCK, numel, 2 * stride)", GUARD),
+    Fault("blocks of one size in tables of another", "guard", "members, block)\n", "members, BLOCK)\n", GUARD),
     Fault("verdict before the last dtype", "guard", "        if FINAL:\n", "        if True:\n", GUARD),
     # project
     Fault("gate ignored", "project", "tl.where(skip, 0, tl.load(entry_ptr + table.HYPER_ROW))", "tl.load(entry_ptr + table.HYPER_ROW)", PROJECT),

@@ -47,7 +47,7 @@ _PATTERNS = (
     "ret|bra(.uni)?|bar.sync",
     "(and|or|not|mov).pred|(mov|selp).([bus]16|[busf](32|64))",
     f"(add|sub|mul.lo|mad.lo|div|rem|min|max).{_INTEGER}|neg.s(16|32|64)|(mul|mad).wide.[us]32|mul.hi.[us]32",
-    "(and|or|xor|not|shl).b(16|32|64)|shr.[bus](16|32|64)|bfe.[us]32|popc.b32|prmt.b32",
+    "(and|or|xor|not|shl).b(16|32|64)|shr.[bus](16|32|64)|bfe.[us]32|popc.b(32|64)|prmt.b32",
     "((add|sub|mul)(.rn)?|(fma|div|sqrt).rn|neg|abs|min|max)((.ftz)?.f32|.f64)",
     "(min|max)(.ftz)?.NaN.f32|abs.b?f16(x2)?|ex2.approx(.ftz)?.f32|rcp.approx.ftz.f64",
     f"setp.{_RELATION}.{_INTEGER}|setp.(eq|ne).b(16|32|64)|setp.({_RELATION}u?|nan|num).(b?f16|f32|f64)",
@@ -258,8 +258,8 @@ class _Translation:
             if not 0 <= first < first + count <= 32:
                 raise UnknownError("bits beyond the word")
             expression = f"({kind})({self.value(operands[1], 'u32')} << {32 - first - count}) >> {32 - count}"
-        elif operation == "popc.b32":
-            expression = f"__builtin_popcount({a})"
+        elif name == "popc":
+            out, expression = "b32", f"__builtin_popcountll({a})"
         elif operation == "prmt.b32":
             expression = f"permute_bytes({a}, {b}, {c})"
         else:

@@ -80,7 +80,7 @@ def test_every_kernel_can_be_swept(name, monkeypatch):
     assert {constant: now[constant] for constant in present} == present
     assert {constant: (other[constant],) for constant in last} == last
     assert {constant: getattr(sweep.module, constant) for constant in present} == present
-    assert sweep.case.bytes >= 2**28  # several times a cache
+    assert sweep.case.bytes >= 2**28 or "small" in name  # several times a cache
     assert all(value >= 128 for values in sweep.constants.values() for value in values)
 
 
@@ -92,7 +92,7 @@ def test_the_sweeps_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_ops, "copy_bandwidth", lambda device: 10.0)
     assert tune.main(["--out", str(tmp_path), "--kernels", "scores"]) == 0
     out = capsys.readouterr().out
-    assert "BLOCK 1024, 4 warps  <- present" in out
+    assert "BLOCK 1024, 8 warps  <- present" in out
     assert "failed: {'BLOCK': 1000}, 4 warps: " in out
     (result,) = json.loads((tmp_path / "gpu-tune.json").read_text())["sweeps"]
     assert len(result["settings"]) == 2

@@ -13,6 +13,7 @@ KERNELS = (
 ELEMENTWISE = ("_interpolate_kernel", "_perturb_kernel")  # no reduction, so nothing arrives
 ARRAYS = {  # read and written, by case; each 16 bytes at a time
     "scores critic": (2, 0),
+    "guard of a large network": (1, 0),
     "interpolate 3072": (2, 1),
     "perturb 3072": (1, 1),
     "objective 1048576, 1048576": (2, 2),
@@ -50,6 +51,11 @@ def nvidia(rows, *, double=False):
 def test_every_kernel_compiles_in_every_dtype_for_every_target(rows):
     found = {(row["kernel"], row["dtype"], row["target"]) for row in rows}
     assert found == {(k, str(d)[6:], t) for k in KERNELS for d in DTYPES for t in TARGETS}
+
+
+def test_no_program_has_more_threads_than_a_gpu_allows(rows):
+    assert max(row["threads"] for row in rows if row["target"] == "gfx942") == 1024
+    assert max(row["threads"] for row in rows) == 1024
 
 
 @pytest.mark.usefixtures("snapshot")

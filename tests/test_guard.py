@@ -66,6 +66,22 @@ def test_one_bad_element_anywhere_is_found(numel, dtype, device):
         gradients[1][place] = before
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64])
+def test_large_networks_go_by_larger_blocks(dtype, device, monkeypatch):
+    large = kernels.guard.LARGE_BLOCK
+    monkeypatch.setattr(kernels.guard, "LARGE", large)
+    launcher, blocks = kernels.guard.Guard(), []
+    addresses = launcher._tables.addresses
+    launcher._tables.addresses = lambda *args: blocks.append(args[-1]) or addresses(*args)
+    for numel in (large - 6, large - 5, 2 * large, 2 * large + 1):
+        gradients = [randn(n, device, dtype) for n in (numel, 5)]
+        gradients[0][[0, numel // 2, numel - 1]] = math.nan
+        state = fresh(device)
+        assert_guards(launcher, state, gradients)
+        assert state[0][0] == 3
+    assert blocks == [CHUNK, large, large, large]
+
+
 def test_the_largest_finite_numbers_pass(device):
     for dtype in (F16, BF16, F32, F64):
         info = torch.finfo(dtype)

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from cases import BATCHES, DTYPES, KINDS, LAYOUTS, OPS, OPTIMIZERS, OWNED, PARAMETERS, SHAPES, SIZES, VALUES
+from fastwgan.kernels import objective, scores
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import assert_close, check_op, check_optimizer, tensors
@@ -74,7 +75,8 @@ def test_values(op, values, dtype, device):
 
 @pytest.mark.parametrize("op", [op for op in OPS if not OPS[op].per_sample])
 def test_scores_of_more_blocks_than_programs(op, device):
-    check(op, draw(op, (512 * 1024 + 1,), torch.float32, device))
+    blocks = max(module.BLOCK * module.MAX_PROGRAMS for module in (objective, scores))
+    check(op, draw(op, (blocks + 1,), torch.float32, device))
 
 
 def check_launch(label, fused, eager, *inputs, length):

@@ -115,6 +115,7 @@ def test_floating_point(instruction: str, expected: Any) -> None:
         ("bfe.s32 %r5, %r3, 4, 8;", lambda a, b: ((a >> 4) + 128) % 256 - 128),
         ("bfe.u32 %r5, %r3, 4, 8;", lambda a, b: (a >> 4) % 256),
         ("popc.b32 %r5, %r3;", lambda a, b: bin(a % 2**32).count("1")),
+        ("popc.b64 %r5, %rd6;", lambda a, b: bin(a % 2**64).count("1")),
         ("prmt.b32 %r5, %r3, %r4, 0x5410U;", lambda a, b: a % 2**16 + (b % 2**16 << 16)),
         ("min.u32 %r5, %r3, %r4;", lambda a, b: min(a % 2**32, b % 2**32)),
         ("max.s64 %rd5, %rd6, %rd7;\ncvt.u32.u64 %r5, %rd5;", max),
