@@ -170,11 +170,19 @@ def foreach(setting: Setting) -> Step:
     return Step(take)
 
 
-def compiled(setting: Setting) -> Step:
-    """torch.compile of the generator, of the loss, and of update and clamp, with an eager backward between.
+def _traceable_loss(
+    setting: Setting, critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, eps: Tensor | None
+) -> Tensor:
+    """Return the critic's loss with an input gradient by torch.func, which Dynamo of every version traces."""
+    loss = critic(fake).mean() - critic(real).mean()
+    if eps is not None:
+        g = torch.func.grad(lambda x: critic(x).sum())(torch.lerp(fake, real, eps))
+        loss = loss + setting.penalty_weight * ((g.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
+    return loss
 
-    The penalty's input gradient is functorch's, which compiles where autograd's own second backward does not.
-    """
+
+def compiled(setting: Setting) -> Step:
+    """torch.compile of the generator, of the loss, and of update and clamp, with an eager backward between."""
     named: dict[str, Tensor] = dict(setting.critic.named_parameters())
     # Compiled, a foreach update is one loop over each weight. On a GPU its count of steps has to lie there too.
     options: dict[str, Any] = {"foreach": True, "capturable": setting.on_gpu}
@@ -190,11 +198,7 @@ def compiled(setting: Setting) -> Step:
             scores: Tensor = functional_call(setting.critic, parameters, (x,))
             return scores
 
-        result = critic(fake).mean() - critic(real).mean()
-        if eps is not None:
-            g = torch.func.grad(lambda x: critic(x).sum())(torch.lerp(fake, real, eps))
-            result = result + setting.penalty_weight * ((g.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
-        return result
+        return _traceable_loss(setting, critic, real, fake, eps)
 
     @torch.compile
     def update() -> None:
@@ -241,7 +245,9 @@ def compiled_step(setting: Setting) -> Step:
         setting.clamp_()
 
     def step() -> None:
-        gradients = torch.autograd.grad(setting.loss(setting.fakes()), parameters, allow_unused=True)
+        eps = None if setting.penalty_weight is None else setting.eps_like_samples()
+        loss = _traceable_loss(setting, setting.critic, setting.real, setting.fakes(), eps)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         with torch.no_grad():  # a last bias gets no gradient from a penalty, but one from the scores
             update([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)])
 

@@ -3,7 +3,9 @@
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -15,7 +17,7 @@ from fastwgan.graphs import capturing
 
 __all__ = [
     "Peak", "capture", "clocks", "host_time", "interleaved", "kernels", "median", "network_time", "output", "quantiles",
-    "time_of", "wait",
+    "time_of", "unchecked", "wait",
 ]  # fmt: skip
 
 Call = Callable[[], object]
@@ -32,6 +34,8 @@ NETWORK_OPS = {
     )
 }  # fmt: skip
 PROFILED_CALLS = 3
+# The method by which an optimizer of PyTorch's refuses to be captured has had both of these names.
+CAPTURE_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
 CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
 
@@ -122,17 +126,43 @@ def capture(call: Call, random: Iterable[torch.Generator] = (), *, repeats: int 
         for _ in range(SIDE_STREAM_CALLS):
             call()
     torch.cuda.current_stream().wait_stream(stream)
-    # PyTorch's optimizers refuse a capture unless they keep their count of steps on the device, as a replay would go
-    # on with the count it was captured at. The time is the same, and with the count on the device it would not be.
-    unchecked = mock.patch.object(torch.optim.Optimizer, "_cuda_graph_capture_health_check", return_value=None)
     try:
-        with unchecked, capturing(stream, torch.cuda.graph_pool_handle(), tuple(random)) as graph:
+        with unchecked(), capturing(stream, torch.cuda.graph_pool_handle(), tuple(random)) as graph:
             for _ in range(repeats):
                 call()
     finally:
         if kernel_package is not None:
             kernel_package.table.fill_pending()  # what our optimizers' launches read, which a capture keeps back
-    return graph.replay
+    return _Replay(graph, call)
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Let any of PyTorch's optimizers be captured.
+
+    They refuse that unless they keep their count of steps on the device, as a replay would go on with the count it was
+    captured at. The time is the same, and with the count on the device it would not be.
+    """
+    with ExitStack() as stack:
+        for name in CAPTURE_CHECKS:
+            if hasattr(torch.optim.Optimizer, name):
+                stack.enter_context(mock.patch.object(torch.optim.Optimizer, name))
+        yield
+
+
+@dataclass
+class _Replay:
+    """Replays a graph when it is called.
+
+    It holds the captured call as well, and so the tensors that the graph reads: nobody else has to hold them, and
+    memory that has been freed is another's.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    call: Call
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 def kernels(call: Call, device: torch.device) -> int | None:

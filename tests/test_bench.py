@@ -1,13 +1,17 @@
 """fastwgan bench end to end, what it drops and why, and the report that is made of its record."""
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import weakref
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -27,7 +31,7 @@ from fastwgan import (
 )
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import report
+from benchmarks import report, tune
 
 CPU = torch.device("cpu")
 # One thread: where the machine is busy, several wait for each other.
@@ -310,6 +314,135 @@ def test_a_copy_without_history_takes_its_commit_from_the_environment(monkeypatc
     assert bench_run.environment(CPU)["commit"] is None
     monkeypatch.setenv("FASTWGAN_COMMIT", "abc1234")
     assert bench_run.environment(CPU)["commit"] == "abc1234"
+
+
+# Captures, by stand-ins for a GPU
+
+GPU = SimpleNamespace(type="cuda")
+
+
+def memory_behind(call):
+    """Return weak references to the memory of all tensors that a call holds, also by way of other objects."""
+    found, seen, todo = [], set(), [call]
+    while todo:
+        x = todo.pop()
+        if id(x) in seen or isinstance(x, (type, ModuleType)):
+            continue
+        seen.add(id(x))
+        if isinstance(x, torch.Tensor):
+            found.append(weakref.ref(x.untyped_storage()))
+        todo += [y for y in gc.get_referents(x) if y is not getattr(x, "__globals__", None)]
+    return found
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """For tests of what is timed: how many tensors were behind each call whenever one was, and none of them freed."""
+    counts, behind = [], []
+
+    def watched(build):
+        def make(*args):
+            made = build(*args)
+            made.take()
+            refs = memory_behind(made.take)
+            made.take()
+            gc.collect()
+            behind.append([ref for ref in refs if ref() is not None])  # not what each call makes anew
+            return made
+
+        return make
+
+    def time_of(call, *_):
+        if not counts or len(counts[-1]) < len(behind):
+            gc.collect()
+        assert all(ref() is not None for refs in behind for ref in refs), "memory that a graph reads has been freed"
+        counts.append([len(refs) for refs in behind])
+        return 1.0
+
+    @contextmanager
+    def capturing(*_):
+        yield SimpleNamespace(replay=lambda: None)  # which holds no tensors, as a CUDA graph
+
+    def builders(case, device):
+        return {name: watched(build) for name, build in bench_ops.OPS[case.op].builders(case, CPU).items()}
+
+    def setting(workload, device, dtype, *, steps=0):
+        return make_setting(workload, CPU, dtype, steps=steps)
+
+    make_setting = bench.setting
+    stand_ins = {
+        bench.timing: {"time_of": time_of, "host_time": time_of, "capturing": capturing, "wait": lambda device: None,
+                       "network_time": time_of, "kernels": lambda *_: 9, "Peak": lambda _: mock.Mock(mebibytes=float)},
+        torch.cuda: dict.fromkeys(("Stream", "stream", "current_stream", "graph_pool_handle"), mock.MagicMock()),
+        torch: {"compile": lambda function: function},
+        bench: {"setting": setting},
+        bench_ops: {"builders": builders, "fits": lambda *_: True},
+    }  # fmt: skip
+    for owner, names in stand_ins.items():
+        for name, value in names.items():
+            monkeypatch.setattr(owner, name, value)
+    for name in ("foreach", "fastwgan"):
+        monkeypatch.setitem(baselines.IMPLEMENTATIONS, name, watched(baselines.IMPLEMENTATIONS[name]))
+    return counts
+
+
+@pytest.mark.parametrize("op", bench_ops.OPS)
+def test_what_is_timed_is_not_freed_before(op, sampled):
+    """An op's graph reads parameters and states that nothing else may hold by then."""
+    result = bench_ops.measure(bench_ops.Case(op, 64 * 20, 20), GPU, 10.0, bench.Schedule(1.0, 1, 5))
+    assert result["dropped"] == {}
+    assert {figures["how"] for figures in result["implementations"].values()} == {"replayed"}
+    assert len(sampled) >= 5 * len(result["implementations"])
+    assert len(sampled[-1]) == len(result["implementations"])
+    assert min(sampled[-1]) > 0
+
+
+@pytest.mark.parametrize("workload", ["tiny-clip", "tiny-penalty"])
+def test_steps_that_are_timed_are_not_freed_before(workload, sampled):
+    checked = {"foreach": 1.0, "fastwgan": 1.0}
+    result = bench.critic_step(workload, "float32", checked, GPU, bench.Schedule(1.0, 1, 5))
+    assert {figures["device"] for figures in result["implementations"].values()} == {"replayed"}
+    assert len(sampled[-1]) == 2
+    assert min(sampled[-1]) > 5
+
+
+@pytest.mark.emulated
+def test_settings_that_are_timed_are_not_freed_before(sampled):
+    tune.measured(bench_ops.Case("RMSprop", 64, 2), None, GPU)
+    assert len(sampled) == tune.SAMPLES
+    assert sampled[-1][0] > 2
+
+
+@pytest.mark.parametrize("name", bench.timing.CAPTURE_CHECKS)
+def test_an_optimizers_refusal_of_a_capture_is_lifted_under_either_name(name, monkeypatch):
+    def refuse(self):
+        raise RuntimeError("capturable is False")
+
+    for other in bench.timing.CAPTURE_CHECKS:
+        monkeypatch.delattr(torch.optim.Optimizer, other, raising=False)
+    monkeypatch.setattr(torch.optim.Optimizer, name, refuse, raising=False)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))])
+    with bench.timing.unchecked():
+        getattr(optimizer, name)()
+    with pytest.raises(RuntimeError, match="capturable is False"):
+        getattr(optimizer, name)()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.RMSprop, torch.optim.Adam])
+def test_the_installed_optimizers_can_be_captured(kind, monkeypatch):
+    """On a CPU that passes for a GPU in a capture."""
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    optimizer = kind([p], foreach=False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: GPU)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda *_: mock.Mock(is_capturing=lambda: True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="capturable is False"):
+        optimizer.step()
+    with bench.timing.unchecked():
+        optimizer.step()
+    assert (p < 1).all()
 
 
 # Ops
