@@ -91,19 +91,32 @@ class Capture:
         """Take other memory from now on: that of graphs which are gone cannot be captured into."""
         self._pool = None
 
-    def warm_up(self, work: Callable[[], Outputs]) -> tuple[Outputs, str | None]:
-        """Run ``work`` on the stream of the captures to come; return its outputs, and what in it cannot be captured."""
-        current, mode = torch.cuda.current_stream(self._device), torch.cuda.get_sync_debug_mode()
+    @contextmanager
+    def on_stream(self) -> Iterator[None]:
+        """Put the device's work within on the stream of the captures, between what the current one has and will have.
+
+        All steps go there, captured or not. A parameter's node of the autograd graph belongs to the stream that it was
+        made on, and lives for as long as anything of a graph does: one made on another stream breaks a capture.
+        """
+        current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            current.wait_stream(self._stream)
+
+    def warm_up(self, work: Callable[[], Outputs]) -> tuple[Outputs, str | None]:
+        """Run ``work``; return its outputs, and what in it cannot be captured."""
+        mode = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                with torch.cuda.stream(self._stream):
+                with self.on_stream():
                     outputs = work()
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
-                current.wait_stream(self._stream)
         problem = None
         for w in caught:
             if "called a synchronizing CUDA operation" in str(w.message):
@@ -245,7 +258,7 @@ class Graphs:
                 self._refuse(self._problem)
         graph = None if self._refused else self._graph(key, args)
         if graph is None:
-            return work(*args)
+            return self.run_uncaptured(work, *args)
         graph.fill(args)
         if graph.replay is None and graph.runs < WARM_UP:
             graph.runs += 1
@@ -259,13 +272,18 @@ class Graphs:
             except Exception as error:
                 told = [str(e) for e in (error, error.__context__) if e is not None]  # the latter came first
                 self._refuse(f"its capture failed: {', after '.join(told)}", error)
-                return work(*args)
+                return self.run_uncaptured(work, *args)
             finally:
                 kernels.table.fill_pending()
         for optimizer in self.optimizers:
             optimizer.refresh()
         graph.replay()
         return graph.outputs()
+
+    def run_uncaptured(self, work: Work, *args: Any) -> Outputs:
+        """``work(*args)`` as it is, on the stream of the captures."""
+        with self._capture.on_stream():
+            return work(*args)
 
     def _graph(self, key: Hashable, args: tuple[Any, ...]) -> _Graph | None:
         """The graph for inputs like these, a new one if need be; None where there are too many."""

@@ -527,7 +527,7 @@ class Trainer:
         optimizers = self._named_optimizers().values()
         replaced = any(mine is not theirs for mine, theirs in zip(optimizers, self._graphs.optimizers, strict=True))
         if early or replaced or any(map(has_hooks, optimizers)):
-            return work(*args)
+            return self._graphs.run_uncaptured(work, *args)
         return self._graphs.run(work, *args)
 
     def _critic_work(

@@ -22,6 +22,7 @@ class Recorded:
     """Stands in for graphs.Capture."""
 
     made = 0
+    stream = 0  # the number of the current one, as a GPU has it
 
     def __init__(self, device, generators):
         self.generators = generators
@@ -29,14 +30,24 @@ class Recorded:
     def forget(self):
         pass
 
+    @contextmanager
+    def on_stream(self):
+        Recorded.stream = id(self)
+        try:
+            yield
+        finally:
+            Recorded.stream = 0
+
     def warm_up(self, work):
-        return work(), None
+        with self.on_stream():
+            return work(), None
 
     def capture(self, work):
         from recording import Recording
 
         graph = Recording(self.generators)
-        outputs = graph.capture(work)
+        with self.on_stream():
+            outputs = graph.capture(work)
         Recorded.made += 1
         return outputs, graph.replay
 
@@ -610,6 +621,51 @@ def test_a_capture_that_fails_leaves_pytorch_as_it_was(enabled, broken, monkeypa
     finally:
         gc.enable()
     assert (allocator.underway, allocator.references, allocator.state) == (set(), 0, "new")
+
+
+def current_stream(device):
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else Recorded.stream
+
+
+def test_all_steps_of_a_trainer_with_graphs_run_on_one_stream(graphed):
+    """First steps, warm-ups, captures, batches of too many sizes, hooks on an optimizer, and after a refusal."""
+    streams = []
+
+    class Watched(nn.Linear):
+        def forward(self, x):
+            if torch.is_grad_enabled():
+                streams.append(current_stream(graphed))
+            return super().forward(x)
+
+    networks = nn.Sequential(Watched(6, 10)).to(graphed), nn.Sequential(Watched(10, 1)).to(graphed)
+    trainer = Trainer(*networks, latent=6, n_critic=1, backend="triton")
+    outside = current_stream(graphed)
+    for size in (8, 8, 8, 8, 8, 8, *range(9, 9 + graphs.GRAPHS), 9 + graphs.GRAPHS):
+        for real in batches(graphed, (10,), 1, size):
+            trainer.step(real)
+    trainer.critic_optimizer.register_step_pre_hook(lambda *_: None)
+    trainer.step(real)
+    assert Recorded.made == 2
+    trainer.critic_optimizer._optimizer_step_pre_hooks.clear()
+    quietly(trainer._graphs._refuse, "of this test")
+    trainer.step(real)
+    assert len(set(streams)) == 1
+    assert current_stream(graphed) == outside != streams[0]
+
+
+def test_the_graphs_of_earlier_steps_may_live_on(graphed):
+    """By what a network keeps of its forward passes. Nodes of another stream's steps would break a capture."""
+    runs = []
+    for cuda_graph in (False, True):
+        trainer, shape = made(graphed, cuda_graph, n_critic=1)
+        kept = {}
+        for network in (trainer.generator, trainer.critic):
+            network.register_forward_hook(lambda m, args, output, kept=kept: kept.update({m: output}))
+        for real in batches(graphed, shape, 10):
+            trainer.step(real)
+        runs.append(trainer)
+    assert Recorded.made == 2
+    assert_close_weights(*runs, 1e-6)
 
 
 @pytest.mark.emulated  # on a GPU its warm-up tells, and each step raises
