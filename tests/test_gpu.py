@@ -18,6 +18,7 @@ from fastwgan.trainer import PROBED_STEPS
 
 pytestmark = pytest.mark.gpu
 DEVICE, BACKEND = torch.device("cuda", 0), "nccl"
+LEAST_BLOCK, SEGMENT = 512, 2**21  # bytes: of the smallest tensor, and of what small ones are taken from
 
 
 def kernels_of(call):
@@ -103,27 +104,28 @@ def test_steps_take_no_more_memory_as_they_go_on(name, cuda_graph):
     networks = workload.generator(8).to(DEVICE), workload.critic(8).to(DEVICE)
     trainer = Trainer(*networks, latent=100, constraint=workload.constraint, n_critic=2, cuda_graph=cuda_graph)
     real = torch.randn(8, *workload.shape, device=DEVICE)
-    taken = []
-    for _ in range(3):
-        for _ in range(2 * (PROBED_STEPS + WARM_UP + 1)):
-            trainer.step(real)
-        stats = torch.cuda.memory_stats()
-        taken.append((stats["segment.all.allocated"], stats["allocated_bytes.all.current"]))
-    assert taken[1] == taken[2], "segments taken from the driver so far, bytes in use"
+    for _ in range(4 * (PROBED_STEPS + WARM_UP + 1)):
+        trainer.step(real)
+    used, reserved, steps = torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), 200
+    for _ in range(steps):
+        trainer.step(real)
+    # A table for gradients at new addresses now and then, of which there are a few at most; never something each step.
+    assert torch.cuda.memory_allocated() - used < LEAST_BLOCK * steps / 2
+    assert torch.cuda.memory_reserved() - reserved <= SEGMENT
 
 
 def test_training_goes_on_after_a_capture_that_fails():
-    """What the warm-up cannot see, as a call of the CUDA API that a capture forbids."""
+    """By a call that a capture forbids and that waits for nothing, so that the warm-up does not notice it."""
 
-    class Waits(nn.Linear):
+    class Asks(nn.Linear):
         def forward(self, x):
-            torch.cuda.current_stream().synchronize()
+            torch.cuda.current_stream().query()
             return super().forward(x)
 
     runs = []
     for cuda_graph in (False, "auto"):
         torch.manual_seed(0)
-        networks = nn.Linear(4, 10).to(DEVICE), nn.Sequential(nn.Linear(10, 8), nn.Dropout(), Waits(8, 1)).to(DEVICE)
+        networks = nn.Linear(4, 10).to(DEVICE), nn.Sequential(nn.Linear(10, 8), nn.Dropout(), Asks(8, 1)).to(DEVICE)
         trainer = Trainer(*networks, latent=4, n_critic=1000, cuda_graph=cuda_graph)
         trainer._one_generation = False
         with warnings.catch_warnings(record=True) as caught:

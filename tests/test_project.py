@@ -97,7 +97,7 @@ def test_a_shut_gate_leaves_all_alone_and_counts_nothing(per, backend, device):
     assert_same_state(params, before)
     gate[:] = torch.tensor([0.0, 0.25])  # a loss scale's factor is of gradients
     share, _ = functional.project_and_count_(params, 1e-3, per, backend, gate)
-    assert share == 1
+    assert share.item() == pytest.approx(1)  # a quotient of counts, which a GPU may round
     for p, q in zip(params, before, strict=True):
         torch.testing.assert_close(p.cpu(), projected(q, 1e-3, per).float())
 
