@@ -1,7 +1,8 @@
-"""README's table and two pictures from records of fastwgan bench: python -m benchmarks.report F.json ... [--out DIR]
+"""README's tables and the pictures from records of fastwgan bench: python -m benchmarks.report [F.json ...] [--out DIR]
 
-Records of critic steps give the table between README's markers and a picture of their ratios; records of ops give a
-picture of their share of the copy bandwidth. Whatever was slower than the textbook, or left out, is shown as it is.
+Without names the committed records are read, a GPU's first. Records of critic steps give the tables between README's
+markers and a picture of their ratios; records of ops give a picture of their share of the copy bandwidth. Whatever was
+slower than a peer, or left out, is shown as it is.
 What a GPU's record falls short of is printed: kernels below SHARE of a copy's bandwidth, and steps below TARGETS.
 """
 
@@ -14,8 +15,11 @@ from typing import Any
 from fastwgan.baselines import IMPLEMENTATIONS
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-
+RECORDS = ("gpu-steps", "gpu-steps-compiled", "cpu-steps", "cpu-ops")  # that README and the pictures are made from
+CAPTURED = ("graphed", "fastwgan-graphed", "fastwgan-compiled")  # on a GPU: a replayed graph to a step
+REASON = 80  # characters of one that something was left out for
 COLUMNS = 5  # of a picture
 SHARE = 0.9  # of the copy bandwidth, wanted of our kernels on arrays several times as large as the cache
 TARGETS = {"mlp": (8.0, 1.2), "dcgan": (3.0, 1.1)}  # our step over the textbook's, and over the best of the others
@@ -64,40 +68,65 @@ def _names(record: Record) -> list[str]:
 
 
 def table(record: Record) -> str:
-    """Markdown: the textbook's milliseconds, and how many times an implementation's it takes."""
-    gpu, names = record["environment"]["type"] == "cuda", _names(record)
-    head = ["critic step", "textbook, ms", *(["networks alone, ms"] if gpu else []), *names]
-    lines = [f"{described(record['environment'])}:", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for result in record["critic_step"]:
-        done = result["implementations"]
-        cells = [f"{result['workload']}, {result['precision']}, batch {result['batch']}"]
-        textbook = done.get("textbook")
-        if textbook is None:
-            cells.append("-")
-        elif gpu:
-            cells.append(f"{textbook['step_ms']['q50']:.3g} / {textbook['device_ms']['q50']:.3g}")
-        else:
-            cells.append(f"{textbook['step_ms']['q50']:.3g}")
-        if gpu:
-            network = [figures["network_ms"] for figures in done.values() if figures["network_ms"]]
-            cells.append(f"{min(network):.3g}" if network else "-")
-        for name in names:
-            if name not in done or done[name]["step_ratio"] is None:
-                cells.append("-")
-            elif gpu:
-                cells.append(f"{done[name]['step_ratio']:.2f} / {done[name]['device_ratio']:.2f}")
-            else:
-                cells.append(f"{done[name]['step_ratio']:.2f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    reasons: dict[str, list[str]] = {}
+    """Return a record's steps as Markdown, with what they were measured on above and what was left out below."""
+    rows = gpu_rows(record) if record["environment"]["type"] == "cuda" else cpu_rows(record)
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    lines = [f"{described(record['environment'])}:", "", head, "|---" * len(rows[0]) + "|", *body]
+    where: dict[tuple[str, str], list[str]] = {}
     for result in record["critic_step"]:
         for name, why in result["dropped"].items():
-            reasons.setdefault(f"{name}: {why}", []).append(f"{result['workload']} {result['precision']}")
-    for reason, where in reasons.items():
-        everywhere = len(where) == len(record["critic_step"])
-        lines += ["", f"Left out{'' if everywhere else ' (' + ', '.join(where) + ')'}: {reason}"]
+            short = why if len(why) <= REASON else f"{why[:REASON].rsplit(' ', 1)[0]} ..."
+            where.setdefault((name, short), []).append(f"{result['workload']} {result['precision']}")
+    names: dict[tuple[str, str], list[str]] = {}
+    for (name, why), places in where.items():
+        everywhere = len(places) == len(record["critic_step"])
+        names.setdefault(("" if everywhere else f" ({', '.join(places)})", why), []).append(name)
+    lines += [line for (of, why), left in names.items() for line in ("", f"Left out{of}: {', '.join(left)}: {why}")]
     lines += [line for left in record["left_out"] for line in ("", f"Left out: {left}")]
     return "\n".join(lines)
+
+
+def cpu_rows(record: Record) -> list[list[str]]:
+    """Return the textbook's milliseconds, and over them each other implementation's; above 1 is faster."""
+    names = _names(record)
+    rows = [["critic step", "textbook, ms", *names]]
+    for result in record["critic_step"]:
+        done = result["implementations"]
+        ratios = [done[name]["step_ratio"] if name in done else None for name in names]
+        rows.append([
+            f"{result['workload']}, {result['precision']}, batch {result['batch']}", _ms(done.get("textbook")),
+            *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+        ])  # fmt: skip
+    return rows
+
+
+def gpu_rows(record: Record) -> list[list[str]]:
+    """Return milliseconds a step, of what the host asks for op by op and then of what replays a CUDA graph.
+
+    Behind each of the two forms stands the fastest peer's time over ours; above 1 ours is faster.
+    """
+    present = {name for result in record["critic_step"] for name in result["implementations"]}
+    forms = [[name for name in IMPLEMENTATIONS if name in present and (name in CAPTURED) == form] for form in (0, 1)]
+    rows = [["critic step, ms", *(cell for names in forms for cell in (*names, "peer / ours"))]]
+    for result in record["critic_step"]:
+        done = result["implementations"]
+        row = [f"{result['workload']}, {result['precision']}, batch {result['batch']}"]
+        for names in forms:
+            ratio = advantage({name: done[name]["step_ms"]["q50"] for name in names if name in done})
+            row += [*(_ms(done.get(name)) for name in names), "-" if ratio is None else f"{ratio:.2f}"]
+        rows.append(row)
+    return rows
+
+
+def advantage(ms: dict[str, float]) -> float | None:
+    """Return the fastest peer's milliseconds over our fastest, or None where one of the two is missing."""
+    ours = [value for name, value in ms.items() if name.startswith("fastwgan")]
+    peers = [value for name, value in ms.items() if not name.startswith("fastwgan")]
+    return min(peers) / min(ours) if ours and peers else None
+
+
+def _ms(figures: Record | None) -> str:
+    return "-" if figures is None else f"{figures['step_ms']['q50']:.3g}"
 
 
 def into(readme: str, tables: list[str]) -> str:
@@ -209,12 +238,12 @@ def shortfalls(record: Record) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="README's table and pictures.")
-    parser.add_argument("records", type=Path, nargs="+", metavar="F.json", help="written by fastwgan bench")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the pictures")
+    parser.add_argument("records", type=Path, nargs="*", metavar="F.json", help="of fastwgan bench; default: committed")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the pictures")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     args = parser.parse_args(argv)
     try:
-        records = {path: read(path) for path in args.records}
+        records = {path: read(path) for path in args.records or [RESULTS / f"{name}.json" for name in RECORDS]}
         tables = [table(record) for record in records.values() if "critic_step" in record]
         if tables:
             args.readme.write_text(into(args.readme.read_text(), tables))

@@ -534,7 +534,8 @@ def test_report(tmp_path):
     assert "old" not in texts[0]
     assert "| critic step | textbook, ms | foreach | fastwgan |\n" in texts[0]
     assert "| mlp-clip, float32, batch 64 | 6.5 | 1.62 | 0.81 |" in texts[0]
-    assert "| mlp-clip, float32, batch 64 | 6.5 / 3.25 | 1 | 1.62 / 2.62 | 0.81 / 1.81 |" in texts[0]
+    assert "| critic step, ms | textbook | foreach | fastwgan | peer / ours | peer / ours |\n|---|---|" in texts[0]
+    assert "| mlp-clip, float32, batch 64 | 6.5 | 4 | 8 | 0.50 | - |" in texts[0]
     assert "Left out: graphed: RuntimeError: a CUDA graph needs a GPU" in texts[0]
     assert "Left out: dcgan-clip float32: time" in texts[0]
     assert "TF32 in cudnn" in texts[0]
@@ -574,6 +575,38 @@ def test_report_of_no_record(tmp_path, capsys):
         report.into("no markers", [])
 
 
-def test_readme_has_the_markers():
+def test_both_forms_of_a_gpus_steps_are_compared_each_with_its_own():
+    record = steps_record(gpu=True)
+    done = record["critic_step"][0]["implementations"]
+    done |= {"graphed": figures(2.0, 3.25, gpu=True), "fastwgan-graphed": figures(4.0, 1.6, gpu=True)}
+    head, row = report.gpu_rows(record)
+    assert head == [
+        "critic step, ms", "textbook", "foreach", "fastwgan", "peer / ours", "graphed", "fastwgan-graphed",
+        "peer / ours",
+    ]  # fmt: skip
+    assert row == ["mlp-clip, float32, batch 64", "6.5", "4", "8", "0.50", "2", "4", "0.50"]
+    done["fastwgan-compiled"] = figures(1.0, 6.5, gpu=True)
+    assert report.gpu_rows(record)[1][-2:] == ["1", "2.00"]
+
+
+def test_reasons_are_told_once_for_all_that_they_hold_for():
+    record = steps_record()
+    record["critic_step"].append(record["critic_step"][0] | {"workload": "mlp-penalty"})
+    record["critic_step"][0]["dropped"] = {"compiled": "time", "compiled-step": "time", "graphed": "x " * 100}
+    record["critic_step"][1]["dropped"] = {"compiled": "time", "compiled-step": "time", "foreach": "no"}
+    left = [line for line in report.table(record).splitlines() if line.startswith("Left out")]
+    assert left == [
+        "Left out: compiled, compiled-step: time",
+        f"Left out (mlp-clip float32): graphed: {'x ' * 39}x ...",
+        "Left out (mlp-penalty float32): foreach: no",
+        "Left out: dcgan-clip float32: time",
+    ]
+
+
+def test_readme_holds_the_committed_records():
     readme = (Path(__file__).parent.parent / "README.md").read_text()
-    assert report.into(readme, ["| figures |"]).count("| figures |") == 1
+    records = [report.read(report.RESULTS / f"{name}.json") for name in report.RECORDS]
+    tables = [report.table(record) for record in records if "critic_step" in record]
+    assert report.into(readme, tables) == readme, "python -m benchmarks.report"
+    types = [record["environment"]["type"] for record in records]
+    assert types == sorted(types, key=lambda of: of != "cuda"), "a GPU's come first"
