@@ -1,36 +1,78 @@
-"""All that wants a GPU, in one command: python -m benchmarks.gpu --out DIR [--minutes 9] [--parts NAME ...]
+"""What wants a GPU, in two calls of six minutes: python -m benchmarks.gpu kernels|steps --out DIR [--minutes 6]
 
-First the tests that need one, as no figure of a wrong kernel is worth having; then compute-sanitizer; then the
-benchmarks and the sweep of launch parameters, whose records are written as they go. Each part has its share of the
-time that is left, and is asked to end when that is over; its output goes to a file in DIR as well. Where the minutes do
-not do for all of it, ``--parts`` makes several calls of it.
+``kernels`` runs the tests that need a GPU and beside them compute-sanitizer, as no figure of a wrong kernel is worth
+having, and then times the ops. ``steps`` times critic steps without compilers, profiles them, and times them with
+compilers, each of which may take minutes. A part that has to end because its time is over leaves what it has measured
+by then. Records and logs lie in DIR; what matters of them is printed at the end.
 """
 
 import argparse
-import importlib.util
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
+from benchmarks import summary
+
 ROOT = Path(__file__).parent.parent
-TAIL = 40  # lines of a part's output that are shown at its end
 GRACE = 15  # seconds that a part gets to say what it has found so far
-WORKERS = 12  # test processes at most, each with a context of its own on the GPU
-WEIGHTS = {"tests": 5, "sanitizer": 3, "ops": 4, "steps": 8, "tune": 4}  # of the parts, in order
+WORKERS = 11  # test processes, each with a context of its own on the GPU; the sanitizers have the other cores
+# The parts of each call that run at the same time, in order, and how they share the minutes that are left.
+CALLS = {
+    "kernels": {("tests", "sanitizer"): 5, ("ops",): 3},
+    "steps": {("steps",): 3, ("profile",): 2, ("compiled",): 7},
+}
 FIRST = ("test_gpu", "test_memory", "test_functional", "test_derivatives", "test_determinism", "test_graphs")
+PLAIN = ("textbook", "foreach", "graphed", "fastwgan", "fastwgan-graphed")  # implementations without a compiler
+COMPILED = ("mlp-clip", "mlp-penalty", "dcgan-clip", "dcgan-penalty")  # workloads that are timed with them
 
 
-def run(name: str, command: list[str], seconds: float, out: Path) -> int:
-    """The command's status; 124 if it had to be ended when its time was over."""
-    seconds = max(1.0, seconds)
-    print(f"== {name}: {' '.join(command[1:])[:300]} ({seconds:.0f} s at most)", flush=True)
-    begun = time.monotonic()
-    log = out / f"{name}.log"
-    with log.open("w") as file:
+def tests() -> list[str]:
+    """Return pytest's arguments: what only a GPU can show first; several processes, as compiling takes most time."""
+    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: ((*FIRST, path.stem).index(path.stem), path))
+    workers = min(WORKERS, os.cpu_count() or 1)
+    parallel = find_spec("xdist") is not None and workers > 1
+    # Few tests to a process at a time, as the first ones compile long.
+    processes = ["-n", str(workers), "--maxschedchunk", "4"] if parallel else []
+    return [
+        "pytest", "-q", "-m", "gpu", "--tb=short", "--durations=10", "--continue-on-collection-errors", *processes,
+        *(str(path.relative_to(ROOT)) for path in files),
+    ]  # fmt: skip
+
+
+def command(part: str, seconds: float, out: Path) -> list[str]:
+    """Return what does a part, told the time it has."""
+    python, minutes = [sys.executable, "-m"], f"{max(0.1, 0.9 * (seconds - GRACE) / 60):.2f}"
+    bench = [*python, "fastwgan", "bench", "--device", "cuda", "--minutes", minutes, "--json", str(record(part, out))]
+    return {
+        "tests": [*python, *tests()],
+        "sanitizer": [sys.executable, "tests/sanitize.py"],
+        "ops": [*bench, "--ops"],
+        "steps": [*bench, "--precision", "float32", "--implementation", *PLAIN],
+        "compiled": [*bench, "--precision", "float32", "--workload", *COMPILED],
+        "profile": [*python, "benchmarks.profile", "--out", str(out)],
+    }[part]
+
+
+def record(part: str, out: Path) -> Path:
+    """Return where a part's record lies, or its log if that is all there is of it."""
+    names = {"tests": "tests.log", "sanitizer": "sanitizer.log", "compiled": "gpu-steps-compiled.json"}
+    return out / names.get(part, f"gpu-{part}.json")
+
+
+def run(part: str, command: list[str], seconds: float, out: Path) -> int:
+    """Return the command's status; 124 if it had to be ended when its time was over."""
+    seconds, begun = max(1.0, seconds), time.monotonic()
+    print(f"== {part}: {' '.join(command[1:])[:200]} ({seconds:.0f} s at most)", flush=True)
+    with (out / f"{part}.log").open("w") as file:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             env=os.environ | {"PYTHONUNBUFFERED": "1"},
@@ -45,54 +87,58 @@ def run(name: str, command: list[str], seconds: float, out: Path) -> int:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # it may have processes of its own
             process.wait()
-    print("\n".join(log.read_text(errors="replace").splitlines()[-TAIL:]))
-    ended = "stopped, its time was over" if status == 124 else f"status {status}"
-    print(f"== {name}: {ended}, {time.monotonic() - begun:.0f} s", flush=True)
+    print(f"== {part}: ended after {time.monotonic() - begun:.0f} s", flush=True)
     return status
 
 
-def tests() -> list[str]:
-    """pytest's arguments: what only a GPU can show first; a process to a core, as compiling takes most of the time."""
-    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: ((*FIRST, path.stem).index(path.stem), path))
-    cores = min(WORKERS, os.cpu_count() or 1)
-    parallel = importlib.util.find_spec("xdist") is not None and cores > 1
-    processes = ["-n", str(cores), "--maxschedchunk", "4"] if parallel else []  # few, as some of the first compile long
-    return [
-        "pytest", "-q", "-m", "gpu", "--tb=short", "--durations=10", "--continue-on-collection-errors", *processes,
-        *(str(path.relative_to(ROOT)) for path in files),
-    ]  # fmt: skip
+def outcome(part: str, status: int, out: Path) -> str:
+    """Return how a part ended, in a word or two; of one without any result, that it has not started."""
+    path = record(part, out)
+    text = path.read_text(errors="replace") if path.exists() else ""
+    if path.suffix == ".log":
+        results: object = re.search(r"\d+ (passed|failed)", text)
+    else:
+        results = text and any(json.loads(text).get(kind) for kind in ("ops", "critic_step", "workloads"))
+    if not results:
+        return f"DID NOT START (status {status}), see {part}.log"
+    return {0: "ok", 124: "cut short"}.get(status, f"status {status}")
 
 
-def command(part: str, seconds: float, out: Path) -> list[str]:
-    """What does a part, given the time it may take."""
-    python, minutes = [sys.executable, "-m"], f"{max(0.1, 0.9 * (seconds - GRACE) / 60):.2f}"
-    bench = [*python, "fastwgan", "bench", "--device", "cuda", "--minutes", minutes]
-    return {
-        "tests": [*python, *tests()],
-        "sanitizer": [sys.executable, "tests/sanitize.py"],
-        "ops": [*bench, "--ops", "--json", str(out / "gpu-ops.json")],
-        "steps": [*bench, "--json", str(out / "gpu-steps.json")],
-        "tune": [*python, "benchmarks.tune", "--out", str(out), "--minutes", minutes],
-    }[part]
+def run_together(parts: Sequence[str], seconds: float, out: Path) -> dict[str, str]:
+    """Run parts at the same time; return how each ended."""
+    for part in parts:  # so that nothing of an earlier call passes for this one's
+        record(part, out).unlink(missing_ok=True)
+    with ThreadPoolExecutor(len(parts)) as pool:
+        statuses = pool.map(lambda part: run(part, command(part, seconds, out), seconds, out), parts)
+        return {part: outcome(part, status, out) for part, status in zip(parts, statuses, strict=True)}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Tests and benchmarks on a GPU.")
+    parser.add_argument("call", choices=CALLS, help="tests, sanitizer and ops; or critic steps")
     parser.add_argument("--out", type=Path, required=True, help="directory of the records and logs")
-    parser.add_argument("--minutes", type=float, default=9.0, help="that all of it may take; default: 9")
-    parser.add_argument("--parts", nargs="+", choices=WEIGHTS, default=list(WEIGHTS), help="default: all")
+    parser.add_argument("--minutes", type=float, default=6.0, help="that all of it may take; default: 6")
+    parts = [part for stages in CALLS.values() for together in stages for part in together]
+    parser.add_argument("--parts", nargs="+", choices=parts, metavar="NAME", help="of the call; default: all")
     args = parser.parse_args(argv)
     out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
-    chosen = [part for part in WEIGHTS if part in args.parts]
-    states = {}
-    for i, part in enumerate(chosen):
-        share = WEIGHTS[part] / sum(WEIGHTS[later] for later in chosen[i:])
-        seconds = share * (end - time.monotonic())
-        states[part] = run(part, command(part, seconds, out), seconds, out)
-    print(", ".join(f"{name}: {'cut short' if status == 124 else status}" for name, status in states.items()))
-    return int(any(status not in (0, 124) for status in states.values()))
+    stages = {
+        chosen: weight for parts, weight in CALLS[args.call].items()
+        if (chosen := tuple(part for part in parts if part in (args.parts or parts)))
+    }  # fmt: skip
+    if not stages:
+        parser.error(f"--parts: expected parts of {args.call}, got {', '.join(args.parts)}")
+    ended: dict[str, str] = {}
+    while stages:
+        share = next(iter(stages.values())) / sum(stages.values())
+        together, seconds = next(iter(stages)), share * (end - time.monotonic())
+        del stages[together]
+        ended |= run_together(together, seconds, out)
+    print("\n".join(summary.lines({part: record(part, out) for part in ended})))
+    print("; ".join(f"{part}: {how}" for part, how in ended.items()))
+    return int(not set(ended.values()) <= {"ok", "cut short"})
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
 """The commands in benchmarks/ that want a GPU, as far as a CPU can show them."""
 
 import json
+import re
+import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from fastwgan import bench_ops
+from fastwgan import GradientPenalty, Trainer, bench_ops, cli
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import gpu, tune
+from benchmarks import gpu, profile, report, summary, tune
 
 CPU = torch.device("cpu")
 
@@ -25,39 +29,205 @@ except KeyboardInterrupt:
 """
 
 
-def test_a_part_whose_time_is_over_says_what_it_has_found(tmp_path, capsys):
+def test_a_part_whose_time_is_over_leaves_what_it_has_found(tmp_path, capsys):
     assert gpu.run("slow", [sys.executable, "-c", SLOW], 5.0, tmp_path) == 124
     assert (tmp_path / "slow.log").read_text() == "begun\nfound so far\n"
-    assert "found so far\n== slow: stopped, its time was over" in capsys.readouterr().out
+    assert "== slow: ended after" in capsys.readouterr().out
     assert gpu.run("failing", [sys.executable, "-c", "raise SystemExit(3)"], 5.0, tmp_path) == 3
 
 
 def test_parts_share_the_minutes_in_order(tmp_path, monkeypatch, capsys):
+    """And each says how it ended; one that has left no result has not started, whatever its status."""
     asked = []
 
-    def run(name, command, seconds, out):
-        asked.append((name, seconds, command))
-        return {"tests": 1, "ops": 124}.get(name, 0)
+    def run(part, command, seconds, out):
+        asked.append((part, seconds, command))
+        if part == "ops":
+            gpu.record(part, out).write_text(json.dumps({"ops": [], "left_out": ["all"], "copy_gb_s": 1.0}))
+        elif part == "steps":
+            gpu.record(part, out).write_text((report.RESULTS / "gpu-steps.json").read_text())
+        elif part == "sanitizer":
+            gpu.record(part, out).write_text("memcheck: == 3 passed in 1.00s ==\n")
+        return {"tests": 4, "steps": 124}.get(part, 0)
 
     monkeypatch.setattr(gpu, "run", run)
-    assert gpu.main(["--out", str(tmp_path / "out"), "--minutes", "10"]) == 1
-    assert [name for name, *_ in asked] == ["tests", "sanitizer", "ops", "steps", "tune"]
-    assert asked[0][1] < 600 * 5 / 24 + 1
-    assert "tests: 1, sanitizer: 0, ops: cut short" in capsys.readouterr().out
+    assert gpu.main(["kernels", "--out", str(tmp_path)]) == 1
+    assert sorted(part for part, *_ in asked[:2]) == ["sanitizer", "tests"]
+    assert asked[2][0] == "ops"
+    assert asked[0][1] == asked[1][1] == pytest.approx(360 * 5 / 8, abs=1)
+    assert asked[2][1] == pytest.approx(360, abs=5), "what the others have left"
+    out = capsys.readouterr().out
+    assert "tests: DID NOT START (status 4), see tests.log; sanitizer: ok; ops: DID NOT START (status 0)" in out
     asked.clear()
-    assert gpu.main(["--out", str(tmp_path), "--minutes", "2", "--parts", "steps", "ops"]) == 0
+    assert gpu.main(["steps", "--out", str(tmp_path), "--minutes", "2", "--parts", "steps", "compiled"]) == 1
     (first, early, _), (second, late, command) = asked
-    assert (first, second) == ("ops", "steps")
-    assert early < 45
-    assert 110 < late < 121
+    assert (first, second) == ("steps", "compiled")
+    assert early == pytest.approx(120 * 3 / 10, abs=1)
+    assert late == pytest.approx(120, abs=5)
     minutes = float(command[command.index("--minutes") + 1])
     assert 60 * minutes < late - gpu.GRACE
+    assert "steps: cut short; compiled: DID NOT START" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        gpu.main(["steps", "--out", str(tmp_path), "--parts", "ops"])
+
+
+@pytest.mark.parametrize("part", ["ops", "steps", "compiled"])
+def test_the_benchmarks_commands_are_understood(part, tmp_path):
+    command = gpu.command(part, 90.0, tmp_path)
+    assert command[1:4] == ["-m", "fastwgan", "bench"]
+    args = cli._parser().parse_args(command[3:])
+    assert args.minutes == pytest.approx(0.9 * 75 / 60, abs=0.01)
+    assert args.json == gpu.record(part, tmp_path)
+    assert args.ops == (part == "ops")
+    if part == "steps":
+        assert not [name for name in args.implementation if "compiled" in name]
 
 
 def test_every_test_file_is_run_those_first_that_only_a_gpu_can_pass():
     files = [Path(argument).stem for argument in gpu.tests() if argument.endswith(".py")]
     assert sorted(files) == sorted(path.stem for path in Path(__file__).parent.glob("test_*.py"))
     assert files == [*gpu.FIRST, *sorted(set(files) - set(gpu.FIRST))]
+
+
+def test_the_tests_start_in_several_processes(monkeypatch):
+    """As they are called on a GPU, which here is none: where pytest-benchmark warns, warnings are errors."""
+    monkeypatch.setattr(gpu, "WORKERS", 2)
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 2)
+    command = [x for x in gpu.tests() if not x.endswith(".py") or x == "tests/test_gpu.py"]
+    assert "-n" in command
+    run = subprocess.run([sys.executable, "-m", *command], cwd=gpu.ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout
+    assert "gpu: no CUDA GPU here" in run.stdout
+
+
+# The summary
+
+
+TESTS_LOG = f"""
+{"".join(f"FAILED tests/test_a.py::test_{i} - AssertionError{chr(10)}" for i in range(20))}
+==== 20 failed, 5592 passed, 44 skipped, 5 warnings in 117.84s (0:01:57) ====
+"""
+SANITIZER_LOG = """
+memcheck: ====== 206 passed, 9384 deselected in 87.99s (0:01:27) ======
+memcheck: ========= ERROR SUMMARY: 0 errors
+racecheck: 1 failed, 205 passed, 9384 deselected in 87.26s (0:01:27)
+racecheck: ========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)
+"""
+
+
+def profile_record(workloads=4):
+    figures = {
+        "step_ms": 0.28, "host_ms": 0.25, "replay_ms": 0.21, "iteration_ms": 1.4, "steps_ms": 1.5, "python_calls": 456,
+        "kernels": [{"kernel": f"_kernel_{i}", "count": 2.0, "us": 9.5} for i in range(30)],
+    }  # fmt: skip
+    ways = dict.fromkeys(("addmm", "mm and bias", "addmm, cublas", "mm and bias, cublas", "addmm, TF32"), 15.6)
+    return {
+        "workloads": [{"workload": f"w{i}", "eager": figures, "graph": figures} for i in range(workloads)],
+        "generator_products": [{"layer": f"generator.{i}", "shape": [64, 9, 9], "us": ways} for i in range(5)],
+        "left_out": ["x: y"],
+    }  # fmt: skip
+
+
+def test_what_matters_fits_on_a_screen(tmp_path):
+    texts = {
+        "tests": TESTS_LOG, "sanitizer": SANITIZER_LOG, "ops": (report.RESULTS / "cpu-ops.json").read_text(),
+        "steps": (report.RESULTS / "gpu-steps.json").read_text(), "profile": json.dumps(profile_record()),
+        "compiled": (report.RESULTS / "gpu-steps-compiled.json").read_text(),
+    }  # fmt: skip
+    for part, text in texts.items():
+        (tmp_path / part).write_text(text)
+    told = {}
+    for call, stages in gpu.CALLS.items():
+        parts = [part for together in stages for part in together]
+        told[call] = summary.lines({part: tmp_path / part for part in parts})
+        assert len(told[call]) < 60
+        assert not any("more lines" in line for line in told[call])
+        assert max(map(len, told[call])) <= summary.WIDTH
+    kernels, steps = ("\n".join(lines) for lines in told.values())
+    assert "tests: 20 failed, 5592 passed, 44 skipped, 5 warnings in 117.84s" in kernels
+    assert kernels.count("  failed: tests/test_a.py::test_") == summary.FAILED
+    assert "  and 8 more" in kernels
+    assert "sanitizer: racecheck: RACECHECK SUMMARY: 0 hazards" in kernels
+    assert "sanitizer: memcheck: 206 passed" in kernels
+    assert "  RMSprop: 1.02k:" in kernels
+    assert re.search(r"^resnet-clip.* 24.5 +14.8 +19.7 +0.75 +4.75 +4.84 +0.98$", steps, re.MULTILINE)
+    assert "w0, graph: 456 Python calls; ms: step 0.28, host 0.25, replay 0.21, iteration 1.4" in steps
+    assert "60 kernels, 570 us in all" in steps
+    assert "generator.0, us: addmm 15.6; mm and bias 15.6" in steps
+    assert summary.lines({"ops": tmp_path / "none"}) == []
+    (tmp_path / "long").write_text(json.dumps(profile_record(20)))
+    assert summary.lines({"profile": tmp_path / "long"})[-1].startswith("... ")
+
+
+# The profile
+
+
+def test_products_are_told_by_layer():
+    """Those of each order: forward, backward, and the penalty's second backward pass, by hand."""
+    torch.manual_seed(0)
+    critic = nn.Sequential(nn.Linear(6, 16), nn.LeakyReLU(0.2), nn.Linear(16, 16), nn.LeakyReLU(0.2), nn.Linear(16, 1))
+    generator = nn.Linear(3, 6)
+    trainer = Trainer(generator, critic, latent=3, constraint=GradientPenalty(), backend="torch")
+    real = torch.randn(16, 6)  # a batch as large as layers are wide
+    for _ in range(3):
+        trainer.critic_step(real)
+    forward = nn.Linear.forward
+    rows = profile.products(lambda: trainer.critic_step(real), {"G": generator, "D": critic}, CPU)
+    assert nn.Linear.forward is forward
+    counts = Counter()
+    for row in rows:
+        counts[row["layer"]] += row["count"]
+    # Two passes forward and two backward to the weights, less the first layer's input in one; the input gradient, and
+    # the weights' gradients of it with what they are made from.
+    assert counts == {"G.": 1, "D.0": 6, "D.2": 7, "D.4": 6}
+    assert all(row["us"] > 0 for row in rows)
+
+
+def test_a_workloads_profile(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")  # plain PyTorch then, as on a machine without a GPU
+    for name, value in (("WARM_UP", 2), ("CALLS", 2), ("HOST_CALLS", 3), ("SAMPLES", 1)):
+        monkeypatch.setattr(profile, name, value)
+    result = profile.workload("tabular-penalty", CPU)
+    assert result["workload"] == "tabular-penalty"
+    figures = result["eager"]
+    assert figures["python_calls"] > 100
+    assert any("trainer.py" in row["function"] for row in figures["functions"])
+    assert not any(row["function"].startswith("/") for row in figures["functions"])
+    assert "aten::addmm" in [row["kernel"] for row in figures["kernels"]]
+    assert min(figures[name] for name in ("step_ms", "host_ms", "steps_ms", "iteration_ms")) > 0
+    assert {row["layer"].split(".")[0] for row in figures["products"]} == {"generator", "critic"}
+
+
+def test_each_way_of_the_generators_products_is_timed_and_put_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(profile, "SAMPLES", 1)
+    record = profile.run((), CPU, tmp_path / "profile.json")
+    assert record == json.loads((tmp_path / "profile.json").read_text())
+    assert record["left_out"] == []
+    assert [row["shape"] for row in record["generator_products"]] == [
+        [64, 100, 128], [64, 128, 256], [64, 256, 512], [64, 512, 1024], [64, 1024, 784],
+    ]  # fmt: skip
+    assert all(len(row["us"]) == 6 for row in record["generator_products"])
+    before = torch.backends.cuda.matmul.allow_tf32
+    with profile.products_by(tf32=not before):
+        assert torch.backends.cuda.matmul.allow_tf32 != before
+    assert torch.backends.cuda.matmul.allow_tf32 == before
+
+
+def test_replays_are_found(monkeypatch):
+    replayed = []
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", replayed.append)
+    with profile.replays() as found:
+        torch.cuda.CUDAGraph.replay("a graph")
+    found[0]()
+    assert replayed == ["a graph", "a graph"]
+
+
+def test_what_fails_in_a_profile_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(profile, "workload", lambda *_: 1 / 0)
+    monkeypatch.setattr(profile, "generator_products", lambda *_: [])
+    assert profile.main(["--out", str(tmp_path), "--workloads", "mlp-clip"]) == 1
+    assert "left out: mlp-clip: ZeroDivisionError" in capsys.readouterr().out
+    assert gpu.outcome("profile", 0, tmp_path).startswith("DID NOT START")
 
 
 # The sweep of launch parameters, in the interpreter

@@ -1,0 +1,286 @@
+"""Where a critic step's time goes on a GPU: python -m benchmarks.profile --out DIR [--workloads NAME ...]
+
+DIR/gpu-profile.json has for each workload the kernels of a step by name, without a graph and replayed; its matrix
+products and convolutions by the layer they belong to; and the host's share: Python calls and milliseconds of a replayed
+step, the replay alone, and a whole iteration beside the same steps one by one. Last come the products of the MLP's
+generator, each done in several ways. On a CPU all of it runs as well, with operators in place of kernels.
+"""
+
+import argparse
+import cProfile
+import pstats
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from fastwgan import Trainer, bench, bench_run, timing
+from fastwgan.workloads import WORKLOADS
+
+PROFILED = ("mlp-clip", "mlp-penalty", "tabular-penalty", "dcgan-penalty")
+WARM_UP = 16  # steps: a trainer looks at the networks, warms up and captures both of its steps
+CALLS = 10  # that the profiler counts; of the host, which is profiled by itself, HOST_CALLS
+HOST_CALLS, SLOWEST = 200, 25
+SAMPLES = 9
+
+Record = dict[str, Any]
+
+
+def kernels_by_name(call: Callable[[], object], device: torch.device) -> list[Record]:
+    """Return the kernels of a call by name, the longest in all first: how many there are, and microseconds each."""
+    gpu = device.type == "cuda"
+    times: dict[str, list[float]] = {}
+    for event in _events(call, device):
+        if gpu and event.device_type.name == "CUDA":
+            times.setdefault(event.name, []).append(event.time_range.elapsed_us())
+        elif not gpu and event.self_cpu_time_total > 0:
+            times.setdefault(event.name, []).append(event.self_cpu_time_total)
+    rows = [{"kernel": name, "count": len(us) / CALLS, "us": _rounded(timing.median(us))} for name, us in times.items()]
+    return sorted(rows, key=lambda row: -row["count"] * row["us"])
+
+
+def products(call: Callable[[], object], networks: dict[str, nn.Module], device: torch.device) -> list[Record]:
+    """Return a call's matrix products and convolutions by operator and layer: how many, and microseconds each."""
+    with layers_named(networks):
+        events = sorted(_events(call, device), key=lambda event: event.time_range.start)
+    layers: dict[tuple[int, int], str] = {}  # by thread and autograd's sequence number
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for event in events:
+        layer = _layer(event, layers)
+        if layer is not None and event.sequence_nr >= 0:
+            layers.setdefault((event.thread, event.sequence_nr), layer)
+        if event.name in timing.NETWORK_OPS:
+            us = sum(kernel.duration for kernel in event.kernels) if device.type == "cuda" else event.cpu_time_total
+            found.setdefault((layer or "?", event.name, str(event.input_shapes)), []).append(us)
+    rows = [
+        {"layer": layer, "op": op, "shapes": shapes, "count": len(us) / CALLS, "us": _rounded(timing.median(us))}
+        for (layer, op, shapes), us in found.items()
+    ]
+    return sorted(rows, key=lambda row: -row["count"] * row["us"])
+
+
+LAYER, BACKWARD = "layer ", "autograd::engine::evaluate_function"
+
+
+@contextmanager
+def layers_named(networks: dict[str, nn.Module]) -> Iterator[None]:
+    """Have the profiler see the forward pass of each layer with a weight matrix as a range of the layer's name.
+
+    The layers' classes do that meanwhile, not hooks, which a trainer might go by.
+    """
+    names = {
+        id(m): f"{network}.{name}" for network, module in networks.items() for name, m in module.named_modules()
+        if any(p.dim() > 1 for p in m.parameters(recurse=False))
+    }  # fmt: skip
+    modules = [m for module in networks.values() for m in module.modules() if id(m) in names]
+    with ExitStack() as stack:
+        for kind in {type(m) for m in modules}:
+
+            def forward(self: nn.Module, *args: Any, original: Any = kind.forward) -> Any:
+                with record_function(LAYER + names.get(id(self), "?")):
+                    return original(self, *args)
+
+            stack.enter_context(mock.patch.object(kind, "forward", forward))
+        yield
+
+
+def _layer(event: Any, layers: dict[tuple[int, int], str]) -> str | None:
+    """Return the layer that an event is part of: of its forward pass, or of a backward pass of whatever order."""
+    while event is not None:
+        if event.name.startswith(LAYER):
+            return str(event.name.removeprefix(LAYER))
+        if event.name.startswith(BACKWARD):
+            return layers.get((event.fwd_thread, event.sequence_nr))
+        event = event.cpu_parent
+    return None
+
+
+def _events(call: Callable[[], object], device: torch.device) -> Iterator[Any]:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    timing.wait(device)
+    with profile(activities=activities, record_shapes=True, acc_events=True) as found:
+        for _ in range(CALLS):
+            call()
+        timing.wait(device)
+    yield from found.events()
+
+
+@contextmanager
+def replays() -> Iterator[list[Callable[[], None]]]:
+    """Collect what is replayed within, as functions that replay it again."""
+    found: list[Callable[[], None]] = []
+    replay = torch.cuda.CUDAGraph.replay
+
+    def noted(graph: torch.cuda.CUDAGraph) -> None:
+        found.append(lambda: replay(graph))
+        replay(graph)
+
+    with mock.patch.object(torch.cuda.CUDAGraph, "replay", noted):
+        yield found
+
+
+def host(call: Callable[[], object], device: torch.device) -> Record:
+    """Return the host's share of a call: Python calls, milliseconds, and the functions that take the most of them."""
+    milliseconds = timing.median(timing.host_time(call, device) for _ in range(HOST_CALLS))
+    profiler = cProfile.Profile()
+    profiler.enable()
+    for _ in range(HOST_CALLS):
+        call()
+    profiler.disable()
+    timing.wait(device)
+    stats: Any = pstats.Stats(profiler)
+    slowest, us = sorted(stats.stats.items(), key=lambda item: -item[1][2])[:SLOWEST], 1e6 / HOST_CALLS
+    return {
+        "python_calls": round(stats.total_calls / HOST_CALLS),
+        "host_ms": _rounded(milliseconds),
+        "functions": [
+            {"function": f"{_place(file)}:{line} {name}", "calls": n / HOST_CALLS, "us": _rounded(own * us)}
+            for (file, line, name), (_, n, own, *_) in slowest
+        ],
+    }  # fmt: skip
+
+
+def _place(file: str) -> str:
+    """A file's path from its package on, so that a record does not depend on where it was made."""
+    parts = Path(file).parts
+    names = [name for name in ("site-packages", "dist-packages", "fastwgan", "benchmarks") if name in parts]
+    return "/".join(parts[parts.index(names[0]) + names[0].endswith("-packages") :]) if names else Path(file).name
+
+
+def milliseconds(call: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
+    return _rounded(timing.median(timing.time_of(call, device, repeats) for _ in range(SAMPLES)))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def workload(name: str, device: torch.device) -> Record:
+    """Return all figures of a workload's critic step, and of its iteration."""
+    given = WORKLOADS[name]
+    result: Record = {"workload": name}
+    for form, cuda_graph in (("eager", False), ("graph", True)):
+        if cuda_graph and device.type != "cuda":
+            continue
+        made = bench.setting(given, device, torch.float32)
+        trainer = Trainer(
+            made.generator, made.critic, latent=given.latent, constraint=given.constraint, cuda_graph=cuda_graph
+        )
+        batches = [made.real] * 5
+
+        def step(trainer: Trainer = trainer, real: Tensor = made.real) -> None:
+            trainer.critic_step(real)
+
+        def steps(trainer: Trainer = trainer, batches: list[Tensor] = batches) -> None:
+            for real in batches:
+                trainer.step(real)
+
+        for _ in range(WARM_UP):
+            steps()
+            trainer.iteration(batches)
+        for _ in range(WARM_UP):
+            step()
+        figures: Record = {"step_ms": milliseconds(step, device)} | host(step, device)
+        figures["kernels"] = kernels_by_name(step, device)
+        trainer.generator_step(len(made.real))  # so that an iteration begins
+        figures["steps_ms"] = milliseconds(steps, device)
+        figures["iteration_ms"] = milliseconds(lambda t=trainer, b=batches: t.iteration(b), device)
+        if cuda_graph:
+            for kind, call in (("replay", step), ("iteration_replay", lambda t=trainer, b=batches: t.iteration(b))):
+                with replays() as found:
+                    call()
+                figures[f"{kind}_ms"] = milliseconds(found[-1], device)
+                figures[f"{kind}_host_ms"] = _rounded(timing.host_time(found[-1], device))
+        else:
+            networks = {"generator": made.generator, "critic": made.critic}
+            figures["products"] = products(step, networks, device)
+        result[form] = figures
+    return result
+
+
+def generator_products(device: torch.device) -> list[Record]:
+    """Return microseconds of each product of the MLP's generator, at its batch, in each way that PyTorch has for it."""
+    given = WORKLOADS["mlp-clip"]
+    generator = bench.setting(given, device, torch.float32).generator
+    rows = []
+    for name, layer in generator.named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        x = torch.randn(given.batch, layer.in_features, device=device)
+        weight, bias = layer.weight.detach(), layer.bias.detach()
+
+        def addmm(x: Tensor = x, weight: Tensor = weight, bias: Tensor = bias) -> Tensor:
+            return torch.addmm(bias, x, weight.t())
+
+        def mm(x: Tensor = x, weight: Tensor = weight, bias: Tensor = bias) -> Tensor:
+            return torch.mm(x, weight.t()) + bias
+
+        ways: Record = {}
+        for way, call, options in (
+            ("addmm", addmm, {}), ("mm and bias", mm, {}), ("addmm, cublas", addmm, {"library": "cublas"}),
+            ("mm and bias, cublas", mm, {"library": "cublas"}), ("addmm, TF32", addmm, {"tf32": True}),
+            ("mm and bias, TF32", mm, {"tf32": True}),
+        ):  # fmt: skip
+            with products_by(**options):
+                timed, repeats = call, 1
+                if device.type == "cuda":
+                    timed, repeats = timing.capture(call, repeats=20), 20
+                ways[way] = _rounded(1e3 * milliseconds(timed, device) / repeats)
+        shape = [given.batch, layer.in_features, layer.out_features]
+        rows.append({"layer": f"generator.{name}", "shape": shape, "us": ways})
+    return rows
+
+
+@contextmanager
+def products_by(library: str | None = None, *, tf32: bool = False) -> Iterator[None]:
+    """Have products done by a library, and in TF32 if wanted; both are of no effect on a CPU."""
+    chosen, allowed = None, torch.backends.cuda.matmul.allow_tf32
+    if library is not None and torch.cuda.is_available():
+        chosen = torch.backends.cuda.preferred_blas_library()
+        torch.backends.cuda.preferred_blas_library(library)
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        if chosen is not None:
+            torch.backends.cuda.preferred_blas_library(chosen)
+
+
+def run(workloads: Iterable[str], device: torch.device, path: Path) -> Record:
+    """Measure all, write the record after each part, and return it."""
+    record: Record = {"environment": bench_run.environment(device), "workloads": [], "left_out": []}
+    jobs: list[tuple[str, Callable[[], None]]] = [
+        (name, lambda name=name: record["workloads"].append(workload(name, device))) for name in workloads
+    ]
+    jobs.insert(1, ("generator_products", lambda: record.update(generator_products=generator_products(device))))
+    for name, job in jobs:
+        try:
+            job()
+        except Exception as error:  # whatever it is, the others can still be measured
+            record["left_out"].append(f"{name}: {bench.message(error)}")
+        bench_run.write(path, record)
+    return record
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description="Where a step's time goes.")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the record")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=PROFILED, metavar="NAME")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    record = run(args.workloads, device, args.out / "gpu-profile.json")
+    for left in record["left_out"]:
+        print(f"left out: {left}")
+    return int(bool(record["left_out"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
