@@ -24,6 +24,7 @@ from benchmarks import summary
 
 ROOT = Path(__file__).parent.parent
 GRACE = 15  # seconds that a part gets to say what it has found so far
+SAID = 100  # characters of what a part that did not start said last
 WORKERS = 11  # test processes, each with a context of its own on the GPU; the sanitizers have the other cores
 # The parts of each call that run at the same time, in order, and how they share the minutes that are left.
 CALLS = {
@@ -100,7 +101,9 @@ def outcome(part: str, status: int, out: Path) -> str:
     else:
         results = text and any(json.loads(text).get(kind) for kind in ("ops", "critic_step", "workloads"))
     if not results:
-        return f"DID NOT START (status {status}), see {part}.log"
+        log = out / f"{part}.log"
+        said = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+        return f"DID NOT START (status {status}): {said[-1][:SAID] if said else 'no output'}"
     return {0: "ok", 124: "cut short"}.get(status, f"status {status}")
 
 

@@ -137,19 +137,22 @@ class _Op(torch.autograd.Function):
 # Scores
 
 
-class _CriticLoss(_Op):
-    @staticmethod
-    def forward(real: Tensor, fake: Tensor) -> Any:
-        return kernels.scores.mean_scores("critic", real, fake)[0]
+class _LinearLoss(_Op):
+    """Take mean(b) - mean(a), the critic's loss on real and fake scores; of a alone -mean(a), the generator's."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.shapes, ctx.dtype = [x.shape for x in inputs], inputs[0].dtype
+    def forward(a: Tensor, b: Tensor | None) -> Any:
+        return kernels.scores.mean_scores("generator" if b is None else "critic", a, a if b is None else b)[0]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        real, fake = ((grad / n).to(ctx.dtype) for n in (-ctx.shapes[0].numel(), ctx.shapes[1].numel()))
-        return real.expand(ctx.shapes[0]), fake.expand(ctx.shapes[1])
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.shapes, ctx.dtype = [x.shape for x in inputs if x is not None], inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        signs = zip((-1, 1), ctx.shapes, strict=False)
+        a, *b = ((grad / (sign * shape.numel())).to(ctx.dtype).expand(shape) for sign, shape in signs)
+        return a, b[0] if b else None
 
 
 class _BlendedLoss(_Op):
@@ -184,20 +187,6 @@ class _BlendedLoss(_Op):
             (grad * part.view(x.shape)).to(x.dtype) for x, part in zip((a, b), parts, strict=False) if x is not None
         ]
         return grads[0], grads[1] if b is not None else None, None, None, None
-
-
-class _GeneratorLoss(_Op):
-    @staticmethod
-    def forward(fake: Tensor) -> Any:
-        return kernels.scores.mean_scores("generator", fake, fake)[0]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return (grad / -ctx.shape.numel()).to(ctx.dtype).expand(ctx.shape)
 
 
 class _WassersteinLoss(_Op):
@@ -279,7 +268,7 @@ def critic_loss(
             _BlendedLoss, real_scores, fake_scores, blend, drift, _differentiable(real_scores, fake_scores)
         )
     else:
-        loss = _apply(_CriticLoss, real_scores, fake_scores)
+        loss = _apply(_LinearLoss, real_scores, fake_scores)
     return loss
 
 
@@ -314,7 +303,7 @@ def generator_loss(fake_scores: Tensor, *, blend: float = 0.0, backend: Backend 
     if blend:
         loss, _ = _apply(_BlendedLoss, fake_scores, None, blend, 0.0, _differentiable(fake_scores))
     else:
-        loss = _apply(_GeneratorLoss, fake_scores)
+        loss = _apply(_LinearLoss, fake_scores, None)
     return loss
 
 

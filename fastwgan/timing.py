@@ -5,7 +5,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -133,7 +133,7 @@ def capture(call: Call, random: Iterable[torch.Generator] = (), *, repeats: int 
     finally:
         if kernel_package is not None:
             kernel_package.table.fill_pending()  # what our optimizers' launches read, which a capture keeps back
-    return _Replay(graph, call)
+    return partial(_replay, graph, call)
 
 
 @contextmanager
@@ -150,19 +150,9 @@ def unchecked() -> Iterator[None]:
         yield
 
 
-@dataclass
-class _Replay:
-    """Replays a graph when it is called.
-
-    It holds the captured call as well, and so the tensors that the graph reads: nobody else has to hold them, and
-    memory that has been freed is another's.
-    """
-
-    graph: torch.cuda.CUDAGraph
-    call: Call
-
-    def __call__(self) -> None:
-        self.graph.replay()
+def _replay(graph: torch.cuda.CUDAGraph, call: Call) -> None:
+    """Replay a graph. The call that was captured comes along to keep alive what the graph reads."""
+    graph.replay()
 
 
 def kernels(call: Call, device: torch.device) -> int | None:

@@ -42,6 +42,8 @@ def test_parts_share_the_minutes_in_order(tmp_path, monkeypatch, capsys):
 
     def run(part, command, seconds, out):
         asked.append((part, seconds, command))
+        if part == "tests":
+            gpu.record(part, out).write_text("usage\nno such option\n")
         if part == "ops":
             gpu.record(part, out).write_text(json.dumps({"ops": [], "left_out": ["all"], "copy_gb_s": 1.0}))
         elif part == "steps":
@@ -57,7 +59,7 @@ def test_parts_share_the_minutes_in_order(tmp_path, monkeypatch, capsys):
     assert asked[0][1] == asked[1][1] == pytest.approx(360 * 5 / 8, abs=1)
     assert asked[2][1] == pytest.approx(360, abs=5), "what the others have left"
     out = capsys.readouterr().out
-    assert "tests: DID NOT START (status 4), see tests.log; sanitizer: ok; ops: DID NOT START (status 0)" in out
+    assert "tests: DID NOT START (status 4): no such option; sanitizer: ok; ops: DID NOT START (status 0): no" in out
     asked.clear()
     assert gpu.main(["steps", "--out", str(tmp_path), "--minutes", "2", "--parts", "steps", "compiled"]) == 1
     (first, early, _), (second, late, command) = asked
