@@ -24,10 +24,11 @@ from fastwgan import Trainer, bench, bench_run, timing
 from fastwgan.workloads import WORKLOADS
 
 PROFILED = ("mlp-clip", "mlp-penalty", "tabular-penalty", "dcgan-penalty")
-WARM_UP = 16  # steps: a trainer looks at the networks, warms up and captures both of its steps
-CALLS = 10  # that the profiler counts; of the host, which is profiled by itself, HOST_CALLS
-HOST_CALLS, SLOWEST = 200, 25
-SAMPLES = 9
+N_CRITIC = 5
+WARM_UP = 8  # calls: a trainer looks at the networks, warms up, and captures both of its steps and an iteration
+CALLS = 10  # that the profiler counts
+HOST_CALLS, SLOWEST = 100, 25  # calls in which the host is profiled, and how many of its functions are told
+SAMPLES = 7
 
 Record = dict[str, Any]
 
@@ -36,7 +37,7 @@ def kernels_by_name(call: Callable[[], object], device: torch.device) -> list[Re
     """Return the kernels of a call by name, the longest in all first: how many there are, and microseconds each."""
     gpu = device.type == "cuda"
     times: dict[str, list[float]] = {}
-    for event in _events(call, device):
+    for event in _events(call, device, ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU):
         if gpu and event.device_type.name == "CUDA":
             times.setdefault(event.name, []).append(event.time_range.elapsed_us())
         elif not gpu and event.self_cpu_time_total > 0:
@@ -47,8 +48,9 @@ def kernels_by_name(call: Callable[[], object], device: torch.device) -> list[Re
 
 def products(call: Callable[[], object], networks: dict[str, nn.Module], device: torch.device) -> list[Record]:
     """Return a call's matrix products and convolutions by operator and layer: how many, and microseconds each."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with layers_named(networks):
-        events = sorted(_events(call, device), key=lambda event: event.time_range.start)
+        events = sorted(_events(call, device, *activities), key=lambda event: event.time_range.start)
     layers: dict[tuple[int, int], str] = {}  # by thread and autograd's sequence number
     found: dict[tuple[str, str, str], list[float]] = {}
     for event in events:
@@ -101,14 +103,13 @@ def _layer(event: Any, layers: dict[tuple[int, int], str]) -> str | None:
     return None
 
 
-def _events(call: Callable[[], object], device: torch.device) -> Iterator[Any]:
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+def _events(call: Callable[[], object], device: torch.device, *activities: ProfilerActivity) -> list[Any]:
     timing.wait(device)
     with profile(activities=activities, record_shapes=True, acc_events=True) as found:
         for _ in range(CALLS):
             call()
         timing.wait(device)
-    yield from found.events()
+    return list(found.events())
 
 
 @contextmanager
@@ -162,46 +163,50 @@ def _rounded(value: float) -> float:
 
 
 def workload(name: str, device: torch.device) -> Record:
-    """Return all figures of a workload's critic step, and of its iteration."""
+    """Return the figures of a workload's critic step, and of its iteration, without a graph and replayed from one."""
+    forms = ("eager", "graph") if device.type == "cuda" else ("eager",)
+    return {"workload": name} | {form: _figures(name, device, cuda_graph=form == "graph") for form in forms}
+
+
+def _figures(name: str, device: torch.device, *, cuda_graph: bool) -> Record:
     given = WORKLOADS[name]
-    result: Record = {"workload": name}
-    for form, cuda_graph in (("eager", False), ("graph", True)):
-        if cuda_graph and device.type != "cuda":
-            continue
-        made = bench.setting(given, device, torch.float32)
-        trainer = Trainer(
-            made.generator, made.critic, latent=given.latent, constraint=given.constraint, cuda_graph=cuda_graph
-        )
-        batches = [made.real] * 5
+    made = bench.setting(given, device, torch.float32)
+    networks = {"generator": made.generator, "critic": made.critic}
+    trainer = Trainer(**networks, latent=given.latent, constraint=given.constraint, cuda_graph=cuda_graph)
+    batches = [made.real] * N_CRITIC
 
-        def step(trainer: Trainer = trainer, real: Tensor = made.real) -> None:
-            trainer.critic_step(real)
+    def step() -> None:
+        trainer.critic_step(made.real)
 
-        def steps(trainer: Trainer = trainer, batches: list[Tensor] = batches) -> None:
-            for real in batches:
-                trainer.step(real)
+    def steps() -> None:
+        for real in batches:
+            trainer.step(real)
 
+    def iteration() -> None:
+        trainer.iteration(batches)
+
+    for call in (steps, iteration, step):
         for _ in range(WARM_UP):
-            steps()
-            trainer.iteration(batches)
-        for _ in range(WARM_UP):
-            step()
-        figures: Record = {"step_ms": milliseconds(step, device)} | host(step, device)
-        figures["kernels"] = kernels_by_name(step, device)
-        trainer.generator_step(len(made.real))  # so that an iteration begins
-        figures["steps_ms"] = milliseconds(steps, device)
-        figures["iteration_ms"] = milliseconds(lambda t=trainer, b=batches: t.iteration(b), device)
-        if cuda_graph:
-            for kind, call in (("replay", step), ("iteration_replay", lambda t=trainer, b=batches: t.iteration(b))):
-                with replays() as found:
-                    call()
-                figures[f"{kind}_ms"] = milliseconds(found[-1], device)
-                figures[f"{kind}_host_ms"] = _rounded(timing.host_time(found[-1], device))
-        else:
-            networks = {"generator": made.generator, "critic": made.critic}
-            figures["products"] = products(step, networks, device)
-        result[form] = figures
-    return result
+            call()
+    figures: Record = {"step_ms": milliseconds(step, device), **host(step, device), **replayed("replay", step, device)}
+    figures["kernels"] = kernels_by_name(step, device)
+    if not cuda_graph:
+        figures["products"] = products(step, networks, device)
+    trainer.generator_step(len(made.real))  # so that the next critic step is an iteration's first
+    figures["steps_ms"], figures["iteration_ms"] = (milliseconds(call, device, 2) for call in (steps, iteration))
+    return figures | replayed("iteration_replay", iteration, device)
+
+
+def replayed(name: str, call: Callable[[], object], device: torch.device) -> Record:
+    """Return the milliseconds that a call's graph takes, replayed by itself, and the host's; nothing if it has none."""
+    with replays() as found:
+        call()
+    if not found:
+        return {}
+    return {
+        f"{name}_ms": milliseconds(found[-1], device),
+        f"{name}_host_ms": _rounded(timing.host_time(found[-1], device)),
+    }
 
 
 def generator_products(device: torch.device) -> list[Record]:

@@ -6,13 +6,17 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from test_bench import tiny
+from test_graphs import Recorded
 from torch import nn
 
-from fastwgan import GradientPenalty, Trainer, bench_ops, cli
+from fastwgan import GradientPenalty, Trainer, bench, bench_ops, cli, graphs
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import gpu, profile, report, summary, tune
@@ -198,6 +202,42 @@ def test_a_workloads_profile(monkeypatch):
     assert "aten::addmm" in [row["kernel"] for row in figures["kernels"]]
     assert min(figures[name] for name in ("step_ms", "host_ms", "steps_ms", "iteration_ms")) > 0
     assert {row["layer"].split(".")[0] for row in figures["products"]} == {"generator", "critic"}
+
+
+@pytest.mark.emulated
+def test_a_graphs_figures(monkeypatch):
+    """By stand-ins for a GPU: replays of a step and of an iteration, each of a graph of its own."""
+    replayed = []
+
+    class Capture(Recorded):
+        def capture(self, work):
+            outputs, replay = super().capture(work)
+            graph = SimpleNamespace(replay=replay, kind=len(outputs[0]))
+            return outputs, lambda: torch.cuda.CUDAGraph.replay(graph)
+
+    def replay(graph):
+        replayed.append(graph.kind)
+        graph.replay()
+
+    def time_of(call, *_):
+        call()
+        return 1.0
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", replay)
+    monkeypatch.setattr(graphs, "Capture", Capture)
+    monkeypatch.setattr(graphs, "device_problem", lambda device: None)
+    monkeypatch.setitem(profile.WORKLOADS, "tiny", tiny(GradientPenalty()))
+    monkeypatch.setattr(profile.bench, "setting", partial(lambda make, w, _, dtype: make(w, CPU, dtype), bench.setting))
+    for name, value in (("CALLS", 1), ("HOST_CALLS", 1), ("SAMPLES", 1), ("_events", lambda *_: [])):
+        monkeypatch.setattr(profile, name, value)
+    for name, value in (("time_of", time_of), ("host_time", time_of), ("wait", lambda _: None)):
+        monkeypatch.setattr(profile.timing, name, value)
+    result = profile.workload("tiny", SimpleNamespace(type="cuda"))
+    assert {"replay_ms", "replay_host_ms", "iteration_replay_ms"} <= result["graph"].keys()
+    assert "replay_ms" not in result["eager"]
+    of_steps, of_iterations = sorted(set(replayed))[-2:]
+    assert replayed[-3:] == [of_iterations] * 3, "in its iteration, timed, and the host's"
+    assert of_steps in replayed
 
 
 def test_each_way_of_the_generators_products_is_timed_and_put_back(tmp_path, monkeypatch):
