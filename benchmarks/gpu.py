@@ -1,4 +1,4 @@
-"""What wants a GPU, in two calls of six minutes: python -m benchmarks.gpu kernels|steps --out DIR [--minutes 6]
+"""Run what wants a GPU, in two calls of six minutes: python -m benchmarks.gpu kernels|steps --out DIR [--minutes 6]
 
 ``kernels`` runs the tests that need a GPU and beside them compute-sanitizer, as no figure of a wrong kernel is worth
 having, and then times the ops. ``steps`` times critic steps without compilers, profiles them, and times them with
@@ -23,6 +23,7 @@ from pathlib import Path
 from benchmarks import summary
 
 ROOT = Path(__file__).parent.parent
+TIME_OVER = 124  # the status of a part that had to be ended
 GRACE = 15  # seconds that a part gets to say what it has found so far
 SAID = 100  # characters of what a part that did not start said last
 WORKERS = 11  # test processes, each with a context of its own on the GPU; the sanitizers have the other cores
@@ -70,7 +71,7 @@ def record(part: str, out: Path) -> Path:
 
 
 def run(part: str, command: list[str], seconds: float, out: Path) -> int:
-    """Return the command's status; 124 if it had to be ended when its time was over."""
+    """Return the command's status, or TIME_OVER."""
     seconds, begun = max(1.0, seconds), time.monotonic()
     print(f"== {part}: {' '.join(command[1:])[:200]} ({seconds:.0f} s at most)", flush=True)
     with (out / f"{part}.log").open("w") as file:
@@ -81,8 +82,8 @@ def run(part: str, command: list[str], seconds: float, out: Path) -> int:
         try:
             status = process.wait(timeout=max(0.8 * seconds, seconds - GRACE))
         except subprocess.TimeoutExpired:
-            status = 124
-            process.send_signal(signal.SIGINT)  # upon which pytest, say, tells of the failures up to here
+            status = TIME_OVER
+            os.killpg(process.pid, signal.SIGINT)  # upon which pytest, say, tells of the failures up to here
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=min(0.2 * seconds, GRACE))
             with suppress(ProcessLookupError):
@@ -94,17 +95,19 @@ def run(part: str, command: list[str], seconds: float, out: Path) -> int:
 
 def outcome(part: str, status: int, out: Path) -> str:
     """Return how a part ended, in a word or two; of one without any result, that it has not started."""
-    path = record(part, out)
-    text = path.read_text(errors="replace") if path.exists() else ""
-    if path.suffix == ".log":
-        results: object = re.search(r"\d+ (passed|failed)", text)
+    path, log = record(part, out), out / f"{part}.log"
+    text, said = (p.read_text(errors="replace") if p.exists() else "" for p in (path, log))
+    if path == log:
+        result = bool(re.search(r"\d+ (passed|failed)", text))
     else:
-        results = text and any(json.loads(text).get(kind) for kind in ("ops", "critic_step", "workloads"))
-    if not results:
-        log = out / f"{part}.log"
-        said = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-        return f"DID NOT START (status {status}): {said[-1][:SAID] if said else 'no output'}"
-    return {0: "ok", 124: "cut short"}.get(status, f"status {status}")
+        result = bool(text) and any(json.loads(text).get(kind) for kind in ("ops", "critic_step", "workloads"))
+    if status == TIME_OVER:
+        failed = path == log and re.search(r"\d+ failed", text)
+        return "cut short, with failures" if failed else "cut short" if result else "cut short, no result"
+    if not result:
+        last = said.strip().splitlines()[-1:] or ["no output"]
+        return f"DID NOT START (status {status}): {last[0][:SAID]}"
+    return "ok" if status == 0 else f"status {status}"
 
 
 def run_together(parts: Sequence[str], seconds: float, out: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Where a critic step's time goes on a GPU: python -m benchmarks.profile --out DIR [--workloads NAME ...]
+"""Tell where a critic step's time goes on a GPU: python -m benchmarks.profile --out DIR [--workloads NAME ...]
 
 DIR/gpu-profile.json has for each workload the kernels of a step by name, without a graph and replayed; its matrix
 products and convolutions by the layer they belong to; and the host's share: Python calls and milliseconds of a replayed
@@ -12,6 +12,7 @@ import pstats
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,6 +32,7 @@ HOST_CALLS, SLOWEST = 100, 25  # calls in which the host is profiled, and how ma
 SAMPLES = 7
 
 Record = dict[str, Any]
+WAYS: dict[str, Record] = {"": {}, " TF32": {"tf32": True}} | {f" {x}": {"library": x} for x in ("cublas", "cublaslt")}
 
 
 def kernels_by_name(call: Callable[[], object], device: torch.device) -> list[Record]:
@@ -55,7 +57,7 @@ def products(call: Callable[[], object], networks: dict[str, nn.Module], device:
     found: dict[tuple[str, str, str], list[float]] = {}
     for event in events:
         layer = _layer(event, layers)
-        if layer is not None and event.sequence_nr >= 0:
+        if layer is not None and event.sequence_nr >= 0 and not event.fwd_thread:  # what autograd will go back to
             layers.setdefault((event.thread, event.sequence_nr), layer)
         if event.name in timing.NETWORK_OPS:
             us = sum(kernel.duration for kernel in event.kernels) if device.type == "cuda" else event.cpu_time_total
@@ -112,20 +114,6 @@ def _events(call: Callable[[], object], device: torch.device, *activities: Profi
     return list(found.events())
 
 
-@contextmanager
-def replays() -> Iterator[list[Callable[[], None]]]:
-    """Collect what is replayed within, as functions that replay it again."""
-    found: list[Callable[[], None]] = []
-    replay = torch.cuda.CUDAGraph.replay
-
-    def noted(graph: torch.cuda.CUDAGraph) -> None:
-        found.append(lambda: replay(graph))
-        replay(graph)
-
-    with mock.patch.object(torch.cuda.CUDAGraph, "replay", noted):
-        yield found
-
-
 def host(call: Callable[[], object], device: torch.device) -> Record:
     """Return the host's share of a call: Python calls, milliseconds, and the functions that take the most of them."""
     milliseconds = timing.median(timing.host_time(call, device) for _ in range(HOST_CALLS))
@@ -148,7 +136,7 @@ def host(call: Callable[[], object], device: torch.device) -> Record:
 
 
 def _place(file: str) -> str:
-    """A file's path from its package on, so that a record does not depend on where it was made."""
+    """Return a file's path from its package on, so that a record does not depend on where it was made."""
     parts = Path(file).parts
     names = [name for name in ("site-packages", "dist-packages", "fastwgan", "benchmarks") if name in parts]
     return "/".join(parts[parts.index(names[0]) + names[0].endswith("-packages") :]) if names else Path(file).name
@@ -188,25 +176,33 @@ def _figures(name: str, device: torch.device, *, cuda_graph: bool) -> Record:
     for call in (steps, iteration, step):
         for _ in range(WARM_UP):
             call()
-    figures: Record = {"step_ms": milliseconds(step, device), **host(step, device), **replayed("replay", step, device)}
+    figures: Record = {"step_ms": milliseconds(step, device)} | host(step, device)
     figures["kernels"] = kernels_by_name(step, device)
     if not cuda_graph:
         figures["products"] = products(step, networks, device)
     trainer.generator_step(len(made.real))  # so that the next critic step is an iteration's first
     figures["steps_ms"], figures["iteration_ms"] = (milliseconds(call, device, 2) for call in (steps, iteration))
-    return figures | replayed("iteration_replay", iteration, device)
+    return figures | replayed(trainer, device) if cuda_graph else figures
 
 
-def replayed(name: str, call: Callable[[], object], device: torch.device) -> Record:
-    """Return the milliseconds that a call's graph takes, replayed by itself, and the host's; nothing if it has none."""
-    with replays() as found:
-        call()
-    if not found:
-        return {}
-    return {
-        f"{name}_ms": milliseconds(found[-1], device),
-        f"{name}_host_ms": _rounded(timing.host_time(found[-1], device)),
-    }
+def replayed(trainer: Trainer, device: torch.device) -> Record:
+    """Return the milliseconds that the graphs of a critic step and of an iteration take by themselves, and the host's.
+
+    Raises:
+        RuntimeError: one of the two has not been captured.
+    """
+    assert trainer._graphs is not None
+    found = {key[0]: graph.replay for key, graph in trainer._graphs._graphs.items() if graph.replay is not None}
+    figures: Record = {}
+    for name, work in (("replay", trainer._critic_work), ("iteration_replay", trainer._iteration_work)):
+        if work.__name__ not in found:
+            raise RuntimeError(f"{work.__name__}: expected a graph of it after {WARM_UP} calls, got none")
+        replay = found[work.__name__]
+        figures[f"{name}_ms"] = milliseconds(replay, device)
+        figures[f"{name}_host_ms"] = _rounded(
+            timing.median(timing.host_time(replay, device) for _ in range(HOST_CALLS))
+        )
+    return figures
 
 
 def generator_products(device: torch.device) -> list[Record]:
@@ -227,16 +223,12 @@ def generator_products(device: torch.device) -> list[Record]:
             return torch.mm(x, weight.t()) + bias
 
         ways: Record = {}
-        for way, call, options in (
-            ("addmm", addmm, {}), ("mm and bias", mm, {}), ("addmm, cublas", addmm, {"library": "cublas"}),
-            ("mm and bias, cublas", mm, {"library": "cublas"}), ("addmm, TF32", addmm, {"tf32": True}),
-            ("mm and bias, TF32", mm, {"tf32": True}),
-        ):  # fmt: skip
+        for (name_of, call), (by, options) in product((("addmm", addmm), ("mm+bias", mm)), WAYS.items()):
             with products_by(**options):
                 timed, repeats = call, 1
                 if device.type == "cuda":
                     timed, repeats = timing.capture(call, repeats=20), 20
-                ways[way] = _rounded(1e3 * milliseconds(timed, device) / repeats)
+                ways[name_of + by] = _rounded(1e3 * milliseconds(timed, device) / repeats)
         shape = [given.batch, layer.in_features, layer.out_features]
         rows.append({"layer": f"generator.{name}", "shape": shape, "us": ways})
     return rows

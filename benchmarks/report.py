@@ -1,4 +1,4 @@
-"""README's tables and the pictures from records of fastwgan bench: python -m benchmarks.report [F.json ...] [--out DIR]
+"""Make README's tables and pictures of records of fastwgan bench: python -m benchmarks.report [F.json ...] [--out DIR]
 
 Without names the committed records are read, a GPU's first. Records of critic steps give the tables between README's
 markers and a picture of their ratios; records of ops give a picture of their share of the copy bandwidth. Whatever was

@@ -1,4 +1,4 @@
-"""What matters of the records of a GPU's run, in lines for a terminal."""
+"""Put what matters of the records of a GPU's run into lines for a terminal."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from benchmarks import report
 LINES = 58  # at most, so that a terminal shows them all
 FAILED = 12  # tests that are named
 SLOWEST = 4  # kernels of a step
-WIDTH = 150
+WIDTH = 170
 
 Record = dict[str, Any]
 

@@ -385,8 +385,7 @@ def objective(
         _, statistics, slopes = kernels.objective.objective(a, b, blend, drift, weight, scale, fake_scores.dtype)
         return statistics, slopes
     if real_scores is None:
-        kept = torch.float64 if fake_scores.dtype == torch.float64 else torch.float32
-        statistics = reference.generator_loss(fake_scores.detach().to(kept), blend=blend).reshape(1)
+        statistics = reference.generator_loss(fake_scores.detach(), blend=blend).reshape(1)
     else:
         statistics = reference.score_statistics(*scores, blend=blend, drift=drift)
     factor = weight if scale is None else weight * scale

@@ -281,7 +281,7 @@ class Graphs:
         return graph.outputs()
 
     def run_uncaptured(self, work: Work, *args: Any) -> Outputs:
-        """``work(*args)`` as it is, on the stream of the captures."""
+        """Return ``work(*args)``, run as it is on the stream of the captures."""
         with self._capture.on_stream():
             return work(*args)
 

@@ -400,8 +400,7 @@ class Compiled(Eager):
                 fake = _noisy(fake.to(dtype or fake.dtype), noise, self._backend)
                 scores = functional_call(self._critic, critic_state, (fake, *cond))
             functional.check_scores("critic", scores, batch, self._pack)
-            wide = scores.to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
-            total = reference.generator_loss(wide, blend=self._blend)
+            total = reference.generator_loss(scores, blend=self._blend)
             return total * factor, (scores.detach(), total.detach().reshape(1))
 
         gradients, (scores, total) = grad(loss, has_aux=True)(*state, critic_state)

@@ -19,8 +19,8 @@ from .arithmetic import divide
 from .arrival import is_last, mean_of_partials, zero
 from .table import Tables
 
-BLOCK = 4096  # of a gradient: small networks want many programs
-LARGE_BLOCK, LARGE = 16384, 2**25  # from so many elements in a launch on: beyond a cache, long reads pay
+BLOCK = 4096  # of a gradient; small networks want many programs
+LARGE_BLOCK, LARGE = 16384, 2**27  # of launches with so many elements, where an H200 was measured to gain from it
 SCORES_BLOCK = 1024
 MAX_PROGRAMS = 512  # that sum scores; also the width of the final sum
 # The tally (int64): how many elements of the last step were not finite; the first tensor that had one, as of the last

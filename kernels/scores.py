@@ -94,7 +94,7 @@ def mean_scores(form: str, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tens
         stats = torch.empty(4, dtype=acc, device=a.device)
         partial = torch.empty(2, MAX_PROGRAMS, dtype=acc, device=a.device)
         programs = min(triton.cdiv(max(a.numel(), b.numel()), BLOCK), MAX_PROGRAMS)
-        warps = min(BLOCK * a.itemsize // 512, 8)  # 16 bytes per thread
+        warps = min(BLOCK * a.itemsize // 512, 8)  # 16 bytes per thread; more warps than 8 were not measured
         _scores_kernel[(programs,)](
             a, b, loss, second, stats, partial, zero(a.device), a.numel(), b.numel(),
             FORM=form, BLOCK=BLOCK, MAX_PROGRAMS=MAX_PROGRAMS, num_warps=warps, enable_fp_fusion=True,

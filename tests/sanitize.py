@@ -1,4 +1,4 @@
-"""NVIDIA's compute-sanitizer over the kernels, on a machine with a GPU: python tests/sanitize.py [TOOL ...]
+"""Run NVIDIA's compute-sanitizer over the kernels, on a machine with a GPU: python tests/sanitize.py [TOOL ...]
 
 Runs a few tests of every kernel under memcheck, racecheck and synccheck, or the tools named, all at once, with no
 memory pool between the tests and the driver, and exits with 1 if any tool or test finds anything. A line of output

@@ -430,7 +430,7 @@ def test_an_optimizers_refusal_of_a_capture_is_lifted_under_either_name(name, mo
 
 @pytest.mark.parametrize("kind", [torch.optim.RMSprop, torch.optim.Adam])
 def test_the_installed_optimizers_can_be_captured(kind, monkeypatch):
-    """On a CPU that passes for a GPU in a capture."""
+    """A CPU passes for a GPU in a capture."""
     p = nn.Parameter(torch.ones(2))
     p.grad = torch.ones(2)
     optimizer = kind([p], foreach=False)

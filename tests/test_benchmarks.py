@@ -41,7 +41,7 @@ def test_a_part_whose_time_is_over_leaves_what_it_has_found(tmp_path, capsys):
 
 
 def test_parts_share_the_minutes_in_order(tmp_path, monkeypatch, capsys):
-    """And each says how it ended; one that has left no result has not started, whatever its status."""
+    """Each says how it ended; one that has left no result has not started, whatever its status."""
     asked = []
 
     def run(part, command, seconds, out):
@@ -96,7 +96,7 @@ def test_every_test_file_is_run_those_first_that_only_a_gpu_can_pass():
 
 
 def test_the_tests_start_in_several_processes(monkeypatch):
-    """As they are called on a GPU, which here is none: where pytest-benchmark warns, warnings are errors."""
+    """They are called as on a GPU, which here is none. Where pytest-benchmark warns, warnings are errors."""
     monkeypatch.setattr(gpu, "WORKERS", 2)
     monkeypatch.setattr(gpu.os, "cpu_count", lambda: 2)
     command = [x for x in gpu.tests() if not x.endswith(".py") or x == "tests/test_gpu.py"]
@@ -126,7 +126,7 @@ def profile_record(workloads=4):
         "step_ms": 0.28, "host_ms": 0.25, "replay_ms": 0.21, "iteration_ms": 1.4, "steps_ms": 1.5, "python_calls": 456,
         "kernels": [{"kernel": f"_kernel_{i}", "count": 2.0, "us": 9.5} for i in range(30)],
     }  # fmt: skip
-    ways = dict.fromkeys(("addmm", "mm and bias", "addmm, cublas", "mm and bias, cublas", "addmm, TF32"), 15.6)
+    ways = dict.fromkeys([f"{name}{way}" for name in ("addmm", "mm+bias") for way in profile.WAYS], 15.6)
     return {
         "workloads": [{"workload": f"w{i}", "eager": figures, "graph": figures} for i in range(workloads)],
         "generator_products": [{"layer": f"generator.{i}", "shape": [64, 9, 9], "us": ways} for i in range(5)],
@@ -159,7 +159,7 @@ def test_what_matters_fits_on_a_screen(tmp_path):
     assert re.search(r"^resnet-clip.* 24.5 +14.8 +19.7 +0.75 +4.75 +4.84 +0.98$", steps, re.MULTILINE)
     assert "w0, graph: 456 Python calls; ms: step 0.28, host 0.25, replay 0.21, iteration 1.4" in steps
     assert "60 kernels, 570 us in all" in steps
-    assert "generator.0, us: addmm 15.6; mm and bias 15.6" in steps
+    assert "generator.0, us: addmm 15.6; addmm TF32 15.6" in steps
     assert summary.lines({"ops": tmp_path / "none"}) == []
     (tmp_path / "long").write_text(json.dumps(profile_record(20)))
     assert summary.lines({"profile": tmp_path / "long"})[-1].startswith("... ")
@@ -206,25 +206,17 @@ def test_a_workloads_profile(monkeypatch):
 
 @pytest.mark.emulated
 def test_a_graphs_figures(monkeypatch):
-    """By stand-ins for a GPU: replays of a step and of an iteration, each of a graph of its own."""
-    replayed = []
+    """Stand-ins for a GPU tell what is timed: steps and iterations, and then the graphs that these have captured."""
+    from recording import Recording
 
-    class Capture(Recorded):
-        def capture(self, work):
-            outputs, replay = super().capture(work)
-            graph = SimpleNamespace(replay=replay, kind=len(outputs[0]))
-            return outputs, lambda: torch.cuda.CUDAGraph.replay(graph)
-
-    def replay(graph):
-        replayed.append(graph.kind)
-        graph.replay()
+    timed = []
 
     def time_of(call, *_):
+        timed.append(call)
         call()
         return 1.0
 
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", replay)
-    monkeypatch.setattr(graphs, "Capture", Capture)
+    monkeypatch.setattr(graphs, "Capture", Recorded)
     monkeypatch.setattr(graphs, "device_problem", lambda device: None)
     monkeypatch.setitem(profile.WORKLOADS, "tiny", tiny(GradientPenalty()))
     monkeypatch.setattr(profile.bench, "setting", partial(lambda make, w, _, dtype: make(w, CPU, dtype), bench.setting))
@@ -233,11 +225,20 @@ def test_a_graphs_figures(monkeypatch):
     for name, value in (("time_of", time_of), ("host_time", time_of), ("wait", lambda _: None)):
         monkeypatch.setattr(profile.timing, name, value)
     result = profile.workload("tiny", SimpleNamespace(type="cuda"))
-    assert {"replay_ms", "replay_host_ms", "iteration_replay_ms"} <= result["graph"].keys()
-    assert "replay_ms" not in result["eager"]
-    of_steps, of_iterations = sorted(set(replayed))[-2:]
-    assert replayed[-3:] == [of_iterations] * 3, "in its iteration, timed, and the host's"
-    assert of_steps in replayed
+    replays = {"replay_ms", "replay_host_ms", "iteration_replay_ms", "iteration_replay_host_ms"}
+    assert replays <= result["graph"].keys()
+    assert not replays & result["eager"].keys()
+    of_step, also_of_step, of_iteration, also_of_iteration = (call.__self__ for call in timed[-4:])
+    assert of_step is also_of_step is not of_iteration is also_of_iteration
+    assert isinstance(of_step, Recording)
+    assert isinstance(of_iteration, Recording)
+    assert len(of_iteration._tape) > 4 * len(of_step._tape)
+
+
+def test_a_step_that_was_not_captured_is_no_figure():
+    trainer = SimpleNamespace(_graphs=SimpleNamespace(_graphs={}), _critic_work=gpu.main, _iteration_work=gpu.main)
+    with pytest.raises(RuntimeError, match="^main: expected a graph"):
+        profile.replayed(trainer, CPU)
 
 
 def test_each_way_of_the_generators_products_is_timed_and_put_back(tmp_path, monkeypatch):
@@ -248,20 +249,28 @@ def test_each_way_of_the_generators_products_is_timed_and_put_back(tmp_path, mon
     assert [row["shape"] for row in record["generator_products"]] == [
         [64, 100, 128], [64, 128, 256], [64, 256, 512], [64, 512, 1024], [64, 1024, 784],
     ]  # fmt: skip
-    assert all(len(row["us"]) == 6 for row in record["generator_products"])
+    assert all(len(row["us"]) == 8 for row in record["generator_products"])
     before = torch.backends.cuda.matmul.allow_tf32
     with profile.products_by(tf32=not before):
         assert torch.backends.cuda.matmul.allow_tf32 != before
     assert torch.backends.cuda.matmul.allow_tf32 == before
 
 
-def test_replays_are_found(monkeypatch):
-    replayed = []
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", replayed.append)
-    with profile.replays() as found:
-        torch.cuda.CUDAGraph.replay("a graph")
-    found[0]()
-    assert replayed == ["a graph", "a graph"]
+@pytest.mark.parametrize(
+    ("log", "status", "expected"),
+    [
+        ("== 5 passed in 1.00s ==", 0, "ok"),
+        ("== 2 failed, 5 passed in 1.00s ==", 1, "status 1"),
+        ("== 2 failed, 5 passed in 1.00s ==", 124, "cut short, with failures"),
+        ("== 5 passed in 1.00s ==", 124, "cut short"),
+        ("racecheck: ......... [ 20%]", 124, "cut short, no result"),
+        ("ERROR: no such option", 4, "DID NOT START (status 4): ERROR: no such option"),
+        ("", 1, "DID NOT START (status 1): no output"),
+    ],
+)
+def test_how_a_part_ended(log, status, expected, tmp_path):
+    (tmp_path / "tests.log").write_text(log)
+    assert gpu.outcome("tests", status, tmp_path) == expected
 
 
 def test_what_fails_in_a_profile_is_told(tmp_path, monkeypatch, capsys):

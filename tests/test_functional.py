@@ -136,7 +136,7 @@ def test_penalty_of_large_half_precision_gradients_is_finite(backend, device):
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_losses_of_half_precision_are_float32(dtype, backend, device):
-    """Beyond what float16 can hold, with gradients in the inputs' dtype."""
+    """They are beyond what float16 can hold, and their gradients have the inputs' dtype."""
     low, high = (torch.full((8, 1), value, dtype=dtype, device=device, requires_grad=True) for value in (-49152, 49152))
     g = torch.full((2, 4096), 8.0, dtype=dtype, device=device, requires_grad=True)  # a norm of 512
     double = torch.full_like(high, 2.0)

@@ -115,7 +115,7 @@ def test_steps_take_no_more_memory_as_they_go_on(name, cuda_graph):
 
 
 def test_training_goes_on_after_a_capture_that_fails():
-    """By a call that a capture forbids and that waits for nothing, so that the warm-up does not notice it."""
+    """The call is one that a capture forbids and that waits for nothing, so that the warm-up does not notice it."""
 
     class Asks(nn.Linear):
         def forward(self, x):
@@ -136,6 +136,24 @@ def test_training_goes_on_after_a_capture_that_fails():
         runs.append(nn.utils.parameters_to_vector(trainer.critic.parameters()).detach())
         assert [1 for w in caught if "its capture failed" in str(w.message)] == ([1] if cuda_graph else [])
         torch.cuda.empty_cache()  # raises where the allocator takes the capture for going on
+    torch.testing.assert_close(*runs)
+
+
+def test_the_graphs_of_earlier_steps_may_live_on():
+    """A network may keep what it has made in its first steps; nodes of another stream would warn of that."""
+    runs = []
+    for cuda_graph in (False, True):
+        torch.manual_seed(0)
+        networks = nn.Linear(4, 10).to(DEVICE), nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 1)).to(DEVICE)
+        trainer = Trainer(*networks, latent=4, n_critic=1, cuda_graph=cuda_graph)
+        kept = []
+        for network in networks:
+            network.register_forward_hook(lambda m, args, output, kept=kept: kept.append(output))
+        for i in range(10):
+            torch.manual_seed(i)
+            trainer.step(torch.randn(8, 10, device=DEVICE))
+        assert any(output.requires_grad for output in kept)
+        runs.append(nn.utils.parameters_to_vector(trainer.critic.parameters()).detach())
     torch.testing.assert_close(*runs)
 
 

@@ -627,45 +627,40 @@ def current_stream(device):
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else Recorded.stream
 
 
-def test_all_steps_of_a_trainer_with_graphs_run_on_one_stream(graphed):
-    """First steps, warm-ups, captures, batches of too many sizes, hooks on an optimizer, and after a refusal."""
+def test_all_steps_of_a_trainer_with_graphs_run_on_one_stream(graphed, monkeypatch):
+    """First steps, warm-ups, captures, more sizes than there may be graphs, an optimizer's hook, a failed capture."""
     streams = []
 
     class Watched(nn.Linear):
         def forward(self, x):
             if torch.is_grad_enabled():
-                streams.append(current_stream(graphed))
+                streams.append((current_stream(graphed), len(x)))
             return super().forward(x)
 
     networks = nn.Sequential(Watched(6, 10)).to(graphed), nn.Sequential(Watched(10, 1)).to(graphed)
-    trainer = Trainer(*networks, latent=6, n_critic=1, backend="triton")
-    outside = current_stream(graphed)
-    for size in (8, 8, 8, 8, 8, 8, *range(9, 9 + graphs.GRAPHS), 9 + graphs.GRAPHS):
-        for real in batches(graphed, (10,), 1, size):
-            trainer.step(real)
-    trainer.critic_optimizer.register_step_pre_hook(lambda *_: None)
-    trainer.step(real)
-    assert Recorded.made == 2
-    trainer.critic_optimizer._optimizer_step_pre_hooks.clear()
-    quietly(trainer._graphs._refuse, "of this test")
-    trainer.step(real)
-    assert len(set(streams)) == 1
-    assert current_stream(graphed) == outside != streams[0]
+    trainer, outside = Trainer(*networks, latent=6, n_critic=1, backend="triton"), current_stream(graphed)
 
-
-def test_the_graphs_of_earlier_steps_may_live_on(graphed):
-    """By what a network keeps of its forward passes. Nodes of another stream's steps would break a capture."""
-    runs = []
-    for cuda_graph in (False, True):
-        trainer, shape = made(graphed, cuda_graph, n_critic=1)
-        kept = {}
-        for network in (trainer.generator, trainer.critic):
-            network.register_forward_hook(lambda m, args, output, kept=kept: kept.update({m: output}))
-        for real in batches(graphed, shape, 10):
+    def steps(n, size):
+        del streams[:-1]
+        for real in batches(graphed, (10,), n, size):
             trainer.step(real)
-        runs.append(trainer)
+        assert len({stream for stream, _ in streams}) == 1
+        return len(streams)
+
+    steps(6, 8)
     assert Recorded.made == 2
-    assert_close_weights(*runs, 1e-6)
+    assert steps(2, 8) == 1, "which are replayed: only that of before"
+    monkeypatch.setattr(graphs, "GRAPHS", 2)
+    steps(6, 9)
+    assert Recorded.made == 2, "no third graph"
+    hook = trainer.critic_optimizer.register_step_pre_hook(lambda *_: None)
+    assert steps(1, 8) > 1
+    hook.remove()
+    monkeypatch.setattr(graphs, "GRAPHS", 8)
+    monkeypatch.setattr(trainer._graphs._capture, "capture", lambda work: 1 / 0)
+    quietly(steps, 6, 10)
+    assert trainer._graphs._refused
+    assert current_stream(graphed) == outside != streams[0][0]
 
 
 @pytest.mark.emulated  # on a GPU its warm-up tells, and each step raises
