@@ -51,7 +51,7 @@ def tests() -> list[str]:
 
 
 def command(part: str, seconds: float, out: Path) -> list[str]:
-    """Return what does a part, told the time it has."""
+    """Return the command that runs a part, told the time it has."""
     python, minutes = [sys.executable, "-m"], f"{max(0.1, 0.9 * (seconds - GRACE) / 60):.2f}"
     bench = [*python, "fastwgan", "bench", "--device", "cuda", "--minutes", minutes, "--json", str(record(part, out))]
     return {
@@ -60,7 +60,7 @@ def command(part: str, seconds: float, out: Path) -> list[str]:
         "ops": [*bench, "--ops"],
         "steps": [*bench, "--precision", "float32", "--implementation", *PLAIN],
         "compiled": [*bench, "--precision", "float32", "--workload", *COMPILED],
-        "profile": [*python, "benchmarks.profile", "--out", str(out)],
+        "profile": [*python, "benchmarks.profiling", "--out", str(out)],
     }[part]
 
 
@@ -94,7 +94,7 @@ def run(part: str, command: list[str], seconds: float, out: Path) -> int:
 
 
 def outcome(part: str, status: int, out: Path) -> str:
-    """Return how a part ended, in a word or two; of one without any result, that it has not started."""
+    """Return how a part ended, in a word or two; of one that failed without any result, that it has not started."""
     path, log = record(part, out), out / f"{part}.log"
     text, said = (p.read_text(errors="replace") if p.exists() else "" for p in (path, log))
     if path == log:
@@ -104,6 +104,8 @@ def outcome(part: str, status: int, out: Path) -> str:
     if status == TIME_OVER:
         failed = path == log and re.search(r"\d+ failed", text)
         return "cut short, with failures" if failed else "cut short" if result else "cut short, no result"
+    if not result and status == 0:
+        return "no result"
     if not result:
         last = said.strip().splitlines()[-1:] or ["no output"]
         return f"DID NOT START (status {status}): {last[0][:SAID]}"

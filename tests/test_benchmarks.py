@@ -19,7 +19,7 @@ from torch import nn
 from fastwgan import GradientPenalty, Trainer, bench, bench_ops, cli, graphs
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import gpu, profile, report, summary, tune
+from benchmarks import gpu, profiling, report, summary, tune
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ def test_a_part_whose_time_is_over_leaves_what_it_has_found(tmp_path, capsys):
 
 
 def test_parts_share_the_minutes_in_order(tmp_path, monkeypatch, capsys):
-    """Each says how it ended; one that has left no result has not started, whatever its status."""
+    """Each says how it ended; one that failed and has left no result has not started."""
     asked = []
 
     def run(part, command, seconds, out):
@@ -63,7 +63,7 @@ def test_parts_share_the_minutes_in_order(tmp_path, monkeypatch, capsys):
     assert asked[0][1] == asked[1][1] == pytest.approx(360 * 5 / 8, abs=1)
     assert asked[2][1] == pytest.approx(360, abs=5), "what the others have left"
     out = capsys.readouterr().out
-    assert "tests: DID NOT START (status 4): no such option; sanitizer: ok; ops: DID NOT START (status 0): no" in out
+    assert "tests: DID NOT START (status 4): no such option; sanitizer: ok; ops: no result" in out
     asked.clear()
     assert gpu.main(["steps", "--out", str(tmp_path), "--minutes", "2", "--parts", "steps", "compiled"]) == 1
     (first, early, _), (second, late, command) = asked
@@ -72,7 +72,7 @@ def test_parts_share_the_minutes_in_order(tmp_path, monkeypatch, capsys):
     assert late == pytest.approx(120, abs=5)
     minutes = float(command[command.index("--minutes") + 1])
     assert 60 * minutes < late - gpu.GRACE
-    assert "steps: cut short; compiled: DID NOT START" in capsys.readouterr().out
+    assert "steps: cut short; compiled: no result" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         gpu.main(["steps", "--out", str(tmp_path), "--parts", "ops"])
 
@@ -126,7 +126,7 @@ def profile_record(workloads=4):
         "step_ms": 0.28, "host_ms": 0.25, "replay_ms": 0.21, "iteration_ms": 1.4, "steps_ms": 1.5, "python_calls": 456,
         "kernels": [{"kernel": f"_kernel_{i}", "count": 2.0, "us": 9.5} for i in range(30)],
     }  # fmt: skip
-    ways = dict.fromkeys([f"{name}{way}" for name in ("addmm", "mm+bias") for way in profile.WAYS], 15.6)
+    ways = dict.fromkeys([f"{name}{way}" for name in ("addmm", "mm+bias") for way in profiling.WAYS], 15.6)
     return {
         "workloads": [{"workload": f"w{i}", "eager": figures, "graph": figures} for i in range(workloads)],
         "generator_products": [{"layer": f"generator.{i}", "shape": [64, 9, 9], "us": ways} for i in range(5)],
@@ -178,7 +178,7 @@ def test_products_are_told_by_layer():
     for _ in range(3):
         trainer.critic_step(real)
     forward = nn.Linear.forward
-    rows = profile.products(lambda: trainer.critic_step(real), {"G": generator, "D": critic}, CPU)
+    rows = profiling.products(lambda: trainer.critic_step(real), {"G": generator, "D": critic}, CPU)
     assert nn.Linear.forward is forward
     counts = Counter()
     for row in rows:
@@ -192,8 +192,8 @@ def test_products_are_told_by_layer():
 def test_a_workloads_profile(monkeypatch):
     monkeypatch.setattr("fastwgan.kernels.INTERPRETED", False)  # plain PyTorch then, as on a machine without a GPU
     for name, value in (("WARM_UP", 2), ("CALLS", 2), ("HOST_CALLS", 3), ("SAMPLES", 1)):
-        monkeypatch.setattr(profile, name, value)
-    result = profile.workload("tabular-penalty", CPU)
+        monkeypatch.setattr(profiling, name, value)
+    result = profiling.workload("tabular-penalty", CPU)
     assert result["workload"] == "tabular-penalty"
     figures = result["eager"]
     assert figures["python_calls"] > 100
@@ -218,13 +218,15 @@ def test_a_graphs_figures(monkeypatch):
 
     monkeypatch.setattr(graphs, "Capture", Recorded)
     monkeypatch.setattr(graphs, "device_problem", lambda device: None)
-    monkeypatch.setitem(profile.WORKLOADS, "tiny", tiny(GradientPenalty()))
-    monkeypatch.setattr(profile.bench, "setting", partial(lambda make, w, _, dtype: make(w, CPU, dtype), bench.setting))
+    monkeypatch.setitem(profiling.WORKLOADS, "tiny", tiny(GradientPenalty()))
+    monkeypatch.setattr(
+        profiling.bench, "setting", partial(lambda make, w, _, dtype: make(w, CPU, dtype), bench.setting)
+    )
     for name, value in (("CALLS", 1), ("HOST_CALLS", 1), ("SAMPLES", 1), ("_events", lambda *_: [])):
-        monkeypatch.setattr(profile, name, value)
+        monkeypatch.setattr(profiling, name, value)
     for name, value in (("time_of", time_of), ("host_time", time_of), ("wait", lambda _: None)):
-        monkeypatch.setattr(profile.timing, name, value)
-    result = profile.workload("tiny", SimpleNamespace(type="cuda"))
+        monkeypatch.setattr(profiling.timing, name, value)
+    result = profiling.workload("tiny", SimpleNamespace(type="cuda"))
     replays = {"replay_ms", "replay_host_ms", "iteration_replay_ms", "iteration_replay_host_ms"}
     assert replays <= result["graph"].keys()
     assert not replays & result["eager"].keys()
@@ -238,12 +240,12 @@ def test_a_graphs_figures(monkeypatch):
 def test_a_step_that_was_not_captured_is_no_figure():
     trainer = SimpleNamespace(_graphs=SimpleNamespace(_graphs={}), _critic_work=gpu.main, _iteration_work=gpu.main)
     with pytest.raises(RuntimeError, match="^main: expected a graph"):
-        profile.replayed(trainer, CPU)
+        profiling.replayed(trainer, CPU)
 
 
 def test_each_way_of_the_generators_products_is_timed_and_put_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(profile, "SAMPLES", 1)
-    record = profile.run((), CPU, tmp_path / "profile.json")
+    monkeypatch.setattr(profiling, "SAMPLES", 1)
+    record = profiling.run((), CPU, tmp_path / "profile.json")
     assert record == json.loads((tmp_path / "profile.json").read_text())
     assert record["left_out"] == []
     assert [row["shape"] for row in record["generator_products"]] == [
@@ -251,7 +253,7 @@ def test_each_way_of_the_generators_products_is_timed_and_put_back(tmp_path, mon
     ]  # fmt: skip
     assert all(len(row["us"]) == 8 for row in record["generator_products"])
     before = torch.backends.cuda.matmul.allow_tf32
-    with profile.products_by(tf32=not before):
+    with profiling.products_by(tf32=not before):
         assert torch.backends.cuda.matmul.allow_tf32 != before
     assert torch.backends.cuda.matmul.allow_tf32 == before
 
@@ -274,11 +276,12 @@ def test_how_a_part_ended(log, status, expected, tmp_path):
 
 
 def test_what_fails_in_a_profile_is_told(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(profile, "workload", lambda *_: 1 / 0)
-    monkeypatch.setattr(profile, "generator_products", lambda *_: [])
-    assert profile.main(["--out", str(tmp_path), "--workloads", "mlp-clip"]) == 1
+    monkeypatch.setattr(profiling, "workload", lambda *_: 1 / 0)
+    monkeypatch.setattr(profiling, "generator_products", lambda *_: [])
+    assert profiling.main(["--out", str(tmp_path), "--workloads", "mlp-clip"]) == 1
     assert "left out: mlp-clip: ZeroDivisionError" in capsys.readouterr().out
-    assert gpu.outcome("profile", 0, tmp_path).startswith("DID NOT START")
+    assert gpu.outcome("profile", 0, tmp_path) == "no result"
+    assert gpu.outcome("profile", 1, tmp_path).startswith("DID NOT START")
 
 
 # The sweep of launch parameters, in the interpreter

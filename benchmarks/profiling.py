@@ -1,4 +1,4 @@
-"""Tell where a critic step's time goes on a GPU: python -m benchmarks.profile --out DIR [--workloads NAME ...]
+"""Tell where a critic step's time goes on a GPU: python -m benchmarks.profiling --out DIR [--workloads NAME ...]
 
 DIR/gpu-profile.json has for each workload the kernels of a step by name, without a graph and replayed; its matrix
 products and convolutions by the layer they belong to; and the host's share: Python calls and milliseconds of a replayed
@@ -267,7 +267,7 @@ def run(workloads: Iterable[str], device: torch.device, path: Path) -> Record:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description="Where a step's time goes.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.profiling", description="Where a step's time goes.")
     parser.add_argument("--out", type=Path, required=True, help="directory of the record")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=PROFILED, metavar="NAME")
     args = parser.parse_args(argv)
