@@ -116,7 +116,7 @@ def _events(call: Callable[[], object], device: torch.device, *activities: Profi
 
 def host(call: Callable[[], object], device: torch.device) -> Record:
     """Return the host's share of a call: Python calls, milliseconds, and the functions that take the most of them."""
-    milliseconds = timing.median(timing.host_time(call, device) for _ in range(HOST_CALLS))
+    host_ms = _median_host(call, device)
     profiler = cProfile.Profile()
     profiler.enable()
     for _ in range(HOST_CALLS):
@@ -127,7 +127,7 @@ def host(call: Callable[[], object], device: torch.device) -> Record:
     slowest, us = sorted(stats.stats.items(), key=lambda item: -item[1][2])[:SLOWEST], 1e6 / HOST_CALLS
     return {
         "python_calls": round(stats.total_calls / HOST_CALLS),
-        "host_ms": _rounded(milliseconds),
+        "host_ms": host_ms,
         "functions": [
             {"function": f"{_place(file)}:{line} {name}", "calls": n / HOST_CALLS, "us": _rounded(own * us)}
             for (file, line, name), (_, n, own, *_) in slowest
@@ -144,6 +144,10 @@ def _place(file: str) -> str:
 
 def milliseconds(call: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
     return _rounded(timing.median(timing.time_of(call, device, repeats) for _ in range(SAMPLES)))
+
+
+def _median_host(call: Callable[[], object], device: torch.device) -> float:
+    return _rounded(timing.median(timing.host_time(call, device) for _ in range(HOST_CALLS)))
 
 
 def _rounded(value: float) -> float:
@@ -199,9 +203,7 @@ def replayed(trainer: Trainer, device: torch.device) -> Record:
             raise RuntimeError(f"{work.__name__}: expected a graph of it after {WARM_UP} calls, got none")
         replay = found[work.__name__]
         figures[f"{name}_ms"] = milliseconds(replay, device)
-        figures[f"{name}_host_ms"] = _rounded(
-            timing.median(timing.host_time(replay, device) for _ in range(HOST_CALLS))
-        )
+        figures[f"{name}_host_ms"] = _median_host(replay, device)
     return figures
 
 

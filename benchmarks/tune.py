@@ -52,7 +52,7 @@ SWEEPS = {
     "penalty of few": Sweep(Case("penalty", 64 * 2**20), penalty, {"LOOP_BLOCK": POWERS[2:]}, (8, 16, 32)),
     "penalty of many": Sweep(Case("penalty", 2048 * 2**15), penalty, {"LOOP_BLOCK": POWERS[3:]}, (8, 16, 32), 2048),
     "guard": Sweep(Case("guard", 2**27), guard, {"LARGE_BLOCK": POWERS[2:]}, (4, 8, 16)),
-    "guard, medium": Sweep(Case("guard", 2**26, 16), guard, {"BLOCK": POWERS[2:]}, (4, 8)),
+    "guard, medium": Sweep(Case("guard", 2**26, 16), guard, {"LARGE_BLOCK": POWERS[2:]}, (4, 8)),
     "guard, small": Sweep(Case("guard", 2**19, 6), guard, {"BLOCK": POWERS[1:]}, (4, 8)),
     "perturb": Sweep(Case("perturb", 2**26), perturb, {"BLOCK": POWERS[:4]}, (2, 4, 8)),
     "project": Sweep(Case("project", 2**26), project, {"MIN_BLOCK": (1024, 2048)}, (2, 4, 8)),

@@ -20,7 +20,8 @@ from .arrival import is_last, mean_of_partials, zero
 from .table import Tables
 
 BLOCK = 4096  # of a gradient; small networks want many programs
-LARGE_BLOCK, LARGE = 16384, 2**27  # of launches with so many elements, where an H200 was measured to gain from it
+LARGE_BLOCK = 16384  # of launches with LARGE elements or more. An H200 measured 2^27; these, too, are beyond its cache
+LARGE = 2**25
 SCORES_BLOCK = 1024
 MAX_PROGRAMS = 512  # that sum scores; also the width of the final sum
 # The tally (int64): how many elements of the last step were not finite; the first tensor that had one, as of the last
