@@ -104,11 +104,9 @@ def outcome(part: str, status: int, out: Path) -> str:
     if status == TIME_OVER:
         failed = path == log and re.search(r"\d+ failed", text)
         return "cut short, with failures" if failed else "cut short" if result else "cut short, no result"
-    if not result and status == 0:
-        return "no result"
     if not result:
         last = said.strip().splitlines()[-1:] or ["no output"]
-        return f"DID NOT START (status {status}): {last[0][:SAID]}"
+        return f"DID NOT START (status {status}): {last[0][:SAID]}" if status else "no result"
     return "ok" if status == 0 else f"status {status}"
 
 

@@ -76,7 +76,7 @@ LAYER, BACKWARD = "layer ", "autograd::engine::evaluate_function"
 def layers_named(networks: dict[str, nn.Module]) -> Iterator[None]:
     """Have the profiler see the forward pass of each layer with a weight matrix as a range of the layer's name.
 
-    The layers' classes do that meanwhile, not hooks, which a trainer might go by.
+    The layers' classes are patched for it. Hooks would do, but a trainer may treat a network with hooks otherwise.
     """
     names = {
         id(m): f"{network}.{name}" for network, module in networks.items() for name, m in module.named_modules()
@@ -258,6 +258,7 @@ def run(workloads: Iterable[str], device: torch.device, path: Path) -> Record:
     jobs: list[tuple[str, Callable[[], None]]] = [
         (name, lambda name=name: record["workloads"].append(workload(name, device))) for name in workloads
     ]
+    # Not last, as it is short and the time may be over by then.
     jobs.insert(1, ("generator_products", lambda: record.update(generator_products=generator_products(device))))
     for name, job in jobs:
         try:

@@ -87,7 +87,7 @@ def table(record: Record) -> str:
 
 
 def cpu_rows(record: Record) -> list[list[str]]:
-    """Return the textbook's milliseconds, and over them each other implementation's; above 1 is faster."""
+    """Return the textbook's milliseconds, and how many times as fast each other implementation is."""
     names = _names(record)
     rows = [["critic step", "textbook, ms", *names]]
     for result in record["critic_step"]:
@@ -101,9 +101,9 @@ def cpu_rows(record: Record) -> list[list[str]]:
 
 
 def gpu_rows(record: Record) -> list[list[str]]:
-    """Return milliseconds a step, of what the host asks for op by op and then of what replays a CUDA graph.
+    """Return each step's milliseconds: of implementations that launch op by op, then of those that replay a CUDA graph.
 
-    Behind each of the two forms stands the fastest peer's time over ours; above 1 ours is faster.
+    The fastest peer's time over ours follows each of the two groups; above 1 ours is faster.
     """
     present = {name for result in record["critic_step"] for name in result["implementations"]}
     forms = [[name for name in IMPLEMENTATIONS if name in present and (name in CAPTURED) == form] for form in (0, 1)]

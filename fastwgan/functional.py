@@ -201,7 +201,7 @@ class _WassersteinLoss(_Op):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         y_true, y_pred = ctx.saved_tensors
-        grad = grad / y_pred.numel()  # wide: 1 / N may be too small for float16, a label times it is rounded once
+        grad = grad / y_pred.numel()  # float32 or wider, as 1 / N may be too small for float16
         needs_true, needs_pred = ctx.needs_input_grad
         of_true = (grad * y_pred.to(grad.dtype)).to(y_true.dtype) if needs_true else None
         return of_true, (grad * y_true.to(grad.dtype)).to(y_pred.dtype) if needs_pred else None

@@ -93,10 +93,11 @@ class Capture:
 
     @contextmanager
     def on_stream(self) -> Iterator[None]:
-        """Put the device's work within on the stream of the captures, between what the current one has and will have.
+        """Run the block's device work on the captures' stream: after the current stream's work so far, before its next.
 
-        All steps go there, captured or not. A parameter's node of the autograd graph belongs to the stream that it was
-        made on, and lives for as long as anything of a graph does: one made on another stream breaks a capture.
+        All steps run there, captured or not. PyTorch has one autograd node for each parameter, which belongs to the
+        stream that it was made on and lives for as long as any graph refers to it. One of another stream breaks a
+        capture.
         """
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)

@@ -2,8 +2,8 @@
 
 WGAN is Arjovsky, Chintala and Bottou, arXiv 1701.07875; WGAN-GP is Gulrajani, Ahmed, Arjovsky, Dumoulin and
 Courville, arXiv 1704.00028. Any floating dtype goes in. Half precision is computed in float32: tensors come out in
-their own dtype, losses and statistics in float32, as float16 cannot hold every mean of what it holds. Arguments are
-not checked here but in :mod:`fastwgan.functional`.
+their own dtype, losses and statistics in float32, as float16 cannot hold each of them. Arguments are not checked here
+but in :mod:`fastwgan.functional`.
 """
 
 import math

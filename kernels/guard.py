@@ -20,8 +20,8 @@ from .arrival import is_last, mean_of_partials, zero
 from .table import Tables
 
 BLOCK = 4096  # of a gradient; small networks want many programs
-LARGE_BLOCK = 16384  # of launches with LARGE elements or more. An H200 measured 2^27; these, too, are beyond its cache
-LARGE = 2**25
+LARGE_BLOCK = 16384  # where a launch has LARGE elements or more
+LARGE = 2**25  # beyond an H200's cache, as are the 2^27 that were measured
 SCORES_BLOCK = 1024
 MAX_PROGRAMS = 512  # that sum scores; also the width of the final sum
 # The tally (int64): how many elements of the last step were not finite; the first tensor that had one, as of the last

@@ -9,8 +9,8 @@
 ``critic`` also fills the statistics.
 
 Inputs are read once, as flat arrays in any order. Sums run in float32 (float64 for float64 input), and losses and
-statistics keep that dtype: a mean of float16 scores may be beyond float16. Each program
-strides over the input and writes one partial per mean; the last to arrive adds them in index order.
+statistics keep that dtype, as float16 cannot hold every difference of two means. Each program strides over the input
+and writes one partial per mean; the last to arrive adds them in index order.
 """
 
 import torch

@@ -337,7 +337,7 @@ def memory_behind(call):
 
 @pytest.fixture
 def sampled(monkeypatch):
-    """For tests of what is timed: how many tensors were behind each call whenever one was, and none of them freed."""
+    """Stand in for a GPU, see that no tensor behind a call is freed before it is timed, and count them each time."""
     counts, behind = [], []
 
     def watched(build):

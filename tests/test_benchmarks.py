@@ -169,7 +169,7 @@ def test_what_matters_fits_on_a_screen(tmp_path):
 
 
 def test_products_are_told_by_layer():
-    """Those of each order: forward, backward, and the penalty's second backward pass, by hand."""
+    """The count of each layer is right, those of the penalty's second backward pass included."""
     torch.manual_seed(0)
     critic = nn.Sequential(nn.Linear(6, 16), nn.LeakyReLU(0.2), nn.Linear(16, 16), nn.LeakyReLU(0.2), nn.Linear(16, 1))
     generator = nn.Linear(3, 6)
@@ -183,8 +183,8 @@ def test_products_are_told_by_layer():
     counts = Counter()
     for row in rows:
         counts[row["layer"]] += row["count"]
-    # Two passes forward and two backward to the weights, less the first layer's input in one; the input gradient, and
-    # the weights' gradients of it with what they are made from.
+    # Scores: forward, to the weight, to the input (not of the first layer). Penalty: forward, to the input, and from
+    # there to the weight and to the incoming gradient (which is constant for the last layer).
     assert counts == {"G.": 1, "D.0": 6, "D.2": 7, "D.4": 6}
     assert all(row["us"] > 0 for row in rows)
 

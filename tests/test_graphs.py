@@ -628,7 +628,7 @@ def current_stream(device):
 
 
 def test_all_steps_of_a_trainer_with_graphs_run_on_one_stream(graphed, monkeypatch):
-    """First steps, warm-ups, captures, more sizes than there may be graphs, an optimizer's hook, a failed capture."""
+    """They are first steps, warm-ups, captures, steps of too many sizes or with a hook, and those after a refusal."""
     streams = []
 
     class Watched(nn.Linear):
