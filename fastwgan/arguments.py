@@ -6,18 +6,26 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from fastwgan import functional, graphs
+from fastwgan import functional
 from fastwgan.backend import DTYPES, Backend
 from fastwgan.constraints import Clip, GradientPenalty, WeightClip
 from fastwgan.optim import Adam, RMSprop
 
-__all__ = ["Called", "check_arguments", "check_count", "check_mode", "has_hooks", "momentum", "shapes", "take_over"]
+__all__ = [
+    "Called", "check_arguments", "check_count", "check_mode", "device_problem", "has_hooks", "momentum", "shapes",
+    "take_over",
+]  # fmt: skip
 
 
 def check_mode() -> None:
     """Raise inside torch.inference_mode, where nothing gets a gradient and what is made can never be written to."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError("torch.inference_mode: expected a call outside of it (no_grad is fine), got one inside")
+
+
+def device_problem(device: torch.device) -> str | None:
+    """Return why there can be no CUDA graph on ``device``, or None."""
+    return None if device.type == "cuda" else f"the networks are on {device}"
 
 
 def check_count(name: str, value: object) -> int:
@@ -31,8 +39,8 @@ def check_count(name: str, value: object) -> int:
 def check_arguments(
     generator: nn.Module, critic: nn.Module, *, latent: object, constraint: object, critic_optimizer: object,
     generator_optimizer: object, critic_scheduler: object, generator_scheduler: object, n_critic: object, seed: object,
-    amp: object, cuda_graph: object, compile: object, ema: object, blend: object, drift: object, instance_noise: object,
-    pack: object, nonfinite: object, max_skipped: object,
+    amp: object, cuda_graph: object, independent_samples: object, compile: object, ema: object, blend: object,
+    drift: object, instance_noise: object, pack: object, nonfinite: object, max_skipped: object,
 ) -> None:  # fmt: skip
     """Raise TypeError, ValueError or RuntimeError, naming the argument, unless a Trainer can be made of these.
 
@@ -40,6 +48,8 @@ def check_arguments(
     """
     if not isinstance(compile, bool):
         raise TypeError(f"compile: expected a bool, got {type(compile).__name__}")
+    if not isinstance(independent_samples, bool):
+        raise TypeError(f"independent_samples: expected a bool, got {type(independent_samples).__name__}")
     if not (isinstance(cuda_graph, bool) or cuda_graph == "auto"):
         raise ValueError(f"cuda_graph: expected 'auto', True or False, got {cuda_graph!r}")
     for name, module in (("generator", generator), ("critic", critic)):
@@ -88,7 +98,7 @@ def check_arguments(
     _check_scheduler("generator_scheduler", generator_scheduler, generator_optimizer)
     if isinstance(constraint, Clip):
         _check_clip(constraint, critic, critic_optimizer)
-    if cuda_graph is True and (problem := graphs.device_problem(next(iter(devices)))):
+    if cuda_graph is True and (problem := device_problem(next(iter(devices)))):
         raise RuntimeError(f"cuda_graph: True was asked for, but {problem}")
 
 

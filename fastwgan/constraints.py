@@ -39,7 +39,8 @@ class Clip:
         excluded: set[nn.Parameter] = set()
         for entry in self.exclude:
             if isinstance(entry, str):
-                matched = [p for name, p in critic.named_parameters() if fnmatchcase(name, entry)]
+                named = critic.named_parameters(remove_duplicate=False)  # a tied weight has several names
+                matched = [p for name, p in named if fnmatchcase(name, entry)]
             else:
                 matched = [p for m in critic.modules() if isinstance(m, entry) for p in m.parameters()]
             if not matched:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastwgan import reference
 from fastwgan.backend import DTYPES, Backend, kernels, resolve
@@ -72,12 +73,22 @@ def check_like(name: str, x: Tensor, other_name: str, other: Tensor, *, shape: b
         raise ValueError(f"{name}: expected {other_name}'s shape {tuple(other.shape)}, got {tuple(x.shape)}")
 
 
-def _check_scores_pair(real_scores: object, fake_scores: object) -> None:
+def _promoted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both in one dtype under autocast, where networks give another than they get, as PyTorch's ops have it."""
+    if a.dtype != b.dtype and torch.is_autocast_enabled(a.device.type):
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        return a.to(dtype), b.to(dtype)
+    return a, b
+
+
+def _checked_scores(real_scores: object, fake_scores: object) -> tuple[Tensor, Tensor]:
     _check_tensor("real_scores", real_scores)
     _check_tensor("fake_scores", fake_scores)
     assert isinstance(real_scores, Tensor)
     assert isinstance(fake_scores, Tensor)
+    real_scores, fake_scores = _promoted(real_scores, fake_scores)
     check_like("fake_scores", fake_scores, "real_scores", real_scores, shape=False)
+    return real_scores, fake_scores
 
 
 def check_number(name: str, value: object, *, minimum: float, exclusive: bool = False) -> float:
@@ -258,7 +269,7 @@ def critic_loss(
     >>> critic_loss(torch.tensor([3.0, 1.0]), torch.tensor([0.5]), drift=0.1)
     tensor(-1.)
     """
-    _check_scores_pair(real_scores, fake_scores)
+    real_scores, fake_scores = _checked_scores(real_scores, fake_scores)
     check_blend(blend, drift)
     if resolve(backend, real_scores.device) == "torch":
         return reference.critic_loss(real_scores, fake_scores, blend=blend, drift=drift)
@@ -330,6 +341,7 @@ def wasserstein_loss(y_true: Tensor, y_pred: Tensor, *, backend: Backend = "auto
     """
     _check_tensor("y_pred", y_pred)
     _check_tensor("y_true", y_true)
+    y_true, y_pred = _promoted(y_true, y_pred)
     check_like("y_true", y_true, "y_pred", y_pred, shape=True)
     if resolve(backend, y_pred.device) == "torch":
         return reference.wasserstein_loss(y_true, y_pred)
@@ -356,7 +368,7 @@ def hinge_critic_loss(real_scores: Tensor, fake_scores: Tensor, *, backend: Back
     >>> hinge_critic_loss(torch.tensor([3.0, 0.0]), torch.tensor([-0.5]))
     (tensor(0.5000), tensor(0.5000))
     """
-    _check_scores_pair(real_scores, fake_scores)
+    real_scores, fake_scores = _checked_scores(real_scores, fake_scores)
     if resolve(backend, real_scores.device) == "torch":
         return reference.hinge_critic_loss(real_scores, fake_scores)
     real, fake = _apply(_HingeCriticLoss, real_scores, fake_scores)
@@ -526,6 +538,7 @@ def interpolate(
     """
     _check_tensor("fake", fake)
     _check_tensor("real", real)
+    real, fake = _promoted(real, fake)
     check_like("real", real, "fake", fake, shape=True)
     if fake.dim() == 0:
         raise ValueError("fake: expected shape [N, ...], got a 0-d tensor")
@@ -633,7 +646,7 @@ def input_gradient(
 
         return traced_input_gradient(forward, x, buffers, pack)
     try:
-        with LinearPieces():
+        with LinearPieces(), sdpa_kernel(SDPBackend.MATH):  # the other attention kernels have no second derivative
             scores = critic(x, *args)
     except RuntimeError as error:
         if "leaf Variable" in str(error):
@@ -662,7 +675,7 @@ def traced_input_gradient(
     """
 
     def total(x: Tensor, buffers: dict[str, Tensor]) -> Tensor:
-        with LinearPieces():
+        with LinearPieces(), sdpa_kernel(SDPBackend.MATH):
             scores = forward(x, buffers)
         check_scores("critic", scores, len(x), pack)
         return scores.sum() if scale is None else scores.float().sum() * (scale * pack / len(x))
@@ -727,6 +740,7 @@ def gradient_penalty(
         raise TypeError(f"args: expected a tuple of arguments, got {type(args).__name__}")
     _check_tensor("real", real)
     _check_tensor("fake", fake)
+    real, fake = _promoted(real, fake)
     check_like("real", real, "fake", fake, shape=True)  # before a seed is drawn
     offset: int | Tensor = 0
     if seed is None and torch.compiler.is_compiling():

@@ -16,21 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastwgan import structure
 from fastwgan.backend import kernels
-from fastwgan.optim import Adam, RMSprop
+from fastwgan.player import Player
 
-__all__ = ["Graphs", "capturing", "device_problem"]
+__all__ = ["Graphs", "capturing"]
 
 Outputs = tuple[Tensor | None, ...]
 Work = Callable[..., Outputs]
 
 WARM_UP = 3  # runs of a step before its capture: they compile kernels, make state, and show what waits for the device
 GRAPHS = 8  # graphs at a time; steps on batches of yet other shapes run without
-
-
-def device_problem(device: torch.device) -> str | None:
-    """Why there can be no CUDA graph on ``device``, or None."""
-    return None if device.type == "cuda" else f"the networks are on {device}"
 
 
 @contextmanager
@@ -142,6 +138,10 @@ class Capture:
 CONSTANTS = (bool, int, float, str, type(None), torch.dtype)
 
 
+def _is_constant(x: Any) -> bool:
+    return isinstance(x, CONSTANTS) or (isinstance(x, tuple) and all(isinstance(part, CONSTANTS) for part in x))
+
+
 def _signature(x: Any, device: torch.device) -> Hashable:
     """What has to be the same for a graph to serve: of a tensor all but its values.
 
@@ -150,7 +150,7 @@ def _signature(x: Any, device: torch.device) -> Hashable:
     """
     if isinstance(x, Tensor) and x.device == device:
         return x.shape, x.stride(), x.dtype
-    if isinstance(x, CONSTANTS) or (isinstance(x, tuple) and all(isinstance(part, CONSTANTS) for part in x)):
+    if _is_constant(x):
         return type(x), x
     what = f"tensor on {x.device}" if isinstance(x, Tensor) else type(x).__name__
     raise TypeError(f"a {what} among its inputs, where graphs take tensors on their device and plain constants")
@@ -192,28 +192,33 @@ class Graphs:
     Args:
         device: where the networks are.
         generators: of random numbers that a step may draw from, beside PyTorch's default one.
-        networks: that a step runs.
-        optimizers: that it calls.
-        required: whether a step that cannot be captured raises; else it warns, once, and goes on without.
+        players: the networks and optimizers of a step.
+        required: whether a step that cannot be captured raises; else it warns, once, and goes on without. Without it,
+            networks that may run Python of somebody else's are not captured.
     """
 
     def __init__(
-        self, device: torch.device, generators: Sequence[torch.Generator], networks: Sequence[nn.Module],
-        optimizers: Sequence[RMSprop | Adam], *, required: bool,
-    ) -> None:  # fmt: skip
-        self.optimizers = optimizers
-        self._device, self._networks, self._required = device, networks, required
+        self, device: torch.device, generators: Sequence[torch.Generator], players: Sequence[Player], *, required: bool
+    ) -> None:
+        self.optimizers = [player.optimizer for player in players]
+        self._device, self._players, self._required = device, players, required
         self._capture = Capture(device, generators)
         self._modules: list[nn.Module] = []
         self._state: Any = None
         self._graphs: dict[Hashable, _Graph] = {}
         self._problem: str | None = None  # with steps as they are
-        self._refused = False
+        self._refused = self._foreign = False
 
     def _depended_on(self) -> tuple[list[Any], ...]:
         """What a graph has inside that an eager step would look up: addresses, modes, and which algorithm it is."""
-        parts = [x for m in self._modules for d in (m._modules, m._parameters, m._buffers) for x in d.values()]
+        modules = self._modules
+        parts = [x for m in modules for d in (m._modules, m._parameters, m._buffers) for x in d.values()]
         tensors = [x for x in parts if isinstance(x, Tensor)]
+        hooks = [
+            tuple(d)
+            for m in modules
+            for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+        ]
         for optimizer in self.optimizers:
             for state in optimizer.state.values():
                 tensors += state.values()
@@ -222,8 +227,9 @@ class Graphs:
             [id(x) for x in parts],
             [x.data_ptr() for x in tensors],
             [x.requires_grad for x in tensors],
-            [m.training for m in self._modules],
-            [(len(g["params"]), g.get("momentum", 0) > 0, g.get("centered"), g["clip"] is None) for g in groups],
+            [(type(m), *vars(m), *filter(_is_constant, vars(m).values())) for m in modules],
+            [*hooks, structure.hooked_everywhere(), [bool(x._backward_hooks) for x in tensors]],
+            [(len(g["params"]), g.get("momentum", 0) > 0, g.get("centered"), g.get("clip") is None) for g in groups],
         )
 
     def _follow_changes(self) -> None:
@@ -231,8 +237,17 @@ class Graphs:
         state = self._depended_on()
         if state != self._state:
             self.forget()
-            self._modules = [m for network in self._networks for m in network.modules()]
+            self._modules = [m for player in self._players for m in player.module.modules()]
             self._state = self._depended_on()
+            parts = ((player.name, structure.foreign(player.module)) for player in self._players)
+            found = "" if self._required else ", ".join(f"{name} has {part}" for name, part in parts if part)
+            if found and not self._foreign:
+                warnings.warn(
+                    f"cuda_graph: steps run without CUDA graphs, as the {found}, whose forward pass may read what a "
+                    "graph would keep; cuda_graph=True says that it does not",
+                    stacklevel=7,
+                )
+            self._foreign = bool(found)
 
     def forget(self) -> None:
         """Make all graphs anew."""
@@ -257,7 +272,7 @@ class Graphs:
                 self._problem = f"there is {error}"
             if self._problem is not None:
                 self._refuse(self._problem)
-        graph = None if self._refused else self._graph(key, args)
+        graph = None if self._refused or self._foreign else self._graph(key, args)
         if graph is None:
             return self.run_uncaptured(work, *args)
         graph.fill(args)
@@ -276,8 +291,8 @@ class Graphs:
                 return self.run_uncaptured(work, *args)
             finally:
                 kernels.table.fill_pending()
-        for optimizer in self.optimizers:
-            optimizer.refresh()
+        for player in self._players:
+            player.refresh()
         graph.replay()
         return graph.outputs()
 

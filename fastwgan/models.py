@@ -145,7 +145,7 @@ def ctgan_generator(latent: int, columns: int, *, width: int = 256, pack: int = 
 # Images of 32x32
 
 
-class _Residual(nn.Module):
+class Residual(nn.Module):
     """Two 3x3 convolutions beside a shortcut, each after a ReLU; at the input's scale, half of it or twice it.
 
     ``first`` is the form of a critic's first block, which gets an image: no ReLU before the convolutions.
@@ -177,10 +177,10 @@ def resnet_critic(*, channels: int = 3, width: int = 128, norm: bool = False) ->
     Source: arXiv 1704.00028, appendix, the CIFAR-10 ResNet; the first block as in its authors' code.
     """
     return nn.Sequential(
-        _Residual(channels, width, 0.5, norm=norm, first=True),
-        _Residual(width, width, 0.5, norm=norm),
-        _Residual(width, width, 1, norm=norm),
-        _Residual(width, width, 1, norm=norm),
+        Residual(channels, width, 0.5, norm=norm, first=True),
+        Residual(width, width, 0.5, norm=norm),
+        Residual(width, width, 1, norm=norm),
+        Residual(width, width, 1, norm=norm),
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
@@ -196,7 +196,7 @@ def resnet_generator(latent: int = 128, *, channels: int = 3, width: int = 128) 
     return nn.Sequential(
         nn.Linear(latent, 16 * width),
         nn.Unflatten(1, (width, 4, 4)),
-        *(_Residual(width, width, 2, norm=True) for _ in range(3)),
+        *(Residual(width, width, 2, norm=True) for _ in range(3)),
         nn.BatchNorm2d(width),
         nn.ReLU(),
         nn.Conv2d(width, channels, 3, padding=1),

@@ -32,6 +32,7 @@ def _log(x: float) -> float:
 
 
 _Key = tuple[torch.device, torch.dtype, bool, bool, bool]  # has momentum, centered, averaged: one launch's parameters
+_Member = tuple[Tensor, dict[str, Any], float | None]  # a parameter, its group, and the bound of that
 
 
 class _Optimizer(Optimizer):
@@ -44,6 +45,7 @@ class _Optimizer(Optimizer):
     gate: Tensor | None = None  # [2] float32: 1 to leave the step out, else 0; a factor of gradients. For the trainer
     averages: dict[Tensor, Tensor]  # running averages of weights, which the step keeps. For the trainer
     decay: float  # of these
+    clamp: tuple[float, set[int]] | None = None  # a bound, and the ids of parameters that have it. For the trainer
 
     def __init__(self, params: Params, defaults: dict[str, Any], backend: Backend) -> None:
         if backend not in ("auto", "triton", "torch"):
@@ -59,8 +61,21 @@ class _Optimizer(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         for name in ("lr", "eps", "weight_decay"):
             check_number(name, group[name], minimum=0)
-        if group["clip"] is not None:
+        if group.get("clip") is not None:
             check_number("clip", group["clip"], minimum=0, exclusive=True)
+        for variant in ("amsgrad", "decoupled_weight_decay"):
+            if group.get(variant, False):
+                raise ValueError(f"{variant}: expected False, which {type(self).__name__} computes, got True")
+
+    def _bound(self, group: dict[str, Any]) -> float | None:
+        """The bound of a group's weights: the trainer's of those that have it all, or the group's own.
+
+        A group that was added to a torch optimizer, whose groups are ours, has none of its own.
+        """
+        if self.clamp is None:
+            return group.get("clip")
+        bound, bounded = self.clamp
+        return bound if bounded.issuperset(map(id, group["params"])) else None
 
     @staticmethod
     def _variant(group: dict[str, Any]) -> tuple[bool, bool]:
@@ -149,14 +164,14 @@ class _Optimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        buckets: dict[_Key, list[tuple[Tensor, dict[str, Any]]]] = {}
+        buckets: dict[_Key, list[_Member]] = {}
         for group in self.param_groups:
             self._check_group(group)
-            variant = self._variant(group)
+            variant, bound = self._variant(group), self._bound(group)
             for p in group["params"]:
                 if p.grad is not None and p.numel():
-                    self._check_member(p, group)
-                    buckets.setdefault((p.device, p.dtype, *variant, p in self.averages), []).append((p, group))
+                    self._check_member(p, bound)
+                    buckets.setdefault((p.device, p.dtype, *variant, p in self.averages), []).append((p, group, bound))
         gate = self._gate() if buckets else None
         backends = {key: resolve(self.backend, key[0]) for key in buckets}
         self.shares = []
@@ -177,7 +192,7 @@ class _Optimizer(Optimizer):
         factor = torch.ones_like(found) if scale is None else 1 / scale
         return torch.stack((found.reshape(()), factor.reshape(()))).float()
 
-    def _check_member(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _check_member(self, p: Tensor, bound: float | None) -> None:
         """Raise unless a kernel given addresses alone would read and write the right memory."""
         grad = p.grad
         assert grad is not None
@@ -188,8 +203,8 @@ class _Optimizer(Optimizer):
         for name in self._states:
             if name in state and state[name].shape != p.shape:
                 raise ValueError(f"state: {name}: expected shape {tuple(p.shape)}, got {tuple(state[name].shape)}")
-        if group["clip"] is not None:
-            check_bound("clip", group["clip"], p.dtype)
+        if bound is not None:
+            check_bound("clip", bound, p.dtype)
 
     def _ensure_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """p's state: made where it is missing, and following p to another dtype or device."""
@@ -207,26 +222,30 @@ class _Optimizer(Optimizer):
                 state[name] = state[name].to(p.device, p.dtype)
         return state
 
-    def _step_torch(self, members: list[tuple[Tensor, dict[str, Any]]], gate: Tensor | None) -> None:
+    def _step_torch(self, members: list[_Member], gate: Tensor | None) -> None:
         skip, factor = (0.0, 1.0) if gate is None else gate.tolist()  # on a GPU this waits, as PyTorch's optimizers do
         if skip:
-            clamped = sum(p.numel() for p, group in members if group["clip"] is not None)
+            clamped = sum(p.numel() for p, _, bound in members if bound is not None)
             if clamped:
                 unknown = members[0][0].new_tensor(math.nan, dtype=torch.float32)
                 self.shares.append((unknown, clamped))
             return
-        if factor != 1:
-            torch._foreach_mul_([p.grad for p, _ in members if p.grad is not None], factor)
-        groups: dict[int, tuple[dict[str, Any], list[Tensor]]] = {}
-        for p, group in members:
-            groups.setdefault(id(group), (group, []))[1].append(p)
-        for group, params in groups.values():
+        if factor != 1:  # not in place, as two gradients may share memory
+            grads = torch._foreach_mul([p.grad for p, *_ in members if p.grad is not None], factor)
+            for (p, *_), grad in zip(members, grads, strict=True):
+                p.grad = grad
+        groups: dict[int, tuple[dict[str, Any], float | None, list[Tensor]]] = {}
+        for p, group, bound in members:
+            groups.setdefault(id(group), (group, bound, []))[2].append(p)
+        for group, _, params in groups.values():
             self._step_group(params, [self._ensure_state(p, group) for p in params], group)
-            if group["clip"] is not None:
-                on_bound, total = reference.saturation(params, group["clip"])
+        for _, bound, params in groups.values():  # after all updates, of which two may be of one memory
+            if bound is not None:
+                reference.clip_weights_(params, bound)
+                on_bound, total = reference.saturation(params, bound)
                 self.shares.append((on_bound / total, total))
         if self.averages:
-            kept = [p for p, _ in members if p in self.averages]
+            kept = [p for p, *_ in members if p in self.averages]
             reference.average_([self.averages[p] for p in kept], kept, self.decay)
 
     def _step_group(self, params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
@@ -234,13 +253,13 @@ class _Optimizer(Optimizer):
             assert p.grad is not None
             self._step_reference(p, p.grad, state, group)
 
-    def _step_triton(self, key: _Key, members: list[tuple[Tensor, dict[str, Any]]], gate: Tensor | None) -> None:
+    def _step_triton(self, key: _Key, members: list[_Member], gate: Tensor | None) -> None:
         device, dtype, momentum, centered, averaged = key
         params, grads, states, steps, copies = [], [], [], [], []
         groups = self._groups_of(key)
         hyper_rows, clamped = [], 0
         row_of_group = {id(group): row for row, group in enumerate(groups)}
-        for p, group in members:
+        for p, group, bound in members:
             if kernels.arrival.capturing(device) and not self.state[p]:
                 raise RuntimeError(kernels.table.NOT_WARM)  # a replay would make the state anew
             state = self._ensure_state(p, group)
@@ -262,17 +281,17 @@ class _Optimizer(Optimizer):
             states.append([None if name is None else state[name] for name in names])
             steps.append(state["step"])
             hyper_rows.append(row_of_group[id(group)])
-            clamped += 0 if group["clip"] is None else p.numel()
+            clamped += 0 if bound is None else p.numel()
         if key not in self._updates:
             self._updates[key] = kernels.update.Update(device, dtype)
         if gate is not None:  # a GradScaler has one, on one of the devices
             gate = gate.to(device, non_blocking=True)
         share = self._updates[key].launch(
             self._algorithm, params, grads, states, steps, self._hyper_rows(key), hyper_rows, gate=gate,
-            averages=[self.averages[p] for p, _ in members] if averaged else None,
+            averages=[self.averages[p] for p, *_ in members] if averaged else None,
             momentum=momentum, centered=centered,
         )  # fmt: skip
-        torch.autograd.graph.increment_version([p for p, _ in members])
+        torch.autograd.graph.increment_version([p for p, *_ in members])
         for p, work in copies:
             p.copy_(work)
         if share is not None:
@@ -287,9 +306,10 @@ class _Optimizer(Optimizer):
         rows = []
         for group in self._groups_of(key):
             # The bound as this dtype holds it, so that weights on it are counted.
-            none = group["clip"] is None or group["clip"] > torch.finfo(key[1]).max
-            bound = math.inf if none else check_bound("clip", group["clip"], key[1])
-            rows.append((*self._hyper(group), self.decay, 1 - self.decay, bound))
+            bound = self._bound(group)
+            none = bound is None or bound > torch.finfo(key[1]).max
+            limit = math.inf if none else check_bound("clip", bound, key[1])
+            rows.append((*self._hyper(group), self.decay, 1 - self.decay, limit))
         return tuple(rows)
 
     def refresh(self) -> None:
@@ -349,13 +369,13 @@ class _Optimizer(Optimizer):
             missing = [name for name in self._required if name not in group]
             if missing:
                 raise ValueError(f"state_dict: expected a state of {type(self).__name__}, missing {', '.join(missing)}")
-            group.setdefault("clip", own["clip"])
+            group.setdefault("clip", own.get("clip"))
             for name, default in self.defaults.items():
                 group.setdefault(name, default)  # an older torch did not save them all
-            self._check_group(group)
-            for variant in ("amsgrad", "decoupled_weight_decay"):
-                if group.get(variant, False):
-                    raise ValueError(f"state_dict: {variant}=True is not supported by {type(self).__name__}")
+            try:
+                self._check_group(group)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"state_dict: {error}") from error
             if len(group["params"]) != len(own["params"]):
                 expected, got = len(own["params"]), len(group["params"])
                 raise ValueError(f"state_dict: expected {expected} parameters in a group, got {got}")
@@ -393,8 +413,6 @@ def _fused_step(
         weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=group["maximize"],
     )  # fmt: skip
     torch.autograd.graph.increment_version(params)  # the fused step leaves it to its caller
-    if group["clip"] is not None:
-        reference.clip_weights_(params, group["clip"])
 
 
 class RMSprop(_Optimizer):
@@ -474,7 +492,7 @@ class RMSprop(_Optimizer):
                 group["momentum"], sign)  # fmt: skip
 
     def _step_reference(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        options = {k: group[k] for k in ("lr", "alpha", "eps", "weight_decay", "momentum", "maximize", "clip")}
+        options = {k: group[k] for k in ("lr", "alpha", "eps", "weight_decay", "momentum", "maximize")}
         _, grad_avg, buffer = (None if name is None else state[name] for name in self._used_states(group))
         reference.rmsprop_step_(p, grad, state["square_avg"], grad_avg=grad_avg, momentum_buffer=buffer, **options)
         state["step"] += 1
@@ -566,7 +584,7 @@ class Adam(_Optimizer):
                 group["weight_decay"], 0.0, sign)  # fmt: skip
 
     def _step_reference(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        options = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay", "maximize", "clip")}
+        options = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay", "maximize")}
         reference.adam_step_(p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], **options)
 
     def _step_group(self, params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> None:

@@ -67,15 +67,9 @@ def _noisy(x: Tensor, noise: Noise | None, backend: Backend) -> Tensor:
     return functional.perturb(x, scale=scale, seed=seed, offset=offset, backend=backend)
 
 
-def drop_gradients(name: str, module: nn.Module) -> list[Tensor]:
-    """Drop all the module's gradients, those of frozen parameters too; return the parameters to be trained."""
-    parameters = list(module.parameters())
-    trainable = [p for p in parameters if p.requires_grad]
-    if not trainable:
-        raise ValueError(f"{name}: expected trainable parameters, got none")
-    for p in parameters:
-        p.grad = None
-    return trainable  # type: ignore[return-value]
+def has_hooks(p: Tensor) -> bool:
+    """Return whether a backward pass would call hooks on a parameter."""
+    return bool(p._backward_hooks or p._post_accumulate_grad_hooks)
 
 
 class Eager:
@@ -129,31 +123,34 @@ class Eager:
         return self.samples(z, *cond)
 
     def critic(
-        self, samples: tuple[Tensor, ...], x: Tensor | None, cond: tuple[Any, ...], *,
-        weight: float, scale: Tensor | None = None,
+        self, parameters: list[nn.Parameter], samples: tuple[Tensor, ...], x: Tensor | None, cond: tuple[Any, ...], *,
+        weight: float, known: bool = False, scale: Tensor | None = None,
     ) -> tuple[Scores, Tensor | None, Tensor | None]:  # fmt: skip
-        """Gradients of the critic's loss.
+        """Take the gradients of the critic's loss.
 
         Args:
+            parameters: the critic's that are trained, without gradients.
             samples: real and fake ones [N, ...], without a graph; or both as one batch [2 N, ...], real ones first, to
                 go through the critic in one pass.
             x: where the penalty is taken, [N, ...], or None for no penalty.
             cond: further arguments of the critic.
             weight: of the penalty.
+            known: whether the critic's layers are known. Then the scores have a backward pass of their own, which
+                frees what their forward pass has kept before the penalty needs as much. In others two parameters'
+                gradients may share memory, into which a second backward pass would add twice.
             scale: of the gradients, 0-d, or None for 1.
 
         Returns:
             ((real scores, fake scores), score statistics [4] if they are known by now, else None; penalty statistics
             [4] or None).
         """
-        parameters = drop_gradients("critic", self._critic)
         with torch.enable_grad():
             roots, seeds, scores, statistics = self._scores(samples, cond, scale)
             if not all(root.requires_grad for root in roots):
                 raise ValueError(f"critic: {NO_GRAPH}")
-            # A backward pass of its own, which frees what the forward pass has kept before the penalty needs as much.
-            torch.autograd.backward(roots, seeds, inputs=parameters)
-            del roots
+            if x is None or (known and not any(map(has_hooks, parameters))):  # hooks get whole gradients, once
+                torch.autograd.backward(roots, seeds, inputs=parameters)
+                roots, seeds = [], []
             if x is None:
                 return scores, statistics, None
             assert isinstance(self._constraint, GradientPenalty)
@@ -172,21 +169,23 @@ class Eager:
             if scale is not None:
                 cotangent = cotangent * (scale / rounded.float())
             if gradients.requires_grad:
-                torch.autograd.backward([gradients], [cotangent.view(gradients.shape)], inputs=parameters)
+                roots, seeds = [*roots, gradients], [*seeds, cotangent.view(gradients.shape)]
+            if roots:
+                torch.autograd.backward(roots, seeds, inputs=parameters)
         return scores, statistics, penalty
 
     def _ones_like(self, x: Tensor) -> Tensor:
         return self._constant(x, 1.0)
 
     def generator(
-        self, z: Any, cond: tuple[Any, ...], batch: int, dtype: torch.dtype | None = None, scale: Tensor | None = None,
-        noise: Noise | None = None,
+        self, parameters: list[nn.Parameter], z: Any, cond: tuple[Any, ...], batch: int,
+        dtype: torch.dtype | None = None, scale: Tensor | None = None, noise: Noise | None = None,
     ) -> tuple[Scores, Tensor | None]:  # fmt: skip
-        """Gradients of the generator's loss; return ((fake scores,), [loss] if it is known by now).
+        """Take the gradients of the generator's loss; return ((fake scores,), [loss] if it is known by now).
 
-        ``dtype`` is the samples' where the critic has them in another than the generator's; ``noise`` is put on them.
+        ``parameters`` are the generator's that are trained, without gradients; ``dtype`` is the samples' where the
+        critic has them in another than the generator's; ``noise`` is put on them.
         """
-        parameters = drop_gradients("generator", self._generator)
         with torch.enable_grad(), _frozen(self._critic):
             fake = self.samples(z, *cond)
             if len(fake) != batch:
@@ -310,10 +309,9 @@ class Compiled(Eager):
 
     @torch.no_grad()
     def critic(
-        self, samples: tuple[Tensor, ...], x: Tensor | None, cond: tuple[Any, ...], *,
-        weight: float, scale: Tensor | None = None,
+        self, parameters: list[nn.Parameter], samples: tuple[Tensor, ...], x: Tensor | None, cond: tuple[Any, ...], *,
+        weight: float, known: bool = False, scale: Tensor | None = None,
     ) -> tuple[Scores, Tensor | None, Tensor | None]:  # fmt: skip
-        drop_gradients("critic", self._critic)
         state = _state(self._critic)
         shapes = tuple(x.shape for x in samples)
         gradients, scores, statistics, penalty = self._call(
@@ -324,10 +322,9 @@ class Compiled(Eager):
 
     @torch.no_grad()
     def generator(
-        self, z: Any, cond: tuple[Any, ...], batch: int, dtype: torch.dtype | None = None, scale: Tensor | None = None,
-        noise: Noise | None = None,
+        self, parameters: list[nn.Parameter], z: Any, cond: tuple[Any, ...], batch: int,
+        dtype: torch.dtype | None = None, scale: Tensor | None = None, noise: Noise | None = None,
     ) -> tuple[Scores, Tensor | None]:  # fmt: skip
-        drop_gradients("generator", self._generator)
         state = _state(self._generator)
         if noise is not None:  # as tensors, for a number that changes would be compiled anew
             size, seed, offset = noise
@@ -349,7 +346,10 @@ class Compiled(Eager):
         for name, p in parameters.items():
             if gradients[name] is None:
                 raise RuntimeError(f"compile: the compiled pass gave no gradient for {name}")
-            p.grad = gradients[name]
+            if has_hooks(p):
+                torch.autograd.backward([p], [gradients[name]])
+            else:
+                p.grad = gradients[name]
 
     def _trace_samples(self, z: Any, cond: tuple[Any, ...]) -> Any:
         return self.samples(z, *cond)

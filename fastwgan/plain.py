@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastwgan import reference
 from fastwgan.constraints import GradientPenalty, NormClip, WeightClip
@@ -226,7 +227,8 @@ def critic_pass(networks: nn.ModuleList, step: Step, z: Any, seen: Observed, *, 
         if x is None:
             x = step.points(real, fake, real if seen.x is None else seen.x)
         x = x.detach().clone().requires_grad_()
-        at_x = critic(x, *step.cond)
+        with sdpa_kernel(SDPBackend.MATH):  # the other attention kernels have no second derivative
+            at_x = critic(x, *step.cond)
         (gradient,) = torch.autograd.grad(at_x, x, torch.ones_like(at_x), create_graph=True)
         depends = gradient.requires_grad
         terms.append(step.weight * step.penalty(gradient))

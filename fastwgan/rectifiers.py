@@ -18,12 +18,12 @@ __all__ = ["LinearPieces"]
 
 class _Rectify(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, slope: float, inplace: bool) -> Tensor:
-        return F.leaky_relu(x, slope, inplace) if slope else F.relu(x, inplace)
+    def forward(x: Tensor, slope: float | None, inplace: bool) -> Tensor:
+        return F.relu(x, inplace) if slope is None else F.leaky_relu(x, slope, inplace)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.slope, inplace = inputs
+        x, ctx.slope, inplace = inputs  # a slope of None is ReLU
         if inplace:
             ctx.mark_dirty(x)
         # Either is positive where the other is. As PyTorch does, keep the one that a user may not change in place.
@@ -32,22 +32,24 @@ class _Rectify(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (kept,) = ctx.saved_tensors
+        if ctx.slope is None:  # at NaN this slope is 1, and that of a leaky ReLU the one below zero
+            return torch.ops.aten.threshold_backward(grad, kept.detach(), 0), None, None
         return torch.ops.aten.leaky_relu_backward(grad, kept.detach(), ctx.slope, False), None, None
 
 
-def _rectify(x: Any, slope: float, inplace: bool) -> Tensor | None:
-    """The rectified x, or None where PyTorch's own function has to do it."""
-    if not isinstance(x, Tensor) or not x.requires_grad or slope < 0 or (inplace and x._is_view()):
+def _rectify(x: Any, slope: float | None, inplace: bool) -> Tensor | None:
+    """Return the rectified x, or None where PyTorch's own function has to do it."""
+    if not isinstance(x, Tensor) or not x.requires_grad or (slope or 0) < 0 or (inplace and x._is_view()):
         return None
-    return _Rectify.apply(x, float(slope), inplace)  # type: ignore[no-untyped-call, no-any-return]
+    return _Rectify.apply(x, slope, inplace)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _leaky_relu(input: Any, negative_slope: float = 0.01, inplace: bool = False) -> Tensor | None:
-    return _rectify(input, negative_slope, inplace)
+    return _rectify(input, float(negative_slope), inplace)
 
 
 def _relu(input: Any, inplace: bool = False) -> Tensor | None:
-    return _rectify(input, 0.0, inplace)
+    return _rectify(input, None, inplace)
 
 
 def _traced_leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:

@@ -1,12 +1,14 @@
 """Random streams: seeds for those that are a trainer's own, and the state of those that a process has."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["process_streams", "set_process_streams", "stream_seed"]
+__all__ = ["process_streams", "random_kept", "set_process_streams", "stream_seed"]
 
 
 def stream_seed(seed: int, stream: int) -> int:
@@ -34,3 +36,10 @@ def set_process_streams(state: dict[str, Any], device: torch.device) -> None:
     np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))  # noqa: NPY002
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
+
+
+@contextmanager
+def random_kept(device: torch.device) -> Iterator[None]:
+    """Put PyTorch's global random state back to what it was after the block."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield

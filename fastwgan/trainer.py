@@ -1,15 +1,13 @@
 """The trainer: a lean critic step and generator step round two networks of the user's.
 
 The critic step builds no graph through the generator and no loss tensors (see :mod:`fastwgan.passes`), which leaves the
-networks' own kernels and a handful of launches. Where the generator mixes no samples, one forward pass of it serves all
-critic steps of an iteration. Nothing in a step waits for the device, except that a trainer's first two critic steps
-look whether the networks mix samples.
+networks' own kernels and a handful of launches. Nothing in a step waits for the device.
 """
 
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from types import NoneType
@@ -20,20 +18,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LRScheduler
 
-from fastwgan import checkpoint, functional, graphs, mixing, passes
-from fastwgan.arguments import Called, check_arguments, check_count, check_mode, has_hooks, momentum, shapes, take_over
+from fastwgan import arguments, checkpoint, functional, graphs, passes, structure
+from fastwgan.arguments import check_arguments, check_count, check_mode, has_hooks, momentum, shapes, take_over
 from fastwgan.backend import Backend, resolve
 from fastwgan.constraints import Clip, GradientPenalty, NormClip, WeightClip
 from fastwgan.guard import PATIENCE, Guard
 from fastwgan.metrics import Metrics
-from fastwgan.optim import Adam, RMSprop
-from fastwgan.ranks import Ranks, refuse_uneven, unwrapped
-from fastwgan.streams import process_streams, set_process_streams, stream_seed
+from fastwgan.player import Player, default_optimizer
+from fastwgan.ranks import Ranks, unwrapped
+from fastwgan.streams import process_streams, random_kept, set_process_streams, stream_seed
 
 __all__ = ["Trainer", "warmup_schedule"]
 
-PROBED_STEPS = 2  # critic steps, and generator steps, that look whether the networks mix samples
-AHEAD = 8  # the most critic steps that one forward pass of the generator serves, which bounds its memory
+MOST_CAPTURED = 8  # critic steps in a graph of a whole iteration, which bounds the time that its capture takes
 
 Latent = int | Callable[[int, torch.device], Any]
 
@@ -88,9 +85,15 @@ class Trainer:
         compile: have torch.compile make each step's forward and backward passes one graph. The first step of each kind
             takes a while, as does each new batch size; layers that torch.compile cannot take whole make it raise.
             Random layers such as dropout draw other numbers than without.
-        cuda_graph: whether steps are captured in CUDA graphs, after a few that are not, and replayed from then on.
-            "auto" does so where it can be done, and warns once where it cannot on a GPU; True raises there. A capture
-            keeps all Python numbers that a network's forward reads: if they change over time, say False.
+        cuda_graph: whether steps are captured in CUDA graphs, after a few that are not, and replayed from then on. A
+            replay runs no Python. "auto" captures networks made of PyTorch's layers and this package's alone, whose
+            numbers, hooks and parts are compared at each step, and warns once where it captures nothing on a GPU. True
+            captures networks of any class, and raises where that cannot be done: it is your word that their forward
+            passes read nothing that changes but tensors and plain attributes of modules.
+        independent_samples: your word that no score of the critic depends on another sample of its batch, and that
+            each tensor among its conditions has a row for each sample. Real and fake samples then share one forward
+            pass of the critic. They do without it where its layers are known to keep samples apart (a Sequential of
+            PyTorch's own, without conditions); see ``repr(trainer)``.
         amp: torch.bfloat16 or torch.float16 to run the networks under autocast in it, or None. Weights, gradients,
             penalty and statistics stay float32. With float16 each network has a loss scale, which starts at 65536, is
             halved where gradients overflow (that step is left out, as the first few may be) and doubled after 2000
@@ -155,6 +158,7 @@ class Trainer:
         backend: Backend = "auto",
         amp: torch.dtype | None = None,
         cuda_graph: bool | str = "auto",
+        independent_samples: bool = False,
         compile: bool = False,
         ema: float | None = None,
         blend: float = 0.0,
@@ -169,8 +173,8 @@ class Trainer:
         settings = {
             "latent": latent, "constraint": constraint, "critic_optimizer": critic_optimizer,
             "generator_optimizer": generator_optimizer, "n_critic": n_critic, "amp": amp, "cuda_graph": cuda_graph,
-            "compile": compile, "ema": ema, "blend": blend, "drift": drift, "instance_noise": instance_noise,
-            "pack": pack, "nonfinite": nonfinite, "max_skipped": max_skipped,
+            "independent_samples": independent_samples, "compile": compile, "ema": ema, "blend": blend, "drift": drift,
+            "instance_noise": instance_noise, "pack": pack, "nonfinite": nonfinite, "max_skipped": max_skipped,
         }  # fmt: skip
         check_arguments(
             generator, critic, seed=seed, critic_scheduler=critic_scheduler, generator_scheduler=generator_scheduler,
@@ -196,43 +200,38 @@ class Trainer:
         self._eps_offset = 0  # numbers of the eps stream used up
         self._latent_random = torch.Generator(self.device).manual_seed(stream_seed(seed, 0))
         self._sample_random = torch.Generator(self.device).manual_seed(stream_seed(seed, 1))
-        self._one_forward = True  # until a critic step finds otherwise
-        self._one_generation = True  # likewise, of the generator
-        self._generator_looks = 0  # iterations in which it has been looked at
-        self._fakes: Tensor | None = None  # made ahead for the coming critic steps
-        self._fakes_versions: list[int] = []  # of the generator's tensors when they were made
+        self._independent_samples = independent_samples
+        self._one_forward: bool | None = None  # whether real and fake samples did in the last step
         kind = passes.Compiled if compile else passes.Eager
         self._passes = kind(
             generator, critic, constraint, backend, amp=amp, pack=pack, blend=float(blend), drift=float(drift),
             share=1 / self.world,
         )  # fmt: skip
         limit = 0 if nonfinite == "raise" and amp != torch.float16 else max_skipped - 1
-        self._critic_guard, self._generator_guard = (
-            Guard(name, module, backend, limit=limit, scaled=amp == torch.float16)
-            for name, module in (("critic", critic), ("generator", generator))
-        )
         # Of real samples, as last seen; or as the critic will most likely have them.
         self._sample_dtype = next(p.dtype for p in critic.parameters() if p.is_floating_point())
 
-        self.critic_optimizer = self._optimizer(critic_optimizer, critic)
-        self.generator_optimizer = self._optimizer(generator_optimizer, generator)
+        def player(name: str, optimizer: torch.optim.Optimizer | None, **options: Any) -> Player:
+            module = getattr(self, name)
+            guard = Guard(name, module, backend, limit=limit, scaled=amp == torch.float16)
+            default = optimizer is None
+            given = take_over(optimizer, backend) if optimizer else default_optimizer(constraint, module, backend)
+            return Player(name, module, given, guard, self.ranks, backend, default=default, **options)
+
+        clip = constraint if isinstance(constraint, Clip) else None
+        self._critic = player("critic", critic_optimizer, clip=clip)
+        self._generator = player("generator", generator_optimizer, ema=ema)
         self.critic_scheduler, self.generator_scheduler = critic_scheduler, generator_scheduler
-        self.ema = ema
-        self._averages: dict[Tensor, Tensor] = {}
-        if ema is not None:
-            self._start_averages()
-        self._graphs = self._make_graphs(cuda_graph)
-        if isinstance(constraint, Clip):
-            self._clipped = constraint.clipped(critic)
-            if isinstance(constraint, WeightClip):
-                self._assign_clip(constraint.bound)
+        self._cuda_graph = cuda_graph
+        self._graphs = self._make_graphs()
+        if clip is not None:
             if momentum(self.critic_optimizer) > 0:
                 warnings.warn(
                     f"{type(constraint).__name__} with a critic optimizer that has momentum: training becomes unstable "
                     "(arXiv 1701.07875, section 4); RMSprop without momentum is the usual choice",
                     stacklevel=2,
                 )
-        elif mixing.has_batchnorm(critic):
+        elif structure.has_batchnorm(critic):
             warnings.warn(
                 "GradientPenalty with a critic that has BatchNorm: the penalty takes each sample's gradient by "
                 "itself, which BatchNorm mixes (arXiv 1704.00028, section 4); LayerNorm is the usual choice",
@@ -241,38 +240,17 @@ class Trainer:
 
     # Setting up
 
-    def _optimizer(self, optimizer: torch.optim.Optimizer | None, module: nn.Module) -> torch.optim.Optimizer:
-        if optimizer is not None:
-            return take_over(optimizer, self.backend)
-        trainable = [p for p in module.parameters() if p.requires_grad]
-        if isinstance(self.constraint, Clip):
-            return RMSprop(trainable, lr=5e-5, backend=self.backend)
-        return Adam(trainable, lr=1e-4, betas=(0.0, 0.9), backend=self.backend)
-
-    def _start_averages(self) -> None:
-        """Running averages of the generator's weights as they are, in the precision that updates are computed in."""
-        for p in filter(torch.is_floating_point, self.generator.parameters()):
-            wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-            self._averages[p] = p.detach().to(wide, copy=True)
-
-    def _assign_clip(self, bound: float) -> None:
-        """Have each group of our optimizers that holds no exclusions clamp what it updates."""
-        if not isinstance(self.critic_optimizer, (RMSprop, Adam)):
-            return
-        clipped = {id(p) for p in self._clipped}
-        for group in self.critic_optimizer.param_groups:
-            group["clip"] = bound if all(id(p) in clipped for p in group["params"]) else None
-
-    def _make_graphs(self, wanted: bool | str) -> graphs.Graphs | None:
+    def _make_graphs(self) -> graphs.Graphs | None:
+        wanted = self._cuda_graph
         if wanted is False:
             return None
-        problem = graphs.device_problem(self.device)
-        ours = []
-        for name, optimizer in self._named_optimizers().items():
-            if not isinstance(optimizer, (RMSprop, Adam)):
-                problem = problem or f"{name} is {type(optimizer).__name__}; only RMSprop and Adam can be captured"
+        problem = arguments.device_problem(self.device)
+        for player in (self._critic, self._generator):
+            name, optimizer = f"{player.name}_optimizer", player.gated
+            if optimizer is None:
+                kind = type(player.optimizer).__name__
+                problem = problem or f"{name} is {kind}; only RMSprop and Adam can be captured"
                 continue
-            ours.append(optimizer)
             if resolve(optimizer.backend, self.device) == "torch" or resolve(self.backend, self.device) == "torch":
                 problem = problem or "the torch backend passes learning rates as numbers, which a graph would keep"
             if has_hooks(optimizer):
@@ -282,16 +260,35 @@ class Trainer:
         if problem is None:
             self._device_offset = torch.zeros((), dtype=torch.int64, device=self.device)
             self._device_noise = torch.zeros((), device=self.device)
-            networks = (self.generator, self.critic)
-            return graphs.Graphs(self.device, [self._latent_random], networks, ours, required=wanted is True)
+            players = (self._critic, self._generator)
+            return graphs.Graphs(self.device, [self._latent_random], players, required=wanted is True)
         if wanted is True:
             raise RuntimeError(f"cuda_graph: True was asked for, but {problem}")
         if self.device.type == "cuda":
             warnings.warn(f"cuda_graph: steps run without CUDA graphs, as {problem}", stacklevel=4)
         return None
 
-    def _named_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"critic_optimizer": self.critic_optimizer, "generator_optimizer": self.generator_optimizer}
+    @property
+    def critic_optimizer(self) -> torch.optim.Optimizer:
+        """The critic's optimizer: ours in place of a plain torch RMSprop or Adam."""
+        return self._critic.optimizer
+
+    @critic_optimizer.setter
+    def critic_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        self._critic.replace(optimizer)
+
+    @property
+    def generator_optimizer(self) -> torch.optim.Optimizer:
+        """The generator's optimizer: ours in place of a plain torch RMSprop or Adam."""
+        return self._generator.optimizer
+
+    @generator_optimizer.setter
+    def generator_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        self._generator.replace(optimizer)
+
+    @property
+    def ema(self) -> float | None:
+        return self._generator.ema
 
     # Steps
 
@@ -310,7 +307,7 @@ class Trainer:
             TypeError, ValueError: ``real`` or a network's output cannot be used. No weight is changed then.
         """
         self._check_real(real)
-        return self._critic_step(real, 0, cond)
+        return self._critic_step(real, cond)
 
     def _check_real(self, real: Tensor) -> None:
         check_mode()
@@ -318,15 +315,12 @@ class Trainer:
         if len(real) % self.pack:
             raise ValueError(f"real: expected a multiple of pack={self.pack} samples, got {len(real)}")
 
-    def _critic_step(self, real: Tensor, ahead: int, cond: tuple[Any, ...]) -> Metrics:
-        """``ahead``: how many critic steps fake samples may be made for at once; 0 for fresh ones."""
+    def _critic_step(self, real: Tensor, cond: tuple[Any, ...]) -> Metrics:
         weight = self._penalty_weight(self.critic_iterations)
         with self._undone_if_refused():
-            fake = self._fake_made_ahead(len(real), ahead) if ahead else None
-            z = self._given_latents(len(real)) if fake is None else None
-            outputs = self._run(self._critic_work, weight, real, fake, z, *cond)
+            outputs = self._run(self._critic_work, weight, real, self._given_latents(len(real)), *cond)
         metrics = self._critic_step_done(outputs, len(real), weight)
-        self._critic_guard.watch(self.last_checkpoint)
+        self._critic.guard.watch(self.last_checkpoint)
         return metrics
 
     def _critic_step_done(self, outputs: tuple[Tensor | None, ...], batch: int, weight: float) -> Metrics:
@@ -360,7 +354,7 @@ class Trainer:
             z = self._given_latents(batch_size)
             outputs = self._run(self._generator_work, batch_size, self._sample_dtype, z, *cond)
         metrics = self._generator_step_done(outputs, batch_size)
-        self._generator_guard.watch(self.last_checkpoint)
+        self._generator.guard.watch(self.last_checkpoint)
         return metrics
 
     def _generator_step_done(self, outputs: tuple[Tensor | None, ...], batch: int) -> Metrics:
@@ -370,7 +364,6 @@ class Trainer:
         self.generator_iterations += 1
         self._eps_offset += self._numbers(batch, 0.0)
         self._critic_steps_due = 0
-        self._fakes = None
         if self.generator_scheduler is not None:
             self.generator_scheduler.step()
         return Metrics(generator_loss=loss[0], nonfinite=(nonfinite,))
@@ -382,7 +375,7 @@ class Trainer:
         """
         self._check_real(real)
         left = self._critic_steps_left()
-        metrics = self._critic_step(real, 0 if cond else left, cond)
+        metrics = self._critic_step(real, cond)
         if left <= 1:
             metrics.include(self.generator_step(len(real), *cond))
         return metrics
@@ -390,8 +383,7 @@ class Trainer:
     def iteration(self, batches: Iterable[Any]) -> list[Metrics]:
         """The critic steps up to the next generator step, and that one, as ``step`` takes them on each batch in turn.
 
-        On a GPU the whole iteration is one CUDA graph, where that can be; the latents of its critic steps are then one
-        draw where the generator mixes no samples.
+        On a GPU the whole iteration is one CUDA graph, where that can be.
 
         Args:
             batches: for each critic step its real samples [N, ...], or a tuple of them and their conditions.
@@ -416,12 +408,9 @@ class Trainer:
             if not part:
                 raise ValueError("batches: expected real samples and their conditions, got an empty tuple")
             self._check_real(part[0])
-        unconditional = all(len(part) == 1 for part in parts)
-        looking = self.critic_iterations < PROBED_STEPS or (unconditional and self._generator_is_unknown())
-        uneven = self.world > 1 and len({len(real) for real, *_ in parts}) > 1
+        uneven = len({(real.shape, real.dtype) for real, *_ in parts}) > 1  # then one may not fit, and the others do
         changing = self.critic_scheduler is not None or callable(self._instance_noise)
-        stepwise = looking or callable(self.latent) or changing or uneven
-        if self._graphs is None or stepwise or len(parts) > AHEAD:
+        if self._graphs is None or callable(self.latent) or changing or uneven or len(parts) > MOST_CAPTURED:
             return [self.step(*part) for part in parts]
 
         sizes = tuple(len(part) for part in parts)
@@ -432,8 +421,8 @@ class Trainer:
         for weight, (real, *_) in zip(weights, parts, strict=True):
             metrics.append(self._critic_step_done(tuple(islice(outputs, 4)), len(real), weight))
         metrics[-1].include(self._generator_step_done(tuple(outputs), len(parts[-1][0])))
-        for guard in (self._critic_guard, self._generator_guard):
-            guard.watch(self.last_checkpoint)
+        for player in (self._critic, self._generator):
+            player.guard.watch(self.last_checkpoint)
         return metrics
 
     def check_finite(self) -> None:
@@ -444,8 +433,8 @@ class Trainer:
         Raises:
             FloatingPointError: they were not.
         """
-        for guard in (self._critic_guard, self._generator_guard):
-            guard.watch(self.last_checkpoint, wait=True)
+        for player in (self._critic, self._generator):
+            player.guard.watch(self.last_checkpoint, wait=True)
 
     def fit(self, batches: Iterable[Any], steps: int, **options: Any) -> int:
         """Call :meth:`step` on ``steps`` batches; see :func:`fastwgan.fit.fit` for options and result."""
@@ -474,7 +463,7 @@ class Trainer:
             raise ValueError("ema: expected a trainer that was made with ema=, got one without")
         if seed is not None:
             functional.check_seed("seed", seed)
-        with self._undone_if_refused(), _evaluating(self.generator), mixing.random_kept(self.device):
+        with self._undone_if_refused(), _evaluating(self.generator), random_kept(self.device):
             random = self._sample_random
             if seed is None:
                 seed = int(torch.randint(2**62, (), generator=random, device=self.device))
@@ -490,31 +479,30 @@ class Trainer:
 
     def averages(self) -> dict[str, Tensor]:
         """The running averages of the generator's weights by name, in the weights' dtypes; empty without ``ema``."""
-        return {name: self._averages[p].to(p.dtype) for name, p in self._averaged()}
+        weights = dict(self.generator.named_parameters())
+        return {name: x.to(weights[name].dtype) for name, x in self._generator.named_averages().items()}
 
     # Inside a step
 
     @contextmanager
     def _undone_if_refused(self) -> Iterator[None]:
-        """What raises uses up no latents, and keeps nothing that it found out."""
-        names = ("_fakes", "_fakes_versions", "_one_forward", "_one_generation", "_generator_looks", "_sample_dtype")
-        found = {name: getattr(self, name) for name in names}
+        """Give back the latents that a step which raises has drawn."""
+        dtype = self._sample_dtype
         streams = []
         if self.device.type == "cpu" or not torch.cuda.is_current_stream_capturing():  # then they cannot be read
             streams = [(random, random.get_state()) for random in (self._latent_random, self._sample_random)]
         try:
             yield
         except BaseException:
-            self.__dict__.update(found)
+            self._sample_dtype = dtype
             for random, state in streams:
                 random.set_state(state)
             raise
 
     def _run(self, work: Callable[..., tuple[Tensor | None, ...]], *args: Any) -> tuple[Tensor | None, ...]:
-        """The device's part of a step, replayed from a graph where there is one.
+        """Return what the device's part of a step gives, replayed from a graph where there is one.
 
-        A trainer's first steps look at the networks, which no graph could; after an optimizer has been replaced, or a
-        step hook added, which no graph would call, steps run without.
+        After an optimizer has been replaced, or a step hook added, which no graph would call, steps run without.
         """
         self.ranks.check_current()
         args = tuple(map(_ordinary, args))
@@ -523,28 +511,26 @@ class Trainer:
         self._device_offset.fill_(self._eps_offset)
         if self._instance_noise:
             self._device_noise.fill_(self._noise_scale())
-        early = self.critic_iterations < PROBED_STEPS
-        optimizers = self._named_optimizers().values()
+        optimizers = [self._critic.optimizer, self._generator.optimizer]
         replaced = any(mine is not theirs for mine, theirs in zip(optimizers, self._graphs.optimizers, strict=True))
-        if early or replaced or any(map(has_hooks, optimizers)):
+        if replaced or any(map(has_hooks, optimizers)):
             return self._graphs.run_uncaptured(work, *args)
         return self._graphs.run(work, *args)
 
-    def _critic_work(
-        self, weight: float, real: Tensor, fake: Tensor | None, z: Any, *cond: Any
-    ) -> tuple[Tensor | None, ...]:
-        """The device's part of a critic step: (score statistics, penalty statistics, nonfinite, saturation)."""
-        if fake is None:
-            if not callable(self.latent):
-                z = self._draw(len(real))
-            fake = self._passes.generate(z, cond)
+    def _critic_work(self, weight: float, real: Tensor, z: Any, *cond: Any) -> tuple[Tensor | None, ...]:
+        """Return the device's part of a critic step: (score statistics, penalty statistics, nonfinite, saturation)."""
+        parameters = self._critic.prepare()
+        if not callable(self.latent):
+            z = self._draw(len(real))
+        fake = self._passes.generate(z, cond)
         if self._amp is not None:
             real = real.float()
         self._sample_dtype = real.dtype
         if real.dtype == next(self.critic.parameters()).dtype:  # else it is real samples that do not fit
             fake = fake.to(real.dtype)
         functional.check_like("generator: its output", fake, "real", real, shape=True)
-        together = self._forward_at_once(real, fake, cond)
+        known = not cond and structure.layers(self.critic, real.dim()) is not None
+        self._one_forward = together = known or (self._independent_samples and self._kept_apart(real, cond))
         noise = self._noise(len(real))
         if noise is not None:
             scale, seed, offset = noise
@@ -554,85 +540,23 @@ class Trainer:
             both = torch.cat((real, fake))
         x = self._penalised(real, fake) if weight else None
         samples = (both,) if together else (real, fake)
-        guard = self._critic_guard
-        scored, scores, penalty = self._passes.critic(samples, x, cond, weight=weight, scale=guard.scale)
-        scores, penalty, nonfinite = self._check(guard, scored, scores, penalty)
-        self._update(self.critic_optimizer, guard)
-        saturation = self._clamp(guard.gate) if isinstance(self.constraint, Clip) else None
-        return scores, penalty, nonfinite, saturation
+        scored, scores, penalty = self._passes.critic(
+            parameters, samples, x, cond, weight=weight, known=known, scale=self._critic.guard.scale
+        )
+        scores, penalty, nonfinite = self._critic.settle(scored, scores, penalty)
+        return scores, penalty, nonfinite, self._critic.update()
 
     def _generator_work(self, batch: int, dtype: torch.dtype | None, z: Any, *cond: Any) -> tuple[Tensor | None, ...]:
         """The device's part of a generator step: ([loss], nonfinite)."""
         if not callable(self.latent):
             z = self._draw(batch)
-        guard = self._generator_guard
-        scored, loss = self._passes.generator(z, cond, batch, dtype, guard.scale, self._noise(batch))
-        loss, _, nonfinite = self._check(guard, scored, loss, None)
-        self._update(self.generator_optimizer, guard)
+        parameters = self._generator.prepare()
+        scored, loss = self._passes.generator(
+            parameters, z, cond, batch, dtype, self._generator.guard.scale, self._noise(batch)
+        )
+        loss, _, nonfinite = self._generator.settle(scored, loss, None)
+        self._generator.update()
         return loss, nonfinite
-
-    def _check(
-        self, guard: Guard, scores: tuple[Tensor, ...], known: Tensor | None, penalty: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Add up what the ranks have, and set the guard's gate: (score statistics, penalty statistics, nonfinite).
-
-        ``known`` are the score statistics, if the passes have taken some.
-        """
-        optimizer = self.critic_optimizer if guard is self._critic_guard else self.generator_optimizer
-        guard.dense = isinstance(optimizer, (RMSprop, Adam)) or self.world > 1
-        if self.world == 1:
-            statistics, nonfinite = guard.check(scores if known is None else ())
-            return statistics if known is None else known, penalty, nonfinite
-        own = known
-        if own is None:
-            own = functional.score_statistics(scores[0], scores[-1], self.backend)
-            own = own if len(scores) == 2 else -own[:1]
-        trained = guard.trained()
-        used = own.new_ones(len(trained))
-        without = [i for i, p in enumerate(trained) if p.grad is None]
-        for i in without:  # another rank may have used it
-            trained[i].grad = torch.zeros_like(trained[i])
-            used[i] = 0
-        parts = (own.new_full((1,), scores[-1].numel()), used, own, *([] if penalty is None else [penalty]))
-        gradients = guard.gradients()
-        sizes, counts, own, *rest = torch.split(
-            self.ranks.sum_(gradients, torch.cat(parts)), [len(part) for part in parts], dim=1
-        )  # fmt: skip
-        refuse_uneven("real" if len(scores) == 2 else "batch_size", sizes, gradients)
-        for i in without:
-            if not counts[:, i].any():  # nobody has: an optimizer is not to take zeros for its gradient
-                trained[i].grad = None
-        statistics = own.mean(0)
-        if rest:
-            means, least, greatest = rest[0][:, :2].mean(0), rest[0][:, 2].amin(), rest[0][:, 3].amax()
-            penalty = torch.cat((means, least[None], greatest[None]))
-        _, nonfinite = guard.check()
-        return statistics, penalty, nonfinite
-
-    def _update(self, optimizer: torch.optim.Optimizer, guard: Guard) -> None:
-        """A step of the optimizer and of the averages, unless the guard says no."""
-        averages = self._averages if guard is self._generator_guard else {}
-        averaged: set[Tensor] = set()
-        if isinstance(optimizer, (RMSprop, Adam)):
-            optimizer.gate, optimizer.averages, optimizer.decay = guard.gate, averages, self.ema or 0.0
-            try:
-                optimizer.step()
-            finally:  # the optimizer is the caller's, too
-                optimizer.gate, optimizer.averages = None, {}
-            if averages:
-                averaged = {p for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
-        else:
-            skip, factor = guard.gate.tolist()  # any optimizer may come, so the host has to know
-            if skip:
-                Called(optimizer)()
-            else:
-                if factor != 1:
-                    torch._foreach_mul_(guard.gradients(), factor)
-                optimizer.step()
-        for p, average in averages.items():
-            if p not in averaged:
-                taken = (1 - guard.gate[0]).to(average.dtype)  # or 0, where the step is left out
-                average.lerp_(p.detach().to(average.dtype), taken * (1 - (self.ema or 0.0)))
 
     def _iteration_work(
         self, weights: tuple[float, ...], sizes: tuple[int, ...], *flat: Any
@@ -640,17 +564,12 @@ class Trainer:
         """The device's part of a whole iteration: what its critic steps and then its generator step return."""
         rest = iter(flat)
         parts = [tuple(islice(rest, size)) for size in sizes]
-        fakes: Sequence[Tensor | None] = [None] * len(parts)
-        counts = [len(real) for real, *_ in parts]
-        if set(sizes) == {1} and self._generator_keeps_samples_apart(counts[0]):
-            z = self._draw(sum(counts), batches=len(counts))
-            fakes = torch.split(self._passes.generate(z, ()), counts)
         outputs: list[Tensor | None] = []
-        for weight, (real, *cond), fake in zip(weights, parts, fakes, strict=True):
-            outputs += self._critic_work(weight, real, fake, None, *cond)
+        for weight, (real, *cond) in zip(weights, parts, strict=True):
+            outputs += self._critic_work(weight, real, None, *cond)
             self._device_offset += self._numbers(len(real), weight)
         _, *cond = parts[-1]
-        return *outputs, *self._generator_work(counts[-1], self._sample_dtype, None, *cond)
+        return *outputs, *self._generator_work(len(parts[-1][0]), self._sample_dtype, None, *cond)
 
     def _penalty_weight(self, iteration: int) -> float:
         """What the penalty is multiplied by in a critic step; 0 where there is none."""
@@ -693,7 +612,7 @@ class Trainer:
             due = check_count("n_critic: its result", due(self.generator_iterations))
         return max(1, due - self._critic_steps_due)
 
-    # Latents and fake samples
+    # Latents
 
     def _given_latents(self, n: int) -> Any:
         """The caller's latents; None where they are drawn in the step."""
@@ -709,73 +628,21 @@ class Trainer:
         dtype = next(self.generator.parameters()).dtype
         return torch.randn(n, self.latent, generator=random, device=self.device, dtype=dtype)
 
-    def _draw(self, n: int, batches: int = 1) -> Tensor:
-        """The next n latents, for so many batches; with several ranks this one's of what all draw."""
-        z = self._normal(n * self.world, self._latent_random)
-        if self.world == 1:
-            return z
-        return z.view(batches, self.world, n // batches, -1)[:, self.rank].reshape(n, -1)
+    def _draw(self, n: int) -> Tensor:
+        """Return the next n latents; with several ranks this one's of what all draw."""
+        return self._normal(n * self.world, self._latent_random)[self.rank * n : (self.rank + 1) * n]
 
-    def _fake_made_ahead(self, batch: int, steps: int) -> Tensor | None:
-        """A batch out of one forward pass for the critic steps up to the next generator step; None if that is unsound.
-
-        The generator does not change meanwhile; should its weights be found written to, the pass is made again.
-        """
-        versions = mixing.versions(self.generator)
-        if self._fakes is None or len(self._fakes) < batch or self._fakes_versions != versions:
-            self._fakes = None
-            apart = self._generator_keeps_samples_apart(batch)
-            if not apart or steps < 2 or self._graphs is not None:  # a graph has the generator inside
-                return None
-            ahead = min(steps, AHEAD)
-            z = self._draw(ahead * batch, batches=ahead)
-            self._fakes_versions = mixing.versions(self.generator)
-            self._fakes = self._passes.generate(z, ())
-            if len(self._fakes) != len(z):
-                raise ValueError(
-                    f"generator: its output: expected shape [{len(z)}, ...], got {tuple(self._fakes.shape)}"
-                )
-        fake, self._fakes = self._fakes[:batch], self._fakes[batch:]
-        return fake
-
-    def _generator_is_unknown(self) -> bool:
-        """Whether it is still to be found out if the generator keeps samples apart."""
-        told = callable(self.latent) or mixing.has_batchnorm(self.generator, training=True) or not self._one_generation
-        return not told and self._generator_looks < PROBED_STEPS
-
-    def _generator_keeps_samples_apart(self, batch: int) -> bool:
-        """Whether a sample depends on no other one's latent, so that batches may share a forward pass."""
-        if callable(self.latent) or mixing.has_batchnorm(self.generator, training=True):
-            return False
-        if self._generator_is_unknown():
-            self._generator_looks += self._critic_steps_due == 0  # the generator is another in each iteration
-            random = torch.Generator(self.device).manual_seed(0)
-            z, *others = (self._normal(batch, random) for _ in range(3))
-
-            def forward(other: Tensor) -> Tensor:
-                return self._passes.samples(torch.cat((z, other)))[:batch]
-
-            apart = mixing.same_beside(self.generator, forward, others, self.device)
-            self._one_generation = self.ranks.all(apart, self.device)
-        return self._one_generation
-
-    def _forward_at_once(self, real: Tensor, fake: Tensor, cond: tuple[Any, ...]) -> bool:
-        """Whether real and fake samples may share a forward pass: no score depends on another sample."""
-        if mixing.has_batchnorm(self.critic, training=True):
-            return False
-        plain = (bool, int, float, str, NoneType)
-        if not all(isinstance(c, plain) or passes.is_batched(c, len(real)) for c in cond):
-            return False
-        # The second step looks again, as a last layer that starts at zero hides everything.
-        if self._one_forward and self.critic_iterations < PROBED_STEPS:
-
-            def forward(other: Tensor) -> Tensor:
-                both = torch.cat((real, other))
-                return passes.scores_of_both(self._passes.score, both, cond, self.pack)[: len(real) // self.pack]
-
-            apart = mixing.same_beside(self.critic, forward, (fake, 1 - 2 * fake), self.device)
-            self._one_forward = self.ranks.all(apart, self.device)
-        return self._one_forward
+    def _kept_apart(self, real: Tensor, cond: tuple[Any, ...]) -> bool:
+        """Return whether the user's word about samples covers these conditions, or raise where it cannot be true."""
+        if structure.has_batchnorm(self.critic, training=True):
+            raise ValueError(
+                "independent_samples: expected no layer that mixes samples, got BatchNorm in training mode"
+            )
+        for c in cond:
+            if isinstance(c, Tensor) and c.dim() and len(c) != len(real):
+                got = f"one of shape {tuple(c.shape)} for {len(real)} samples"
+                raise ValueError(f"independent_samples: expected conditions with a row for each sample, got {got}")
+        return all(isinstance(c, (Tensor, bool, int, float, str, NoneType)) for c in cond)
 
     def _penalised(self, real: Tensor, fake: Tensor) -> Tensor:
         """The points at which the input gradient is taken."""
@@ -793,26 +660,6 @@ class Trainer:
             x = real if self.constraint.at == "real" else fake
         return x.detach()
 
-    def _clamp(self, gate: Tensor) -> Tensor | None:
-        """Clamp what the optimizer's launch did not, or project, unless the gate says no; return the share on bound."""
-        if isinstance(self.constraint, NormClip):
-            bound, per = self.constraint.bound, self.constraint.per
-            projected = functional.project_and_count_(self._clipped, bound, per, self.backend, gate)
-            return None if projected is None else projected[0]
-        assert isinstance(self.constraint, WeightClip)
-        shares, fused = [], set()
-        if isinstance(self.critic_optimizer, (RMSprop, Adam)):
-            shares = list(self.critic_optimizer.shares)
-            groups = [group["params"] for group in self.critic_optimizer.param_groups if group["clip"] is not None]
-            fused = {id(p) for params in groups for p in params if p.grad is not None}
-        apart = [p for p in self._clipped if id(p) not in fused]
-        if apart:
-            share = functional.clip_and_count_(apart, self.constraint.bound, self.backend, gate)
-            if share is not None:
-                shares.append(share)
-        combined = functional.combine_shares(shares)
-        return None if combined is None else combined[0]
-
     # State
 
     def state_dict(self) -> dict[str, Any]:
@@ -821,6 +668,7 @@ class Trainer:
         With several ranks, what is a rank's own (random streams of the process) is this one's only; :meth:`save` and
         :meth:`fit` have all ranks'.
         """
+        players = (self._generator, self._critic)
         schedulers = (self.generator_scheduler, self.critic_scheduler)
         state = {
             "generator": self.generator.state_dict(),
@@ -832,40 +680,26 @@ class Trainer:
             "critic_steps_due": self._critic_steps_due,
             "seed": self.seed,
             "eps_offset": self._eps_offset,
-            "one_forward": self._one_forward,
-            "one_generation": self._one_generation,
-            "generator_looks": self._generator_looks,
             "optimizers": self._optimizer_names(),
             "schedulers": [None if scheduler is None else scheduler.state_dict() for scheduler in schedulers],
-            "guards": [guard.state_dict() for guard in (self._generator_guard, self._critic_guard)],
-            "ema": None if self.ema is None else {n: self._averages[p] for n, p in self._averaged()},
+            "guards": [player.guard.state_dict() for player in players],
+            "ema": None if self.ema is None else self._generator.named_averages(),
             "random": {
                 "device": self.device.type,
                 "latent": self._latent_random.get_state(),
                 "sample": self._sample_random.get_state(),
             },
             "world": self.world,
-            "ranks": {
-                self.rank: {
-                    "fakes": None if self._fakes is None else self._fakes.clone(),
-                    **process_streams(self.device),
-                }
-            },
+            "ranks": {self.rank: process_streams(self.device)},
         }
         return copy.deepcopy(state)
 
     def full_state_dict(self) -> dict[str, Any]:
         """:meth:`state_dict` with what is each rank's own. All ranks have to call it."""
         state = self.state_dict()
-        own = state["ranks"][self.rank]
-        if own["fakes"] is not None:
-            own["fakes"] = own["fakes"].cpu()  # another rank may not have this one's device
         for part in self.ranks.gather(state["ranks"]):
             state["ranks"].update(part)
         return state
-
-    def _averaged(self) -> list[tuple[str, Tensor]]:
-        return [(name, p) for name, p in self.generator.named_parameters() if p in self._averages]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state from :meth:`state_dict`, PyTorch's global random state included.
@@ -887,7 +721,7 @@ class Trainer:
         if state_dict["ema"] is not None and self.ema is None:
             raise ValueError("state_dict: has running averages of weights; expected a trainer made with ema=")
         functional.check_seed("state_dict: seed", state_dict["seed"])
-        for name in ("critic_iterations", "generator_iterations", "critic_steps_due", "eps_offset", "generator_looks"):
+        for name in ("critic_iterations", "generator_iterations", "critic_steps_due", "eps_offset"):
             functional.check_seed(f"state_dict: {name}", state_dict[name])
         try:
             self._restore(state_dict)
@@ -907,31 +741,30 @@ class Trainer:
             self._graphs.forget()
         self.generator.load_state_dict(state["generator"])
         self.critic.load_state_dict(state["critic"])
-        self.generator_optimizer.load_state_dict(copy.deepcopy(state["generator_optimizer"]))
-        clips = [group.get("clip") for group in self.critic_optimizer.param_groups]
-        self.critic_optimizer.load_state_dict(copy.deepcopy(state["critic_optimizer"]))
-        for group, clip in zip(self.critic_optimizer.param_groups, clips, strict=True):
-            if "clip" in group:
-                group["clip"] = clip  # the constraint is the trainer's, not the checkpoint's
+        for player in (self._generator, self._critic):
+            groups = player.optimizer.param_groups
+            clips = [group.get("clip") for group in groups]
+            kept = copy.deepcopy(state[f"{player.name}_optimizer"])
+            player.optimizer.load_state_dict(player.widened(kept))
+            for group, clip in zip(groups, clips, strict=True):
+                if "clip" in group:
+                    group["clip"] = clip  # the constraint is the trainer's, not the checkpoint's
         self.critic_iterations = int(state["critic_iterations"])
         self.generator_iterations = int(state["generator_iterations"])
         self._critic_steps_due = int(state["critic_steps_due"])
         self.seed = int(state["seed"])
         self._eps_offset = int(state["eps_offset"])
-        self._one_forward = bool(state["one_forward"])
-        self._one_generation = bool(state["one_generation"])
-        self._generator_looks = int(state["generator_looks"])
         for scheduler, kept in zip((self.generator_scheduler, self.critic_scheduler), state["schedulers"], strict=True):
             if scheduler is not None and kept is not None:
                 scheduler.load_state_dict(copy.deepcopy(kept))
-        for guard, kept in zip((self._generator_guard, self._critic_guard), state["guards"], strict=True):
-            guard.load_state_dict(kept)
-        for name, p in self._averaged():
-            self._averages[p].copy_(p.detach() if state["ema"] is None else state["ema"][name])
+        for player, kept in zip((self._generator, self._critic), state["guards"], strict=True):
+            player.guard.load_state_dict(kept)
+        weights = dict(self.generator.named_parameters())
+        for name, average in self._generator.named_averages().items():
+            average.copy_(weights[name].detach() if state["ema"] is None else state["ema"][name])
         self._restore_streams(state)
 
     def _restore_streams(self, state: dict[str, Any]) -> None:
-        self._fakes = None
         random, own = state["random"], state["ranks"].get(self.rank)
         if random["device"] != self.device.type:
             warnings.warn(
@@ -950,8 +783,11 @@ class Trainer:
             )
             return
         set_process_streams(own, self.device)
-        self._fakes = None if own["fakes"] is None else own["fakes"].to(self.device, copy=True)
-        self._fakes_versions = mixing.versions(self.generator)
+        if own.get("fakes") is not None:
+            warnings.warn(
+                "state_dict: has fake samples that were made ahead, as an older version did; they are made anew",
+                stacklevel=5,
+            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to ``path``, whole or not at all. All ranks have to call it; rank 0 writes.

@@ -42,6 +42,7 @@ from fastwgan.plain import Constraint, Pass, Step, critic_pass, generator_pass, 
 from fastwgan.ranks import Ranks, unwrapped
 from fastwgan.report import Report, Row
 from fastwgan.streams import process_streams, set_process_streams
+from fastwgan.structure import layers
 from fastwgan.trainer import Latent, Trainer
 
 __all__ = ["verify"]
@@ -437,10 +438,12 @@ def _verified(
         m.eval()
     if latent is None:
         latent = _width(template, step)
+    known = not step.cond and layers(template[1], step.real.dim()) is not None  # as hooks hide it
     ours, apart, beside, exact = (_copy(template) for _ in range(4))
     trainer = Trainer(
-        *ours, latent=latent, constraint=step.constraint, seed=step.seed, backend=backend, cuda_graph=False,
-        pack=step.pack, nonfinite="skip", blend=step.blend, drift=step.drift, instance_noise=step.noise,
+        *ours, latent=latent, independent_samples=known, constraint=step.constraint, seed=step.seed, backend=backend,
+        cuda_graph=False, pack=step.pack, nonfinite="skip", blend=step.blend, drift=step.drift,
+        instance_noise=step.noise,
     )  # fmt: skip
     _check_networks(template, step, latent)
     exact.double()

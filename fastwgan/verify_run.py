@@ -60,7 +60,7 @@ def _resnet(constraint: str, *, gpu: bool) -> Arguments:
     width, batch = (128, 64) if gpu else (16, 8)
     critic = models.resnet_critic(width=width)
     for name, m in critic.named_children():
-        if isinstance(m, models._Residual):
+        if isinstance(m, models.Residual):
             for norm in ("norm1", "norm2")[name == "0" :]:  # an image is not normalised
                 m.add_module(norm, nn.GroupNorm(1, width))  # in one group: LayerNorm
     return _workload("resnet", constraint, width, batch) | {"critic": critic}

@@ -11,6 +11,7 @@ tables for captures are set aside beforehand.
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from itertools import pairwise
 
 import torch
 import triton
@@ -96,6 +97,16 @@ def _owners(chunks: list[int]) -> torch.Tensor:
     return indices.repeat_interleave(torch.tensor(chunks, device="cpu"))
 
 
+def _refuse_overlap(params: Sequence[torch.Tensor]) -> None:
+    extents = sorted((p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), i) for i, p in enumerate(params))
+    for (_, end, i), (start, _, k) in pairwise(extents):
+        if start < end:
+            raise ValueError(
+                f"params: expected each in memory of its own, got numbers {min(i, k)} and {max(i, k)} (of shapes "
+                f"{tuple(params[i].shape)} and {tuple(params[k].shape)}) over the same: make them one parameter"
+            )
+
+
 class Tables:
     """Device tables of one launcher, cached by content."""
 
@@ -139,10 +150,13 @@ class Tables:
         hyper_rows: Sequence[int],
         blocks: int | Sequence[int],
         averages: Sequence[torch.Tensor] | None = None,
+        *,
+        apart: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows [tensors, COLUMNS] int64, chunk owners [chunks] int32): which tensor each block of elements is in.
+        """Return (rows [tensors, COLUMNS] int64, chunk owners [chunks] int32): which tensor each block is in.
 
-        ``blocks`` are the elements of a block, of all tensors or of each.
+        ``blocks`` are the elements of a block, of all tensors or of each. ``apart`` refuses tensors that overlap, which
+        a launch would write to in any order.
         """
         if isinstance(blocks, int):
             blocks = [blocks] * len(params)
@@ -162,6 +176,12 @@ class Tables:
             chunks.append(count)
             first += count
         device = params[0].device
-        table = self._get(tuple(rows), device, lambda: torch.tensor(rows, dtype=torch.int64, device="cpu"))
+
+        def make() -> torch.Tensor:
+            if apart:
+                _refuse_overlap(params)
+            return torch.tensor(rows, dtype=torch.int64, device="cpu")
+
+        table = self._get(tuple(rows), device, make)
         owners = self._get(tuple(chunks), device, lambda: _owners(chunks))
         return table, owners

@@ -16,7 +16,7 @@ from test_bench import tiny
 from test_graphs import Recorded
 from torch import nn
 
-from fastwgan import GradientPenalty, Trainer, bench, bench_ops, cli, graphs
+from fastwgan import GradientPenalty, Trainer, arguments, bench, bench_ops, cli, graphs
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import gpu, profiling, report, summary, tune
@@ -217,7 +217,7 @@ def test_a_graphs_figures(monkeypatch):
         return 1.0
 
     monkeypatch.setattr(graphs, "Capture", Recorded)
-    monkeypatch.setattr(graphs, "device_problem", lambda device: None)
+    monkeypatch.setattr(arguments, "device_problem", lambda device: None)
     monkeypatch.setitem(profiling.WORKLOADS, "tiny", tiny(GradientPenalty()))
     monkeypatch.setattr(
         profiling.bench, "setting", partial(lambda make, w, _, dtype: make(w, CPU, dtype), bench.setting)

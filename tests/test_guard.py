@@ -300,7 +300,7 @@ def test_a_bad_gradient_changes_nothing_and_training_goes_on_without(optimizer, 
                 for name in names:
                     getattr(trainer, name).load_state_dict(before[name])
                 for name, value in (before["ema"] or {}).items():
-                    trainer._averages[dict(trainer.generator.named_parameters())[name]].copy_(value)
+                    trainer._generator.averages[dict(trainer.generator.named_parameters())[name]].copy_(value)
             else:
                 assert not torch.equal(weights(getattr(trainer, names[0])), flat(before[names[0]]))
         runs.append(changeable(trainer) | {"count": (trainer.critic_iterations, trainer.generator_iterations)})
@@ -517,17 +517,17 @@ def test_a_state_without_a_scale_loads_where_there_is_one_and_back(backend, devi
     plain, scaled = trainer_with(device, backend), trainer_with(device, backend, amp=F16)
     real = torch.randn(8, 10, device=device)
     plain.critic_step(real)
-    scaled._critic_guard.scale.fill_(512.0)
+    scaled._critic.guard.scale.fill_(512.0)
     state = copy.deepcopy(scaled.state_dict())
     scaled.load_state_dict(plain.state_dict())
-    assert scaled._critic_guard.scale == 512
+    assert scaled._critic.guard.scale == 512
     assert torch.equal(weights(scaled.critic), weights(plain.critic))
     plain.load_state_dict(state)
     plain.critic_step(real)
-    assert plain._critic_guard.gate.tolist() == [0, 1]
+    assert plain._critic.guard.gate.tolist() == [0, 1]
     other = trainer_with(device, backend, amp=F16)
     other.load_state_dict(state)
-    assert other._critic_guard.scale == 512
+    assert other._critic.guard.scale == 512
 
 
 @pytest.mark.parametrize(

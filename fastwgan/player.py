@@ -1,0 +1,247 @@
+"""One network in training, with its optimizer, guard and running averages, and an update of it.
+
+A network may change while it trains: layers come and go, are frozen and unfrozen, and a user adds parameter groups. So
+each step looks at its parameters anew.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastwgan import functional
+from fastwgan.arguments import Called
+from fastwgan.backend import DTYPES, Backend
+from fastwgan.constraints import Clip, GradientPenalty, NormClip, WeightClip
+from fastwgan.guard import Guard
+from fastwgan.optim import Adam, RMSprop
+from fastwgan.ranks import Ranks, refuse_uneven
+
+__all__ = ["Player", "default_optimizer"]
+
+
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that may be trained, now or once they are unfrozen."""
+    return [p for p in module.parameters() if p.requires_grad or (p.dtype in DTYPES and p.layout == torch.strided)]
+
+
+def default_optimizer(constraint: Clip | GradientPenalty, module: nn.Module, backend: Backend) -> RMSprop | Adam:
+    """Return the paper's optimizer for a constraint, over all of a network's parameters."""
+    if isinstance(constraint, Clip):
+        return RMSprop(_trainable(module), lr=5e-5, backend=backend)
+    return Adam(_trainable(module), lr=1e-4, betas=(0.0, 0.9), backend=backend)
+
+
+class Player:
+    """One of the two networks.
+
+    Args:
+        name: "generator" or "critic".
+        module: the network.
+        optimizer: of it.
+        guard: of its gradients.
+        ranks: that train it.
+        backend: see :mod:`fastwgan.backend`.
+        default: whether the optimizer is the trainer's choice, which has all of the network's parameters.
+        ema: the decay of running averages of its weights, or None.
+        clip: what its weights are held to after an update, or None.
+
+    Attributes:
+        averages: of each parameter, in the precision that updates are computed in.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard, ranks: Ranks,
+        backend: Backend, *, default: bool, ema: float | None = None, clip: Clip | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.module, self.guard = name, module, guard
+        self.ema, self.averages = ema, dict[Tensor, Tensor]()
+        self._ranks, self._backend, self._default, self._clip = ranks, backend, default, clip
+        self._clipped: list[nn.Parameter] = []
+        self.replace(optimizer)
+        self._follow()
+
+    def replace(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take another optimizer. It may leave out any of the parameters that can be trained by now."""
+        self.optimizer = optimizer
+        self._known = {p for p in self.module.parameters() if p.requires_grad}
+        self._listed = _trainable(self.module)
+
+    def _held(self) -> set[int]:
+        return {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+
+    @property
+    def gated(self) -> RMSprop | Adam | None:
+        """The optimizer if its step obeys the guard's gate on the device."""
+        return self.optimizer if isinstance(self.optimizer, (RMSprop, Adam)) else None
+
+    # Before the passes
+
+    def prepare(self) -> list[nn.Parameter]:
+        """Take up changes of the network, and drop all gradients; return the parameters to be trained.
+
+        Raises:
+            ValueError: there are none, or the optimizer lacks some that came after the trainer was made.
+        """
+        parameters = list(self.module.parameters())
+        trained = [p for p in parameters if p.requires_grad]
+        if not trained:
+            raise ValueError(f"{self.name}: expected trainable parameters, got none")
+        self._follow()
+        held = self._held()
+        lacks = {p for p in trained if p not in self._known and id(p) not in held}
+        if lacks:
+            names = ", ".join(name for name, p in self.module.named_parameters() if p in lacks)
+            raise ValueError(
+                f"{self.name}_optimizer: expected the parameters that are trainable since the trainer was made, lacks "
+                f"{names}: add them by trainer.{self.name}_optimizer.add_param_group, or freeze them by "
+                "requires_grad_(False)"
+            )
+        self._known = {p for p in parameters if p.requires_grad or p in self._known}
+        for p in parameters:
+            p.grad = None
+        for group in self.optimizer.param_groups:  # parameters that have left the network, too
+            for p in group["params"]:
+                p.grad = None
+        return trained
+
+    def _follow(self) -> None:
+        """Give a default optimizer, the clip and the averages the parameters that the network has now."""
+        if self._default:
+            before, self._listed = self._listed, _trainable(self.module)
+            if list(map(id, before)) != list(map(id, self._listed)):
+                first, *others = self.optimizer.param_groups
+                out = {p for group in others for p in group["params"]} | (set(before) - set(first["params"]))
+                first["params"][:] = [p for p in self._listed if p not in out]
+                held = self._held()
+                for gone in [p for p in self.optimizer.state if id(p) not in held]:
+                    del self.optimizer.state[gone]
+        if self._clip is not None:
+            self._clipped = self._clip.clipped(self.module)
+        if self.ema is not None:
+            known, self.averages = self.averages, {}
+            for p in self.module.parameters():
+                if p.is_floating_point():
+                    wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+                    self.averages[p] = known[p] if p in known else p.detach().to(wide, copy=True)
+
+    # After the passes
+
+    def settle(
+        self, scores: tuple[Tensor, ...], known: Tensor | None, penalty: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Add up what the ranks have, and set the guard's gate: (score statistics, penalty statistics, nonfinite).
+
+        ``known`` are the score statistics, if the passes have taken some.
+        """
+        guard = self.guard
+        guard.dense = self.gated is not None or self._ranks.world > 1
+        if self._ranks.world == 1:
+            statistics, nonfinite = guard.check(scores if known is None else ())
+            return statistics if known is None else known, penalty, nonfinite
+        own = known
+        if own is None:
+            own = functional.score_statistics(scores[0], scores[-1], self._backend)
+            own = own if len(scores) == 2 else -own[:1]
+        trained = guard.trained()
+        used = own.new_ones(len(trained))
+        without = [i for i, p in enumerate(trained) if p.grad is None]
+        for i in without:  # another rank may have used it
+            trained[i].grad = torch.zeros_like(trained[i])
+            used[i] = 0
+        parts = (own.new_full((1,), scores[-1].numel()), used, own, *([] if penalty is None else [penalty]))
+        gradients = guard.gradients()
+        sizes, counts, own, *rest = torch.split(
+            self._ranks.sum_(gradients, torch.cat(parts)), [len(part) for part in parts], dim=1
+        )  # fmt: skip
+        refuse_uneven("real" if len(scores) == 2 else "batch_size", sizes, gradients)
+        for i in without:
+            if not counts[:, i].any():  # nobody has: an optimizer is not to take zeros for its gradient
+                trained[i].grad = None
+        statistics = own.mean(0)
+        if rest:
+            means, least, greatest = rest[0][:, :2].mean(0), rest[0][:, 2].amin(), rest[0][:, 3].amax()
+            penalty = torch.cat((means, least[None], greatest[None]))
+        _, nonfinite = guard.check()
+        return statistics, penalty, nonfinite
+
+    def update(self) -> Tensor | None:
+        """Take a step of the optimizer, hold the weights to their bound, and average them, unless the gate says no.
+
+        Returns:
+            The share of weights on their bound, 0-d, or None where they have none.
+        """
+        averaged: set[Tensor] = set()
+        if self.gated is not None:
+            with self._in_charge():
+                self.gated.step()
+            if self.averages:
+                averaged = {p for group in self.gated.param_groups for p in group["params"] if p.grad is not None}
+        else:
+            skip, factor = self.guard.gate.tolist()  # any optimizer may come, so the host has to know
+            if skip:
+                Called(self.optimizer)()
+            else:
+                if factor != 1:  # not in place, as two gradients may share memory
+                    for p in self.guard.trained():
+                        p.grad = None if p.grad is None else p.grad * factor
+                self.optimizer.step()
+        for weight, average in self.averages.items():
+            if weight not in averaged:
+                taken = (1 - self.guard.gate[0]).to(average.dtype)  # or 0, where the step is left out
+                average.lerp_(weight.detach().to(average.dtype), taken * (1 - (self.ema or 0.0)))
+        return None if self._clip is None else self._hold(self._clip)
+
+    def refresh(self) -> None:
+        """Have a step that a CUDA graph replays use the optimizer's present numbers."""
+        if self.gated is not None:
+            with self._in_charge():
+                self.gated.refresh()
+
+    @contextmanager
+    def _in_charge(self) -> Iterator[None]:
+        """Have the optimizer, which is the caller's too, obey the gate, keep the averages and clamp the weights."""
+        optimizer, clip = self.gated, self._clip
+        assert optimizer is not None
+        optimizer.gate, optimizer.averages, optimizer.decay = self.guard.gate, self.averages, self.ema or 0.0
+        if isinstance(clip, WeightClip):
+            optimizer.clamp = clip.bound, {id(p) for p in self._clipped}
+        try:
+            yield
+        finally:
+            optimizer.gate, optimizer.averages, optimizer.clamp = None, {}, None
+
+    def _hold(self, clip: Clip) -> Tensor | None:
+        """Clamp what the optimizer's launch did not, or project; return the share on bound."""
+        held, gate = self._clipped, self.guard.gate
+        if isinstance(clip, NormClip):
+            projected = functional.project_and_count_(held, clip.bound, clip.per, self._backend, gate)
+            return None if projected is None else projected[0]
+        shares, fused = [], set[int]()
+        if self.gated is not None:
+            shares, ids = list(self.gated.shares), {id(p) for p in held}
+            groups = [group["params"] for group in self.gated.param_groups]
+            groups = [params for params in groups if ids.issuperset(map(id, params))]
+            fused = {id(p) for params in groups for p in params if p.grad is not None}
+        apart = [p for p in held if id(p) not in fused]
+        if apart and (share := functional.clip_and_count_(apart, clip.bound, self._backend, gate)) is not None:
+            shares.append(share)
+        combined = functional.combine_shares(shares)
+        return None if combined is None else combined[0]
+
+    # State
+
+    def named_averages(self) -> dict[str, Tensor]:
+        return {name: self.averages[p] for name, p in self.module.named_parameters() if p in self.averages}
+
+    def widened(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return an optimizer's state for all parameters; an older default had those alone that were trained."""
+        trained = [i for i, p in enumerate(self.optimizer.param_groups[0]["params"]) if p.requires_grad]
+        group = state["param_groups"][0]
+        if not self._default or len(state["param_groups"]) > 1 or len(group["params"]) != len(trained):
+            return state
+        places = dict(zip(group["params"], trained, strict=True))
+        group["params"] = list(range(len(self.optimizer.param_groups[0]["params"])))
+        return {**state, "state": {places[i]: kept for i, kept in state["state"].items()}}

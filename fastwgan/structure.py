@@ -1,0 +1,207 @@
+"""What can be known of a network from its layers alone, without trying it out.
+
+Real and fake samples may go through a critic as one batch only where no score depends on another sample. That is known
+of a ``Sequential`` of PyTorch's own layers whose numbers, modes and input ranks keep samples apart, and of this
+package's models. Nothing is known of a class of somebody else's, of a layer with hooks, or of a patched one.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
+
+from fastwgan import models
+
+__all__ = ["doubt", "foreign", "has_batchnorm", "hooked_everywhere", "layers"]
+
+
+def has_batchnorm(module: nn.Module, *, training: bool = False) -> bool:
+    """Return whether a module has a BatchNorm, or with ``training`` one in training mode."""
+    return any(isinstance(m, _BatchNorm) and (m.training or not training) for m in module.modules())
+
+
+def hooked_everywhere() -> bool:
+    """Return whether there are hooks on all modules."""
+    return bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
+class _UnknownError(Exception):
+    """A layer that may mix samples; says which and why."""
+
+
+_Rule = Callable[[Any, int], int]  # the rank of a layer's output by the layer and its input's rank; 0: may mix samples
+
+
+def _any_rank(m: nn.Module, rank: int) -> int:
+    return rank
+
+
+def _from(least: int) -> _Rule:
+    """Return the rule of layers that keep samples apart on input of a least rank."""
+    return lambda m, rank: rank if rank >= least else 0
+
+
+def _exactly(wanted: int, output: int | None = None) -> _Rule:
+    """Return the rule of layers that take input of a smaller rank for one sample without a batch."""
+    return lambda m, rank: (output or rank) if rank == wanted else 0
+
+
+def _pooled(wanted: int) -> _Rule:
+    return lambda m, rank: rank if rank == wanted and not getattr(m, "return_indices", False) else 0
+
+
+def _along(m: Any, rank: int) -> int:
+    """Return the rank where the layer works along a dimension that is not the batch's."""
+    return rank if isinstance(m.dim, int) and -rank < m.dim < rank and m.dim != 0 else 0
+
+
+def _flattened(m: nn.Flatten, rank: int) -> int:
+    start, end = (dim + rank if dim < 0 else dim for dim in (m.start_dim, m.end_dim))
+    return rank - (end - start) if 1 <= start <= end < rank else 0
+
+
+def _unflattened(m: nn.Unflatten, rank: int) -> int:
+    if not isinstance(m.dim, int) or not isinstance(m.unflattened_size, tuple):
+        return 0
+    dim = m.dim + rank if m.dim < 0 else m.dim
+    return rank - 1 + len(m.unflattened_size) if 1 <= dim < rank else 0
+
+
+def _within_samples(m: Any, rank: int) -> int:
+    return rank if len(m.normalized_shape) < rank else 0
+
+
+def _instance_norm(wanted: int) -> _Rule:
+    return lambda m, rank: rank if rank == wanted and not m.track_running_stats and m.running_mean is None else 0
+
+
+def _batchnorm(*ranks: int) -> _Rule:
+    """Return the rule of a BatchNorm: in evaluation mode it scales by fixed numbers, if it has them."""
+
+    def rule(m: Any, rank: int) -> int:
+        fixed = not m.training and m.running_mean is not None and m.running_var is not None
+        return rank if fixed and rank in ranks else 0
+
+    return rule
+
+
+def _residual(m: models.Residual, rank: int) -> int:
+    return rank if rank == 4 and all(_output_rank(child, rank, []) == rank for child in m.children()) else 0
+
+
+_RULES: dict[type[nn.Module], _Rule] = {
+    **dict.fromkeys(
+        (
+            nn.Identity, nn.ReLU, nn.ReLU6, nn.RReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
+            nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink, nn.Softshrink,
+            nn.Tanhshrink, nn.LogSigmoid, nn.Softplus, nn.Softsign, nn.Threshold, nn.Dropout, nn.AlphaDropout,
+        ),
+        _any_rank,
+    ),
+    **dict.fromkeys((nn.Linear, nn.PReLU, nn.GroupNorm), _from(2)),
+    **dict.fromkeys((nn.Softmax, nn.Softmin, nn.LogSoftmax, nn.GLU), _along),
+    **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), _within_samples),
+    **dict.fromkeys((nn.LocalResponseNorm, nn.Upsample, nn.ChannelShuffle), _from(3)),
+    **dict.fromkeys((nn.PixelShuffle, nn.PixelUnshuffle), _from(4)),
+    **dict.fromkeys((nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.Softmax2d), _exactly(4)),
+    nn.Flatten: _flattened,
+    nn.Unflatten: _unflattened,
+    nn.Unfold: _exactly(4, 3),
+    nn.Fold: _exactly(3, 4),
+    nn.BatchNorm1d: _batchnorm(2, 3),
+    nn.BatchNorm2d: _batchnorm(4),
+    nn.BatchNorm3d: _batchnorm(5),
+    models.Residual: _residual,
+}  # fmt: skip
+for _n in (1, 2, 3):
+    _names = f"Conv{_n}d ConvTranspose{_n}d ReflectionPad{_n}d ReplicationPad{_n}d ZeroPad{_n}d ConstantPad{_n}d"
+    _RULES |= {getattr(nn, name): _exactly(_n + 2) for name in (*_names.split(), f"CircularPad{_n}d", f"Dropout{_n}d")}
+    _pools = (f"{name}Pool{_n}d" for name in ("Max", "Avg", "AdaptiveMax", "AdaptiveAvg", "LP"))
+    _RULES |= {getattr(nn, name): _pooled(_n + 2) for name in _pools}
+    _RULES[getattr(nn, f"InstanceNorm{_n}d")] = _instance_norm(_n + 2)
+_KINDS: tuple[type[nn.Module], ...] = (nn.Sequential, *_RULES)
+_FORWARD = {kind: kind.forward for kind in _KINDS}
+
+
+@cache
+def _methods(kind: Any) -> frozenset[str]:
+    return frozenset(name for name in dir(kind) if callable(getattr(kind, name)))
+
+
+def _untouched(m: nn.Module) -> bool:
+    """Return whether a module does what its class says: no hooks, none of its methods patched, not compiled."""
+    kind: Any = type(m)
+    own = vars(m)
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return not hooks and own.get("_compiled_call_impl") is None and _methods(kind).isdisjoint(own)
+
+
+def _output_rank(m: nn.Module, rank: int, found: list[nn.Module]) -> int:
+    """Return the rank of the output for input of a rank; collect the layers in ``found``.
+
+    Raises:
+        _UnknownError: a layer may mix samples.
+    """
+    kind = type(m)
+    if kind not in _FORWARD or kind.forward is not _FORWARD[kind]:
+        raise _UnknownError(f"{kind.__name__} is not among the layers known to keep samples apart")
+    if not _untouched(m):
+        raise _UnknownError(f"{kind.__name__} has hooks, or is patched or compiled")
+    if kind is nn.Sequential:
+        for child in m._modules.values():
+            rank = _output_rank(child, rank, found)  # type: ignore[arg-type]  # None is no known layer
+        return rank
+    result = _RULES[kind](m, rank)
+    if not result:
+        raise _UnknownError(f"{m} may mix samples on input of {rank} dimensions")
+    found.append(m)
+    return result
+
+
+def _walk(module: nn.Module, ndim: int) -> list[nn.Module]:
+    found: list[nn.Module] = []
+    if hooked_everywhere():
+        raise _UnknownError("there are hooks on all modules")
+    _output_rank(module, ndim, found)
+    return found
+
+
+def layers(module: nn.Module, ndim: int) -> tuple[nn.Module, ...] | None:
+    """Return the layers of a network in the order of their use, if its samples are known to stay apart, else None.
+
+    Args:
+        module: the network as it is now: a layer replaced or a hook added counts at once.
+        ndim: of its input, the batch's dimension included.
+    """
+    try:
+        return tuple(_walk(module, ndim))
+    except _UnknownError:
+        return None
+
+
+def doubt(module: nn.Module, ndim: int) -> str | None:
+    """Return why :func:`layers` does not know a network, or None where it does."""
+    try:
+        _walk(module, ndim)
+    except _UnknownError as reason:
+        return str(reason)
+    return None
+
+
+def foreign(module: nn.Module) -> str | None:
+    """Return which part of a network may run Python of somebody else's in its forward pass, or None.
+
+    That is all but the modules of PyTorch and of this package, and any with hooks or patched methods.
+    """
+    if hooked_everywhere():
+        return "hooks on all modules"
+    for m in module.modules():
+        kind = type(m)
+        if not kind.__module__.startswith(("torch.nn.", "fastwgan.models")):
+            return f"{kind.__name__}, a class of its own"
+        if not _untouched(m):
+            return f"{kind.__name__} with hooks or patched"
+    return None
