@@ -295,11 +295,24 @@ def graphed(setting: Setting) -> Step:
     return Step(take, is_graph=True)
 
 
-def _trainer(**options: Any) -> Implementation:
+class _Own(nn.Module):
+    """A critic in a class of the user's, of which nothing is known."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.network(x)
+        return scores
+
+
+def _trainer(own_class: bool = False, **options: Any) -> Implementation:
     def build(setting: Setting) -> Step:
         given = setting.given
+        critic = _Own(setting.critic) if own_class else setting.critic
         trainer = Trainer(
-            setting.generator, setting.critic, constraint=setting.workload.constraint,
+            setting.generator, critic, constraint=setting.workload.constraint,
             latent=setting.workload.latent if given is None else lambda batch, device: given.latents(), **options,
         )  # fmt: skip
         return Step(
@@ -323,6 +336,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "compiled-step": compiled_step,
     "graphed": graphed,
     "fastwgan": _trainer(cuda_graph=False),
+    "fastwgan-two-passes": _trainer(own_class=True, cuda_graph=False),
     "fastwgan-graphed": _trainer(cuda_graph=True),
     "fastwgan-compiled": _trainer_compiled,
 }

@@ -639,12 +639,16 @@ def input_gradient(
             depend on ``x`` (which is not seen inside torch.compile: the gradient is zero then).
     """
     if torch.compiler.is_compiling():
-        buffers = dict(critic.named_buffers()) if isinstance(critic, nn.Module) else {}
+        given = dict(critic.named_buffers()) if isinstance(critic, nn.Module) else {}
+        buffers = dict(given)
 
         def forward(x: Tensor, buffers: dict[str, Tensor]) -> Tensor:
-            return torch.func.functional_call(critic, buffers, (x, *args)) if buffers else critic(x, *args)  # type: ignore
+            return call(critic, {}, buffers, (x, *args)) if buffers else critic(x, *args)  # type: ignore[arg-type]
 
-        return traced_input_gradient(forward, x, buffers, pack)
+        gradient = traced_input_gradient(forward, x, buffers, pack)
+        if isinstance(critic, nn.Module):
+            rebind(critic, changed(given, buffers))
+        return gradient
     try:
         with LinearPieces(), sdpa_kernel(SDPBackend.MATH):  # the other attention kernels have no second derivative
             scores = critic(x, *args)
@@ -671,17 +675,43 @@ def traced_input_gradient(
     """d sum(forward(x, buffers)) / dx, [N, ...], inside torch.compile; computed times ``scale``, where there is one.
 
     Dynamo traces torch.func.grad, and the compiler then differentiates the result as it does any function. What
-    ``forward`` writes to must be an argument of the function that is differentiated: so the buffers are.
+    ``forward`` writes to must be an argument of the function that is differentiated: so the buffers are. Those that it
+    rebinds are rebound in ``buffers``.
     """
 
-    def total(x: Tensor, buffers: dict[str, Tensor]) -> Tensor:
+    def total(x: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        buffers = dict(given)
         with LinearPieces(), sdpa_kernel(SDPBackend.MATH):
             scores = forward(x, buffers)
         check_scores("critic", scores, len(x), pack)
-        return scores.sum() if scale is None else scores.float().sum() * (scale * pack / len(x))
+        value = scores.sum() if scale is None else scores.float().sum() * (scale * pack / len(x))
+        return value, changed(given, buffers)
 
-    gradient: Tensor = torch.func.grad(total)(x, buffers)
+    gradient: Tensor
+    gradient, rebound = torch.func.grad(total, has_aux=True)(x, buffers)
+    buffers.update(rebound)
     return gradient if scale is None else gradient / (scale * pack / len(x))
+
+
+def call(module: nn.Module, trained: dict[str, Tensor], rest: dict[str, Tensor], args: tuple[Any, ...]) -> Tensor:
+    """Return ``module(*args)`` with these parameters and buffers; those that it rebinds are rebound in ``rest``."""
+    state = {**trained, **rest}
+    output: Tensor = torch.func.functional_call(module, state, args)
+    for name in rest:
+        rest[name] = state[name]
+    return output
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return those tensors of ``after`` that are others than in ``before``."""
+    return {name: x.detach() for name, x in after.items() if x is not before[name]}
+
+
+def rebind(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give a module other tensors for its buffers of these names."""
+    for name, x in tensors.items():
+        owner, _, own_name = name.rpartition(".")
+        setattr(module.get_submodule(owner), own_name, x)
 
 
 def check_scores(name: str, scores: object, batch: int, pack: int = 1) -> None:

@@ -209,10 +209,12 @@ class Graphs:
         self._problem: str | None = None  # with steps as they are
         self._refused = self._foreign = False
 
+    def _parts(self) -> list[Any]:
+        return [x for m in self._modules for d in (m._modules, m._parameters, m._buffers) for x in d.values()]
+
     def _depended_on(self) -> tuple[list[Any], ...]:
         """What a graph has inside that an eager step would look up: addresses, modes, and which algorithm it is."""
-        modules = self._modules
-        parts = [x for m in modules for d in (m._modules, m._parameters, m._buffers) for x in d.values()]
+        modules, parts = self._modules, self._parts()
         tensors = [x for x in parts if isinstance(x, Tensor)]
         hooks = [
             tuple(d)
@@ -239,6 +241,7 @@ class Graphs:
             self.forget()
             self._modules = [m for player in self._players for m in player.module.modules()]
             self._state = self._depended_on()
+            self._kept = self._parts()  # as long as these live, no other has the id of one
             parts = ((player.name, structure.foreign(player.module)) for player in self._players)
             found = "" if self._required else ", ".join(f"{name} has {part}" for name, part in parts if part)
             if found and not self._foreign:

@@ -44,10 +44,16 @@ class Guard:
         self._tally = torch.zeros(TALLY, dtype=torch.int64, device=self._device)
         self.gate = torch.tensor([0.0, 1.0], device=self._device)
         self._scale = torch.tensor([FIRST_SCALE, 0.0], device=self._device) if scaled else None
-        self.scale = None if self._scale is None else self._scale[0]
         self.dense = True
         self._kernel: Any = None
         self._reading: tuple[Tensor, Any] | None = None  # a tally on the way to the host, and the event of its arrival
+
+    @property
+    def scale(self) -> Tensor | None:
+        return None if self._scale is None else self._scale[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kernel": None, "_reading": None}  # a copy has its own launcher, and reads anew
 
     def trained(self) -> list[nn.Parameter]:
         """The network's parameters that are to get gradients."""
@@ -134,10 +140,10 @@ class Guard:
         self._reading = None
         self._tally[2], self._tally[6] = 0, 0  # who goes on all the same hears of the next row
         steps = f"step {last}" if longest == 1 else f"{longest} steps in a row up to {last}"
-        names = [name for name, p in self._module.named_parameters() if p.grad is not None and p.numel()]
+        names = dict(enumerate(n for n, p in self._module.named_parameters() if p.grad is not None and p.numel()))
         saved = f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"
         raise FloatingPointError(
-            f"{self._name}: {steps} had gradients that are not finite, first in {names[first]}; such steps change no "
+            f"{self._name}: {steps} had gradients that are not finite, first in {names.get(first, 'one that is gone')}; such steps change no "
             f"weight and no optimizer state; {saved}"
         )
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad
+from torch.func import grad
 
 from fastwgan import functional, reference
 from fastwgan.backend import Backend
@@ -286,6 +286,9 @@ class Compiled(Eager):
         super().__init__(*args, **options)
         self._forms: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_forms": {}}  # a copy compiles its own
+
     def _call(self, trace: Callable[..., Any], shape: Any, *args: Any, **options: Any) -> Any:
         """``trace(*args, **options)``, compiled for batches of a shape: not every PyTorch can differentiate twice
         through a convolution of sizes that are left open.
@@ -314,10 +317,11 @@ class Compiled(Eager):
     ) -> tuple[Scores, Tensor | None, Tensor | None]:  # fmt: skip
         state = _state(self._critic)
         shapes = tuple(x.shape for x in samples)
-        gradients, scores, statistics, penalty = self._call(
+        gradients, rebound, scores, statistics, penalty = self._call(
             self._trace_critic, shapes, state, samples, x, cond, scale, weight=weight
         )
         self._hand_over(state[0], gradients)
+        functional.rebind(self._critic, rebound)
         return scores, statistics, None if x is None else penalty
 
     @torch.no_grad()
@@ -331,10 +335,12 @@ class Compiled(Eager):
             noise = (
                 self._device_scalar(size, torch.float32), seed, self._device_scalar(offset, torch.int64)
             )  # fmt: skip
-        gradients, scores, loss = self._call(
+        gradients, rebound, scores, loss = self._call(
             self._trace_generator, batch, state, _state(self._critic), z, cond, scale, noise, batch=batch, dtype=dtype
         )
         self._hand_over(state[0], gradients)
+        for module, changed in zip((self._generator, self._critic), rebound, strict=True):
+            functional.rebind(module, changed)
         return (scores,), loss
 
     def _device_scalar(self, value: float | Tensor, dtype: torch.dtype) -> Tensor:
@@ -357,13 +363,15 @@ class Compiled(Eager):
     def _trace_critic(
         self, state: State, samples: tuple[Tensor, ...], x: Tensor | None, cond: tuple[Any, ...], scale: Tensor | None,
         *, weight: float,
-    ) -> tuple[dict[str, Tensor], Scores, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Scores, Tensor, Tensor]:  # fmt: skip
         factor = self._share if scale is None else self._share * scale
 
-        def loss(trained: dict[str, Tensor], rest: dict[str, Tensor]) -> tuple[Tensor, Any]:
+        def loss(trained: dict[str, Tensor], given: dict[str, Tensor]) -> tuple[Tensor, Any]:
+            rest = dict(given)  # with what a forward pass rebinds
+
             def forward(samples: Tensor, rest: dict[str, Tensor], cond: tuple[Any, ...] = cond) -> Tensor:
                 with self._autocast():
-                    return functional_call(self._critic, (trained, rest), (samples, *cond))  # type: ignore[no-any-return]
+                    return functional.call(self._critic, trained, rest, (samples, *cond))
 
             if len(samples) == 1:
                 both = scores_of_both(lambda samples, *cond: forward(samples, rest, cond), *samples, cond, self._pack)
@@ -375,33 +383,34 @@ class Compiled(Eager):
             statistics = reference.score_statistics(real_scores, fake_scores, blend=self._blend, drift=self._drift)
             total, statistics = statistics[3], statistics.detach()
             if x is None:
-                return total * factor, (scores, statistics, statistics)
+                return total * factor, (functional.changed(given, rest), scores, statistics, statistics)
             assert isinstance(self._constraint, GradientPenalty)
             gradients = functional.traced_input_gradient(forward, x, rest, self._pack, scale)
             penalty, _ = reference.penalty_cotangent(
                 _packed(gradients, self._pack), kind=self._constraint.kind, target=self._constraint.target
             )
-            return (total + weight * penalty[0]) * factor, (scores, statistics, penalty.detach())
+            rebound = functional.changed(given, rest)
+            return (total + weight * penalty[0]) * factor, (rebound, scores, statistics, penalty.detach())
 
-        gradients, (scores, statistics, penalty) = grad(loss, has_aux=True)(*state)
-        return gradients, scores, statistics, penalty
+        gradients, (rebound, scores, statistics, penalty) = grad(loss, has_aux=True)(*state)
+        return gradients, rebound, scores, statistics, penalty
 
     def _trace_generator(
         self, state: State, critic_state: State, z: Any, cond: tuple[Any, ...], scale: Tensor | None,
         noise: Noise | None, *, batch: int, dtype: torch.dtype | None,
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[dict[str, Tensor], tuple[dict[str, Tensor], ...], Tensor, Tensor]:  # fmt: skip
         factor = self._share if scale is None else self._share * scale
 
-        def loss(
-            trained: dict[str, Tensor], rest: dict[str, Tensor], critic_state: State
-        ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        def loss(trained: dict[str, Tensor], given: dict[str, Tensor], critic_state: State) -> tuple[Tensor, Any]:
+            rest, critic_rest = dict(given), dict(critic_state[1])
             with self._autocast():
-                fake = functional_call(self._generator, (trained, rest), (z, *cond))
+                fake = functional.call(self._generator, trained, rest, (z, *cond))
                 fake = _noisy(fake.to(dtype or fake.dtype), noise, self._backend)
-                scores = functional_call(self._critic, critic_state, (fake, *cond))
+                scores = functional.call(self._critic, critic_state[0], critic_rest, (fake, *cond))
             functional.check_scores("critic", scores, batch, self._pack)
             total = reference.generator_loss(scores, blend=self._blend)
-            return total * factor, (scores.detach(), total.detach().reshape(1))
+            rebound = functional.changed(given, rest), functional.changed(critic_state[1], critic_rest)
+            return total * factor, (rebound, scores.detach(), total.detach().reshape(1))
 
-        gradients, (scores, total) = grad(loss, has_aux=True)(*state, critic_state)
-        return gradients, scores, total
+        gradients, (rebound, scores, total) = grad(loss, has_aux=True)(*state, critic_state)
+        return gradients, rebound, scores, total

@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastwgan import models
 
-__all__ = ["doubt", "foreign", "has_batchnorm", "hooked_everywhere", "layers"]
+__all__ = ["doubt", "foreign", "has_batchnorm", "hooked_everywhere", "layers", "may_write"]
 
 
 def has_batchnorm(module: nn.Module, *, training: bool = False) -> bool:
@@ -205,3 +205,8 @@ def foreign(module: nn.Module) -> str | None:
         if not _untouched(m):
             return f"{kind.__name__} with hooks or patched"
     return None
+
+
+def may_write(module: nn.Module) -> bool:
+    """Return whether a network's forward pass may write to its input."""
+    return foreign(module) is not None or any(getattr(m, "inplace", False) for m in module.modules())

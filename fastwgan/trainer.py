@@ -201,7 +201,8 @@ class Trainer:
         self._latent_random = torch.Generator(self.device).manual_seed(stream_seed(seed, 0))
         self._sample_random = torch.Generator(self.device).manual_seed(stream_seed(seed, 1))
         self._independent_samples = independent_samples
-        self._one_forward: bool | None = None  # whether real and fake samples did in the last step
+        self._one_forward: bool | None = None  # whether real and fake samples shared a pass in the last step
+        self._shown = 0, False  # how many dimensions they had, and whether there were conditions
         kind = passes.Compiled if compile else passes.Eager
         self._passes = kind(
             generator, critic, constraint, backend, amp=amp, pack=pack, blend=float(blend), drift=float(drift),
@@ -237,6 +238,41 @@ class Trainer:
                 "itself, which BatchNorm mixes (arXiv 1704.00028, section 4); LayerNorm is the usual choice",
                 stacklevel=2,
             )
+
+    def __repr__(self) -> str:
+        optimizers = (f"{p.name}_optimizer={type(p.optimizer).__name__}" for p in (self._critic, self._generator))
+        return (
+            f"Trainer(constraint={self.constraint!r}, {', '.join(optimizers)}, device={self.device}, "
+            f"backend={resolve(self.backend, self.device)!r}, cuda_graph={self._graphs is not None}; "
+            f"{self.critic_iterations} critic steps, {self.generator_iterations} generator steps; {self._passes_taken()})"
+        )
+
+    def _passes_taken(self) -> str:
+        """Return whether real and fake samples shared a pass of the critic in the last step, and why."""
+        ndim, conditional = self._shown
+        if self._one_forward is None:
+            return "a first critic step will tell whether real and fake samples share a pass of the critic"
+        if self._one_forward:
+            why = "independent_samples=True says so" if self._independent_samples else "its layers keep samples apart"
+            return f"real and fake samples share a pass of the critic, as {why}"
+        reason = "there are conditions" if conditional else structure.doubt(self.critic, ndim)
+        return (
+            f"real and fake samples have a pass of the critic each, as {reason}; with independent_samples=True, your "
+            "word that no score depends on another sample, they share one"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made of. Graphs are made anew; optimizers by themselves would lose their step hooks."""
+        optimizers = (self._critic.optimizer, self._generator.optimizer)
+        hooks = [(o._optimizer_step_pre_hooks, o._optimizer_step_post_hooks) for o in optimizers]
+        return self.__dict__ | {"_graphs": self._graphs is not None, "hooks": hooks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        hooks = state.pop("hooks")
+        self.__dict__.update(state)
+        for player, (before, after) in zip((self._critic, self._generator), hooks, strict=True):
+            player.optimizer._optimizer_step_pre_hooks, player.optimizer._optimizer_step_post_hooks = before, after
+        self._graphs = self._make_graphs() if state["_graphs"] else None
 
     # Setting up
 
@@ -530,15 +566,17 @@ class Trainer:
             fake = fake.to(real.dtype)
         functional.check_like("generator: its output", fake, "real", real, shape=True)
         known = not cond and structure.layers(self.critic, real.dim()) is not None
+        self._shown = real.dim(), bool(cond)
         self._one_forward = together = known or (self._independent_samples and self._kept_apart(real, cond))
         noise = self._noise(len(real))
         if noise is not None:
             scale, seed, offset = noise
             both = functional.perturb_both(real, fake, scale=scale, seed=seed, offset=offset, backend=self.backend)
             real, fake = both.tensor_split(2)
-        elif together:
-            both = torch.cat((real, fake))
         x = self._penalised(real, fake) if weight else None
+        if noise is None and (together or structure.may_write(self.critic)):
+            both = torch.cat((real, fake))
+            real, fake = both.tensor_split(2)  # a copy: the caller's batch stays as it is
         samples = (both,) if together else (real, fake)
         scored, scores, penalty = self._passes.critic(
             parameters, samples, x, cond, weight=weight, known=known, scale=self._critic.guard.scale

@@ -98,7 +98,11 @@ def _owners(chunks: list[int]) -> torch.Tensor:
 
 
 def _refuse_overlap(params: Sequence[torch.Tensor]) -> None:
-    extents = sorted((p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), i) for i, p in enumerate(params))
+    extents = sorted(
+        (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), i)
+        for i, p in enumerate(params)
+        if p.device.type != "meta"  # which has no memory
+    )
     for (_, end, i), (start, _, k) in pairwise(extents):
         if start < end:
             raise ValueError(

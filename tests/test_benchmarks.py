@@ -173,7 +173,9 @@ def test_products_are_told_by_layer():
     torch.manual_seed(0)
     critic = nn.Sequential(nn.Linear(6, 16), nn.LeakyReLU(0.2), nn.Linear(16, 16), nn.LeakyReLU(0.2), nn.Linear(16, 1))
     generator = nn.Linear(3, 6)
-    trainer = Trainer(generator, critic, latent=3, constraint=GradientPenalty(), backend="torch")
+    trainer = Trainer(
+        generator, critic, latent=3, constraint=GradientPenalty(), backend="torch", independent_samples=True
+    )
     real = torch.randn(16, 6)  # a batch as large as layers are wide
     for _ in range(3):
         trainer.critic_step(real)

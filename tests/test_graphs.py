@@ -196,14 +196,19 @@ def test_an_iteration_is_one_graph(constraint, kind, graphed, monkeypatch):
         trainer = Trainer(
             generator, critic, latent=6, n_critic=2, constraint=constraint, backend="triton", cuda_graph=cuda_graph
         )
+        samples, passes = trainer._passes.samples, []
+
+        def counted(z, samples=samples, passes=passes):
+            passes.append(len(z))
+            return samples(z)
+
         if cuda_graph and not replays:
             trainer._graphs.run = lambda work, *args: work(*args)
-        passes, metrics, captured = [], [], Recorded.made
+        metrics, captured = [], Recorded.made
         data = batches(graphed, (10,), 16)
         for i in range(0, 16, 2):
             if i == 14:  # no hook, for which a graph is made anew
-                samples = trainer._passes.samples
-                trainer._passes.samples = lambda z: passes.append(len(z)) or samples(z)
+                trainer._passes.samples = counted
             metrics += trainer.iteration(data[i : i + 2])
         assert Recorded.made - captured == replays
         assert passes == ([] if replays else [8, 8, 8])

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -13,9 +15,12 @@ def test_example_runs_as_printed():
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip() and not line.startswith("import")]) <= 10
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    code = "import torch; torch.manual_seed(0)\n" + code
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert re.search(r"wasserstein=.* penalty=.* gradient_norm=", run.stdout)
     assert run.stderr == ""
+    mean = [float(x) for x in re.search(r"tensor\(\[(.*?), (.*?)\]\)", run.stdout).groups()]
+    assert mean == pytest.approx([3, 3], abs=0.3), "the data's"
 
 
 def test_the_two_commands_are_there():
