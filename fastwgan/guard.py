@@ -140,10 +140,11 @@ class Guard:
         self._reading = None
         self._tally[2], self._tally[6] = 0, 0  # who goes on all the same hears of the next row
         steps = f"step {last}" if longest == 1 else f"{longest} steps in a row up to {last}"
-        names = dict(enumerate(n for n, p in self._module.named_parameters() if p.grad is not None and p.numel()))
+        names = [name for name, p in self._module.named_parameters() if p.grad is not None and p.numel()]
+        name = names[first] if first < len(names) else "a parameter that has left it"
         saved = f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"
         raise FloatingPointError(
-            f"{self._name}: {steps} had gradients that are not finite, first in {names.get(first, 'one that is gone')}; such steps change no "
+            f"{self._name}: {steps} had gradients that are not finite, first in {name}; such steps change no "
             f"weight and no optimizer state; {saved}"
         )
 

@@ -303,7 +303,13 @@ class Compiled(Eager):
             code = call.__code__.replace()
             own = FunctionType(code, call.__globals__, call.__name__, call.__defaults__, call.__closure__)
             self._forms[key] = torch.compile(own, fullgraph=True, dynamic=False)
-        return self._forms[key](*args)
+        try:
+            return self._forms[key](*args)
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            raise RuntimeError(
+                "compile: expected forward passes that read few Python numbers that change, as each is compiled anew; "
+                "got too many: keep such a number in a buffer (register_buffer, fill_), or leave compile out"
+            ) from error
 
     @torch.no_grad()
     def generate(self, z: Any, cond: tuple[Any, ...]) -> Tensor:

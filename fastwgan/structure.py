@@ -53,6 +53,15 @@ def _pooled(wanted: int) -> _Rule:
     return lambda m, rank: rank if rank == wanted and not getattr(m, "return_indices", False) else 0
 
 
+def _padded(wanted: int) -> _Rule:
+    """Return the rule of padding, which takes two numbers to a dimension, from the last one on."""
+    return lambda m, rank: rank if rank == wanted and len(m.padding) < 2 * rank else 0
+
+
+def _linear(m: nn.Linear, rank: int) -> int:
+    return rank if rank >= 2 and m.weight.dim() == 2 and (m.bias is None or m.bias.dim() == 1) else 0
+
+
 def _along(m: Any, rank: int) -> int:
     """Return the rank where the layer works along a dimension that is not the batch's."""
     return rank if isinstance(m.dim, int) and -rank < m.dim < rank and m.dim != 0 else 0
@@ -71,7 +80,7 @@ def _unflattened(m: nn.Unflatten, rank: int) -> int:
 
 
 def _within_samples(m: Any, rank: int) -> int:
-    return rank if len(m.normalized_shape) < rank else 0
+    return rank if isinstance(m.normalized_shape, tuple) and len(m.normalized_shape) < rank else 0
 
 
 def _instance_norm(wanted: int) -> _Rule:
@@ -89,7 +98,10 @@ def _batchnorm(*ranks: int) -> _Rule:
 
 
 def _residual(m: models.Residual, rank: int) -> int:
-    return rank if rank == 4 and all(_output_rank(child, rank, []) == rank for child in m.children()) else 0
+    whole = m._modules.keys() == {"norm1", "conv1", "norm2", "conv2", "shortcut"} and m._modules.keys().isdisjoint(
+        vars(m)
+    )
+    return rank if rank == 4 and whole and all(_output_rank(child, rank, []) == rank for child in m.children()) else 0
 
 
 _RULES: dict[type[nn.Module], _Rule] = {
@@ -101,7 +113,8 @@ _RULES: dict[type[nn.Module], _Rule] = {
         ),
         _any_rank,
     ),
-    **dict.fromkeys((nn.Linear, nn.PReLU, nn.GroupNorm), _from(2)),
+    **dict.fromkeys((nn.PReLU, nn.GroupNorm), _from(2)),
+    nn.Linear: _linear,
     **dict.fromkeys((nn.Softmax, nn.Softmin, nn.LogSoftmax, nn.GLU), _along),
     **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), _within_samples),
     **dict.fromkeys((nn.LocalResponseNorm, nn.Upsample, nn.ChannelShuffle), _from(3)),
@@ -117,13 +130,21 @@ _RULES: dict[type[nn.Module], _Rule] = {
     models.Residual: _residual,
 }  # fmt: skip
 for _n in (1, 2, 3):
-    _names = f"Conv{_n}d ConvTranspose{_n}d ReflectionPad{_n}d ReplicationPad{_n}d ZeroPad{_n}d ConstantPad{_n}d"
-    _RULES |= {getattr(nn, name): _exactly(_n + 2) for name in (*_names.split(), f"CircularPad{_n}d", f"Dropout{_n}d")}
-    _pools = (f"{name}Pool{_n}d" for name in ("Max", "Avg", "AdaptiveMax", "AdaptiveAvg", "LP"))
-    _RULES |= {getattr(nn, name): _pooled(_n + 2) for name in _pools}
-    _RULES[getattr(nn, f"InstanceNorm{_n}d")] = _instance_norm(_n + 2)
-_KINDS: tuple[type[nn.Module], ...] = (nn.Sequential, *_RULES)
-_FORWARD = {kind: kind.forward for kind in _KINDS}
+    for _names, _rule in {
+        "Conv ConvTranspose Dropout": _exactly,
+        "ReflectionPad ReplicationPad CircularPad ZeroPad ConstantPad": _padded,
+        "MaxPool AvgPool AdaptiveMaxPool AdaptiveAvgPool LPPool": _pooled,
+        "InstanceNorm": _instance_norm,
+    }.items():
+        _RULES |= {getattr(nn, f"{name}{_n}d"): _rule(_n + 2) for name in _names.split()}
+
+
+def _code(kind: Any) -> tuple[Any, ...]:
+    """Return what a module of a kind runs."""
+    return kind.__call__, kind._call_impl, kind.forward, getattr(kind, "_conv_forward", None)
+
+
+_CODE: dict[Any, tuple[Any, ...]] = {kind: _code(kind) for kind in (nn.Sequential, *_RULES)}
 
 
 @cache
@@ -146,9 +167,9 @@ def _output_rank(m: nn.Module, rank: int, found: list[nn.Module]) -> int:
         _UnknownError: a layer may mix samples.
     """
     kind = type(m)
-    if kind not in _FORWARD or kind.forward is not _FORWARD[kind]:
+    if kind not in _CODE:
         raise _UnknownError(f"{kind.__name__} is not among the layers known to keep samples apart")
-    if not _untouched(m):
+    if _code(kind) != _CODE[kind] or not _untouched(m):
         raise _UnknownError(f"{kind.__name__} has hooks, or is patched or compiled")
     if kind is nn.Sequential:
         for child in m._modules.values():
@@ -202,8 +223,10 @@ def foreign(module: nn.Module) -> str | None:
         kind = type(m)
         if not kind.__module__.startswith(("torch.nn.", "fastwgan.models")):
             return f"{kind.__name__}, a class of its own"
-        if not _untouched(m):
-            return f"{kind.__name__} with hooks or patched"
+        functions = (*_code(kind), *filter(callable, vars(m).values()))
+        whose = (getattr(f, "__module__", None) or "torch" for f in functions)
+        if not _untouched(m) or not all(name.startswith(("torch", "fastwgan.")) for name in whose):
+            return f"{kind.__name__} with hooks or patched, or with functions of its own"
     return None
 
 

@@ -244,7 +244,8 @@ class Trainer:
         return (
             f"Trainer(constraint={self.constraint!r}, {', '.join(optimizers)}, device={self.device}, "
             f"backend={resolve(self.backend, self.device)!r}, cuda_graph={self._graphs is not None}; "
-            f"{self.critic_iterations} critic steps, {self.generator_iterations} generator steps; {self._passes_taken()})"
+            f"{self.critic_iterations} critic steps, {self.generator_iterations} generator steps; "
+            f"{self._passes_taken()})"
         )
 
     def _passes_taken(self) -> str:
@@ -558,6 +559,9 @@ class Trainer:
         parameters = self._critic.prepare()
         if not callable(self.latent):
             z = self._draw(len(real))
+        self._shown = real.dim(), bool(cond)
+        known = not cond and structure.layers(self.critic, real.dim()) is not None
+        self._one_forward = together = known or (self._independent_samples and self._kept_apart(real, cond))
         fake = self._passes.generate(z, cond)
         if self._amp is not None:
             real = real.float()
@@ -565,9 +569,6 @@ class Trainer:
         if real.dtype == next(self.critic.parameters()).dtype:  # else it is real samples that do not fit
             fake = fake.to(real.dtype)
         functional.check_like("generator: its output", fake, "real", real, shape=True)
-        known = not cond and structure.layers(self.critic, real.dim()) is not None
-        self._shown = real.dim(), bool(cond)
-        self._one_forward = together = known or (self._independent_samples and self._kept_apart(real, cond))
         noise = self._noise(len(real))
         if noise is not None:
             scale, seed, offset = noise
