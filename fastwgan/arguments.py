@@ -1,5 +1,6 @@
 """What a Trainer is given: checked before anything of the caller's is changed, and optimizers taken over."""
 
+from types import NoneType
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from fastwgan import functional
 from fastwgan.backend import DTYPES, Backend
 from fastwgan.constraints import Clip, GradientPenalty, WeightClip
 from fastwgan.optim import Adam, RMSprop
+from fastwgan.structure import has_batchnorm
 
 __all__ = [
-    "Called", "check_arguments", "check_count", "check_mode", "device_problem", "has_hooks", "momentum", "shapes",
-    "take_over",
+    "Called", "check_arguments", "check_count", "check_mode", "device_problem", "has_hooks", "kept_apart", "momentum",
+    "shapes", "take_over",
 ]  # fmt: skip
 
 
@@ -122,6 +124,21 @@ def _check_scheduler(name: str, scheduler: object, optimizer: object) -> None:
         raise TypeError(f"{name}: expected a torch.optim.lr_scheduler that takes steps without a metric, got {got}")
     if optimizer is None or scheduler.optimizer is not optimizer:
         raise ValueError(f"{name}: expected a scheduler of {name.replace('scheduler', 'optimizer')}, got another's")
+
+
+def kept_apart(critic: nn.Module, real: Tensor, cond: tuple[Any, ...]) -> bool:
+    """Return whether ``independent_samples=True`` covers these conditions.
+
+    Raises:
+        ValueError: it cannot be true.
+    """
+    if has_batchnorm(critic, training=True):
+        raise ValueError("independent_samples: expected no layer that mixes samples, got BatchNorm in training mode")
+    for c in cond:
+        if isinstance(c, Tensor) and c.dim() and len(c) != len(real):
+            got = f"one of shape {tuple(c.shape)} for {len(real)} samples"
+            raise ValueError(f"independent_samples: expected conditions with a row for each sample, got {got}")
+    return all(isinstance(c, (Tensor, bool, int, float, str, NoneType)) for c in cond)
 
 
 def _check_clip(constraint: Clip, critic: nn.Module, optimizer: object) -> None:

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastwgan import structure
-from fastwgan.backend import kernels
+from fastwgan import arguments, structure
+from fastwgan.backend import Backend, kernels, resolve
 from fastwgan.player import Player
+from fastwgan.ranks import Ranks
 
-__all__ = ["Graphs", "capturing"]
+__all__ = ["Graphs", "capturing", "made"]
 
 Outputs = tuple[Tensor | None, ...]
 Work = Callable[..., Outputs]
@@ -186,6 +187,37 @@ class _Graph:
         )
 
 
+def made(
+    wanted: bool | str, device: torch.device, latents: torch.Generator, players: Sequence[Player], ranks: Ranks,
+    backend: Backend,
+) -> "Graphs | None":  # fmt: skip
+    """Return the graphs of a trainer's steps, or None where they are not wanted or cannot be.
+
+    Raises:
+        RuntimeError: they are wanted and cannot be.
+    """
+    if wanted is False:
+        return None
+    problem = arguments.device_problem(device)
+    for player in players:
+        name, optimizer = f"{player.name}_optimizer", player.gated
+        if optimizer is None:
+            problem = problem or f"{name} is {type(player.optimizer).__name__}; only RMSprop and Adam can be captured"
+        elif resolve(optimizer.backend, device) == "torch" or resolve(backend, device) == "torch":
+            problem = problem or "the torch backend passes learning rates as numbers, which a graph would keep"
+        elif arguments.has_hooks(optimizer):
+            problem = problem or f"{name} has step hooks, which a graph would not call"
+    if ranks.world > 1 and (carrier := ranks.backend(device)) != "nccl":
+        problem = problem or f"{carrier} cannot be captured"
+    if problem is None:
+        return Graphs(device, [latents], players, required=wanted is True)
+    if wanted is True:
+        raise RuntimeError(f"cuda_graph: True was asked for, but {problem}")
+    if device.type == "cuda":
+        warnings.warn(f"cuda_graph: steps run without CUDA graphs, as {problem}", stacklevel=4)
+    return None
+
+
 class Graphs:
     """The graphs of a trainer's steps.
 
@@ -200,7 +232,7 @@ class Graphs:
     def __init__(
         self, device: torch.device, generators: Sequence[torch.Generator], players: Sequence[Player], *, required: bool
     ) -> None:
-        self.optimizers = [player.optimizer for player in players]
+        self._optimizers = [player.optimizer for player in players]
         self._device, self._players, self._required = device, players, required
         self._capture = Capture(device, generators)
         self._modules: list[nn.Module] = []
@@ -221,10 +253,10 @@ class Graphs:
             for m in modules
             for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
         ]
-        for optimizer in self.optimizers:
+        for optimizer in self._optimizers:
             for state in optimizer.state.values():
                 tensors += state.values()
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
         return (
             [id(x) for x in parts],
             [x.data_ptr() for x in tensors],
@@ -248,7 +280,7 @@ class Graphs:
                 warnings.warn(
                     f"cuda_graph: steps run without CUDA graphs, as the {found}, whose forward pass may read what a "
                     "graph would keep; cuda_graph=True says that it does not",
-                    stacklevel=7,
+                    stacklevel=6,
                 )
             self._foreign = bool(found)
 
@@ -261,11 +293,16 @@ class Graphs:
         """``work(*args)``, replayed where its like has been captured.
 
         ``work`` is a function of tensors and hashable constants, of the networks and of the optimizers; it returns
-        tensors that a graph overwrites and :meth:`run` copies.
+        tensors that a graph overwrites and :meth:`run` copies. After an optimizer has been replaced, or a step hook
+        added, which no graph would call, it runs as it is.
 
         Raises:
             RuntimeError: ``work`` cannot be captured, and was ``required`` to be. It has not been run then.
         """
+        optimizers = [player.optimizer for player in self._players]
+        replaced = any(mine is not theirs for mine, theirs in zip(optimizers, self._optimizers, strict=True))
+        if replaced or any(map(arguments.has_hooks, optimizers)):
+            return self.run_uncaptured(work, *args)
         key = None
         if not self._refused:
             self._follow_changes()

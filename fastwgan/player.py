@@ -19,7 +19,7 @@ from fastwgan.guard import Guard
 from fastwgan.optim import Adam, RMSprop
 from fastwgan.ranks import Ranks, refuse_uneven
 
-__all__ = ["Player", "default_optimizer"]
+__all__ = ["Player", "default_optimizer", "evaluating"]
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:
@@ -32,6 +32,19 @@ def default_optimizer(constraint: Clip | GradientPenalty, module: nn.Module, bac
     if isinstance(constraint, Clip):
         return RMSprop(_trainable(module), lr=5e-5, backend=backend)
     return Adam(_trainable(module), lr=1e-4, betas=(0.0, 0.9), backend=backend)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode; afterwards each submodule is back in its own."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes:  # outer ones first; by train(), which a module may have overridden
+            if m.training != training:
+                m.train(training)
 
 
 class Player:

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from types import NoneType
 from typing import Any
 
 import torch
@@ -18,13 +17,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LRScheduler
 
-from fastwgan import arguments, checkpoint, functional, graphs, passes, structure
-from fastwgan.arguments import check_arguments, check_count, check_mode, has_hooks, momentum, shapes, take_over
+from fastwgan import checkpoint, functional, graphs, passes, structure
+from fastwgan.arguments import check_arguments, check_count, check_mode, kept_apart, momentum, shapes, take_over
 from fastwgan.backend import Backend, resolve
 from fastwgan.constraints import Clip, GradientPenalty, NormClip, WeightClip
 from fastwgan.guard import PATIENCE, Guard
 from fastwgan.metrics import Metrics
-from fastwgan.player import Player, default_optimizer
+from fastwgan.player import Player, default_optimizer, evaluating
 from fastwgan.ranks import Ranks, unwrapped
 from fastwgan.streams import process_streams, random_kept, set_process_streams, stream_seed
 
@@ -49,19 +48,6 @@ def warmup_schedule(generator_iteration: int) -> int:
 def _ordinary(x: Any) -> Any:
     """A copy of what was made in inference mode, which no graph could keep; all else as it is."""
     return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """In evaluation mode; afterwards each submodule is back in its own."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes:  # outer ones first; by train(), which a module may have overridden
-            if m.training != training:
-                m.train(training)
 
 
 class Trainer:
@@ -278,32 +264,12 @@ class Trainer:
     # Setting up
 
     def _make_graphs(self) -> graphs.Graphs | None:
-        wanted = self._cuda_graph
-        if wanted is False:
-            return None
-        problem = arguments.device_problem(self.device)
-        for player in (self._critic, self._generator):
-            name, optimizer = f"{player.name}_optimizer", player.gated
-            if optimizer is None:
-                kind = type(player.optimizer).__name__
-                problem = problem or f"{name} is {kind}; only RMSprop and Adam can be captured"
-                continue
-            if resolve(optimizer.backend, self.device) == "torch" or resolve(self.backend, self.device) == "torch":
-                problem = problem or "the torch backend passes learning rates as numbers, which a graph would keep"
-            if has_hooks(optimizer):
-                problem = problem or f"{name} has step hooks, which a graph would not call"
-        if self.world > 1 and (carrier := self.ranks.backend(self.device)) != "nccl":
-            problem = problem or f"{carrier} cannot be captured"
-        if problem is None:
+        players = (self._critic, self._generator)
+        made = graphs.made(self._cuda_graph, self.device, self._latent_random, players, self.ranks, self.backend)
+        if made is not None:
             self._device_offset = torch.zeros((), dtype=torch.int64, device=self.device)
             self._device_noise = torch.zeros((), device=self.device)
-            players = (self._critic, self._generator)
-            return graphs.Graphs(self.device, [self._latent_random], players, required=wanted is True)
-        if wanted is True:
-            raise RuntimeError(f"cuda_graph: True was asked for, but {problem}")
-        if self.device.type == "cuda":
-            warnings.warn(f"cuda_graph: steps run without CUDA graphs, as {problem}", stacklevel=4)
-        return None
+        return made
 
     @property
     def critic_optimizer(self) -> torch.optim.Optimizer:
@@ -500,7 +466,7 @@ class Trainer:
             raise ValueError("ema: expected a trainer that was made with ema=, got one without")
         if seed is not None:
             functional.check_seed("seed", seed)
-        with self._undone_if_refused(), _evaluating(self.generator), random_kept(self.device):
+        with self._undone_if_refused(), evaluating(self.generator), random_kept(self.device):
             random = self._sample_random
             if seed is None:
                 seed = int(torch.randint(2**62, (), generator=random, device=self.device))
@@ -537,10 +503,7 @@ class Trainer:
             raise
 
     def _run(self, work: Callable[..., tuple[Tensor | None, ...]], *args: Any) -> tuple[Tensor | None, ...]:
-        """Return what the device's part of a step gives, replayed from a graph where there is one.
-
-        After an optimizer has been replaced, or a step hook added, which no graph would call, steps run without.
-        """
+        """Return what the device's part of a step gives, replayed from a graph where there is one."""
         self.ranks.check_current()
         args = tuple(map(_ordinary, args))
         if self._graphs is None:
@@ -548,10 +511,6 @@ class Trainer:
         self._device_offset.fill_(self._eps_offset)
         if self._instance_noise:
             self._device_noise.fill_(self._noise_scale())
-        optimizers = [self._critic.optimizer, self._generator.optimizer]
-        replaced = any(mine is not theirs for mine, theirs in zip(optimizers, self._graphs.optimizers, strict=True))
-        if replaced or any(map(has_hooks, optimizers)):
-            return self._graphs.run_uncaptured(work, *args)
         return self._graphs.run(work, *args)
 
     def _critic_work(self, weight: float, real: Tensor, z: Any, *cond: Any) -> tuple[Tensor | None, ...]:
@@ -561,7 +520,7 @@ class Trainer:
             z = self._draw(len(real))
         self._shown = real.dim(), bool(cond)
         known = not cond and structure.layers(self.critic, real.dim()) is not None
-        self._one_forward = together = known or (self._independent_samples and self._kept_apart(real, cond))
+        self._one_forward = together = known or (self._independent_samples and kept_apart(self.critic, real, cond))
         fake = self._passes.generate(z, cond)
         if self._amp is not None:
             real = real.float()
@@ -670,18 +629,6 @@ class Trainer:
     def _draw(self, n: int) -> Tensor:
         """Return the next n latents; with several ranks this one's of what all draw."""
         return self._normal(n * self.world, self._latent_random)[self.rank * n : (self.rank + 1) * n]
-
-    def _kept_apart(self, real: Tensor, cond: tuple[Any, ...]) -> bool:
-        """Return whether the user's word about samples covers these conditions, or raise where it cannot be true."""
-        if structure.has_batchnorm(self.critic, training=True):
-            raise ValueError(
-                "independent_samples: expected no layer that mixes samples, got BatchNorm in training mode"
-            )
-        for c in cond:
-            if isinstance(c, Tensor) and c.dim() and len(c) != len(real):
-                got = f"one of shape {tuple(c.shape)} for {len(real)} samples"
-                raise ValueError(f"independent_samples: expected conditions with a row for each sample, got {got}")
-        return all(isinstance(c, (Tensor, bool, int, float, str, NoneType)) for c in cond)
 
     def _penalised(self, real: Tensor, fake: Tensor) -> Tensor:
         """The points at which the input gradient is taken."""

@@ -1,6 +1,8 @@
 """Steps as graphs: on a CPU by a recording that does what a CUDA graph does, on a GPU for real."""
 
+import copy
 import gc
+import pickle
 import warnings
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
@@ -689,3 +691,152 @@ def test_all_graphs_are_made_anew_after_a_capture_that_fails(graphed):
     assert Recorded.made == 1
     trainer.critic_step(real)
     assert Recorded.made == 2
+
+
+class Faded(nn.Linear):
+    """A layer of somebody's own, whose forward pass reads a number."""
+
+    alpha = 1.0
+
+    def forward(self, x):
+        return super().forward(x) * self.alpha
+
+
+def test_networks_of_own_classes_are_captured_only_if_the_user_says_so(graphed):
+    """Their forward passes may read what a graph would keep; told once, and a network of known parts is captured."""
+    runs = []
+    for cuda_graph in (False, "auto"):
+        torch.manual_seed(0)
+        networks = nn.Linear(6, 10).to(graphed), nn.Sequential(Faded(10, 1)).to(graphed)
+        trainer = Trainer(*networks, latent=6, backend="triton", cuda_graph=cuda_graph, n_critic=1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for i, real in enumerate(batches(graphed, (10,), 12)):
+                trainer.critic[0].alpha = 1.0 + i
+                trainer.step(real)
+        told = [
+            w for w in caught if "steps run without CUDA graphs, as the critic has Faded, a class" in str(w.message)
+        ]
+        assert [w.filename for w in told] == [__file__] * bool(cuda_graph)
+        runs.append(trainer)
+    assert Recorded.made == 0
+    assert_close_weights(*runs, 1e-6)
+    trainer.critic[0] = nn.Linear(10, 1).to(graphed)
+    trainer.critic_optimizer.add_param_group({"params": list(trainer.critic.parameters())})
+    for real in batches(graphed, (10,), 12):
+        trainer.step(real)
+    assert Recorded.made > 0
+
+
+def test_plain_attributes_of_modules_take_effect_in_replays(graphed):
+    """Of a layer of PyTorch's, and of one's own where the user says that it may be captured."""
+    runs, graphs_made = [], []
+    for cuda_graph in (False, True):
+        torch.manual_seed(0)
+        critic = nn.Sequential(nn.Linear(10, 4), nn.LeakyReLU(0.2), Faded(4, 1))
+        trainer = Trainer(
+            nn.Linear(6, 10).to(graphed), critic.to(graphed), latent=6, backend="triton", cuda_graph=cuda_graph,
+            n_critic=100, constraint=GradientPenalty(),
+        )  # fmt: skip
+        for i, real in enumerate(batches(graphed, (10,), 30)):
+            if i == 10:
+                critic[1].negative_slope = 0.5
+            if i == 20:
+                critic[2].alpha = 3.0
+            trainer.step(real)
+            if cuda_graph and i in (9, 19, 29):
+                graphs_made.append(Recorded.made)
+        runs.append(trainer)
+    assert graphs_made == [1, 2, 3]
+    assert_close_weights(*runs, 1e-6)
+
+
+def test_hooks_that_come_and_go_are_called(graphed):
+    """Under "auto" steps run without a graph as long as there is one."""
+    trainer, shape = made(graphed, "auto", n_critic=100)
+    *data, real = batches(graphed, shape, 8)
+    for real in data:
+        trainer.step(real)
+    assert Recorded.made == 1
+    calls = []
+    hook = trainer.critic[0].register_forward_hook(lambda *_: calls.append(1))
+    with pytest.warns(UserWarning, match="steps run without CUDA graphs, as the critic has .* with hooks"):
+        trainer.step(real)
+    trainer.step(real)
+    assert len(calls) == 2 * 2, "real and fake samples have a pass each in a step"
+    hook.remove()
+    for real in data:
+        trainer.step(real)
+    assert len(calls) == 4
+    assert Recorded.made == 2
+
+
+class Counting(nn.Module):
+    """Counts its passes in a buffer that it rebinds, whose memory may come back after two passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return x * torch.exp(-self.calls / 100)
+
+
+def test_buffers_that_are_rebound_are_not_captured(graphed):
+    runs = []
+    for cuda_graph in (False, True):
+        torch.manual_seed(0)
+        critic = nn.Sequential(nn.Linear(10, 4), Counting(), nn.Linear(4, 1)).to(graphed)
+        trainer = Trainer(
+            nn.Linear(6, 10).to(graphed), critic, latent=6, backend="triton", cuda_graph=cuda_graph, n_critic=3
+        )
+        for real in batches(graphed, (10,), 12):
+            trainer.step(real)
+        assert critic[1].calls == 2 * 12 + 4
+        runs.append(trainer)
+    assert Recorded.made == 0
+    assert_close_weights(*runs, 1e-6)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_a_copy_makes_its_own_graphs(how, graphed):
+    trainer, shape = made(graphed, True, n_critic=2)
+    data = batches(graphed, shape, 12)
+    for real in data:
+        trainer.step(real)
+    captured = Recorded.made
+    copied = how(trainer)
+    for real in data:
+        copied.step(real)
+    assert Recorded.made == captured + 2
+    for real in data:
+        trainer.step(real)
+    assert Recorded.made == captured + 2
+    assert_close_weights(copied, trainer, 1e-6)
+    assert torch.equal(copied._latent_random.get_state(), trainer._latent_random.get_state())
+
+
+def test_graphs_follow_a_network_that_grows(graphed):
+    """A layer with a group of its own in the caller's optimizer, clipped as the others are."""
+    runs = []
+    for cuda_graph in (False, True):
+        torch.manual_seed(0)
+        generator, critic = models.mlp([6, 16, 10]).to(graphed), models.mlp([10, 16, 1], slope=0.2).to(graphed)
+        optimizer = torch.optim.RMSprop(critic.parameters(), lr=1e-2)
+        trainer = Trainer(
+            generator, critic, latent=6, constraint=WeightClip(0.05), critic_optimizer=optimizer, n_critic=2,
+            backend="triton", cuda_graph=cuda_graph, ema=0.9,
+        )  # fmt: skip
+        for i, real in enumerate(batches(graphed, (10,), 30)):
+            if i == 12:
+                critic.insert(2, nn.Linear(16, 16).to(graphed))
+                optimizer.add_param_group({"params": list(critic[2].parameters()), "lr": 2e-2})
+                generator.append(nn.Linear(10, 10).to(graphed))
+            metrics = trainer.step(real)
+        assert weights(critic).abs().max() <= 0.05
+        assert 0 < metrics.saturation < 1
+        runs.append(trainer)
+    assert_close_weights(*runs, 1e-5)
+    for a, b in zip(*(r.averages().values() for r in runs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
