@@ -1,4 +1,4 @@
-"""The command line: fastwgan train | sample | experiment | bench | verify | info."""
+"""The command line: fastwgan train | sample | bench | verify | info."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import fastwgan
-from fastwgan import checkpoint, data, experiments, files, functional, runs, verify_run
+from fastwgan import checkpoint, data, files, functional, runs, verify_run
 from fastwgan.backend import triton_problem
 from fastwgan.baselines import IMPLEMENTATIONS
 from fastwgan.bench import PRECISIONS
@@ -182,20 +182,7 @@ def _sample(args: argparse.Namespace) -> int:
 
 
 def _experiment(args: argparse.Namespace) -> int:
-    if args.list:
-        for name in experiments.EXPERIMENTS:
-            print(f"{name:<18} {experiments.load(name).TITLE}")
-        return 0
-    with _problems():
-        import matplotlib  # noqa: F401
-        import rich  # noqa: F401 - both are for the end, which is minutes away
-
-        if args.name is None:
-            raise ValueError(f"NAME: expected all or one of {', '.join(experiments.EXPERIMENTS)}, got none")
-    names = list(experiments.EXPERIMENTS) if args.name == "all" else [args.name]
-    seeds = range(args.seed, args.seed + args.seeds)
-    passed = [experiments.run(name, seeds=seeds, out=args.out) for name in names]
-    return 0 if all(passed) else 1
+    raise _UserError("experiment: expected in the source tree, whose python -m benchmarks experiment has them")
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -258,6 +245,10 @@ def _info(args: argparse.Namespace) -> int:
             print(f"  torch, because {problem}")
         else:
             print("  triton, because it can run here" + (", interpreted" if device.type == "cpu" else ""))
+    print("\nreal and fake samples in a critic step")
+    print("  share one pass of a critic whose layers are known to keep samples apart, as those of fastwgan train do")
+    print("  have a pass each of any other, such as a class of your own, or one with BatchNorm or conditions;")
+    print("  repr(trainer) says which, and Trainer(independent_samples=True) is your word that they may share one")
     return 0
 
 
@@ -360,18 +351,9 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=_int(0, 2**63 - 1), default=0)
     sample.add_argument("--out", type=Path, required=True, help="F.npy for the numbers, F.png for a picture")
 
-    experiment = commands.add_parser("experiment", help="train what the papers show, and check that it comes out")
+    experiment = commands.add_parser("experiment", help="python -m benchmarks experiment, in the source tree")
     experiment.set_defaults(run=_experiment)
-    experiment.add_argument(
-        "name", nargs="?", choices=(*experiments.EXPERIMENTS, "all"), metavar="NAME",
-        help=f"{', '.join(experiments.EXPERIMENTS)}, or all; the exit status is 1 if a check fails",
-    )  # fmt: skip
-    experiment.add_argument("--list", action="store_true", help="say what each of them shows")
-    experiment.add_argument("--seeds", type=_int(1, 1000), default=3, help="how many; default: 3")
-    experiment.add_argument("--seed", type=_int(0, 2**62), default=0, help="the first of them; default: 0")
-    experiment.add_argument(
-        "--out", type=Path, default=Path("runs") / "experiments", help="directory; default: runs/experiments"
-    )
+    experiment.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
 
     bench = commands.add_parser("bench", help="time a critic step against PyTorch's, or each op by itself")
     bench.set_defaults(run=_bench)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from fastwgan import cli, experiments
-from fastwgan.experiments.common import Check, at_least, at_most
+from benchmarks import __main__ as command
+from benchmarks import experiments
+from benchmarks.experiments.common import Check, at_least, at_most
 
 COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results" / "experiments"
 SMALL = {  # scales at which a run takes a second or so
@@ -216,25 +217,25 @@ def test_the_command_runs_one_or_all_and_its_status_is_the_verdict(tmp_path, mon
         return name != "momentum"
 
     monkeypatch.setattr(experiments, "run", run)
-    assert cli.main(["experiment", "clipping", "--seeds", "2", "--seed", "7", "--out", str(tmp_path)]) == 0
-    assert cli.main(["experiment", "momentum"]) == 1
+    assert command.main(["experiment", "clipping", "--seeds", "2", "--seed", "7", "--out", str(tmp_path)]) == 0
+    assert command.main(["experiment", "momentum"]) == 1
     default = ([0, 1, 2], Path("runs") / "experiments")
     assert calls == [("clipping", [7, 8], tmp_path), ("momentum", *default)]
-    assert cli.main(["experiment", "all"]) == 1
+    assert command.main(["experiment", "all"]) == 1
     assert [call[0] for call in calls[2:]] == list(experiments.EXPERIMENTS)
 
 
 @pytest.mark.parametrize("arguments", [[], ["clippings"], ["clipping", "--seeds", "0"]])
 def test_the_command_refuses_what_it_does_not_know(arguments, capsys):
     with pytest.raises(SystemExit) as exit:
-        cli.main(["experiment", *arguments])
+        command.main(["experiment", *arguments])
     assert exit.value.code == 2
     assert "expected" in (error := capsys.readouterr().err) or "invalid choice" in error
 
 
 def test_the_command_lists_them(monkeypatch, capsys):
     monkeypatch.setattr(experiments, "EXPERIMENTS", {name: experiments.EXPERIMENTS[name] for name in SMALL})
-    assert cli.main(["experiment", "--list"]) == 0
+    assert command.main(["experiment", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(SMALL)
     assert all(line.endswith(experiments.load(name).TITLE) for name, line in zip(SMALL, lines, strict=True))

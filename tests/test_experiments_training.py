@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.experiments import toys
+from benchmarks.experiments.training import LATENT, checkpoints, digit_networks, follow, packed, spearman, unpacked
 from fastwgan import GradientPenalty, Trainer, data
 from fastwgan.distances import wasserstein
-from fastwgan.experiments import toys
-from fastwgan.experiments.training import LATENT, checkpoints, digit_networks, follow, packed, spearman, unpacked
 
 
 @pytest.mark.parametrize("values", [torch.randn(3, 4, 5), torch.full((2, 3), 1.5), torch.tensor([-1e6, 0.0, 1e6])])

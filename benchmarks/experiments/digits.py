@@ -17,10 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastwgan import Adam, GradientPenalty, RMSprop, Trainer, WeightClip, data
-from fastwgan.distances import wasserstein
-from fastwgan.experiments.common import COLORS, Check, at_least, at_most, new_figure, scaled
-from fastwgan.experiments.training import (
+from benchmarks.experiments.common import COLORS, Check, at_least, at_most, new_figure, scaled
+from benchmarks.experiments.training import (
     LATENT,
     checkpoints,
     column,
@@ -31,6 +29,8 @@ from fastwgan.experiments.training import (
     spearman,
     unpacked,
 )
+from fastwgan import Adam, GradientPenalty, RMSprop, Trainer, WeightClip, data
+from fastwgan.distances import wasserstein
 
 TITLE = "Handwritten digits: the critic's estimate tells how near the samples are (WGAN, fig. 3; WGAN-GP, fig. 5)"
 

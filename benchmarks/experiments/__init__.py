@@ -1,6 +1,6 @@
 """The papers' claims, trained again: each experiment runs a few seeds, checks what has to hold, and draws it.
 
-An experiment is a module, or an object in one, with the names of :class:`fastwgan.experiments.common.Experiment`.
+An experiment is a module, or an object in one, with the names of :class:`benchmarks.experiments.common.Experiment`.
 """
 
 import json
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import fastwgan
-from fastwgan.experiments.common import Check, Experiment
+from benchmarks.experiments.common import Check, Experiment
 
 __all__ = ["EXPERIMENTS", "load", "run"]
 

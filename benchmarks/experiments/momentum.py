@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.experiments.common import PALETTE, Check, at_least, at_most, new_figure, scaled
+from benchmarks.experiments.training import column, save
 from fastwgan import Adam, RMSprop, Trainer, WeightClip, models
 from fastwgan.data import SampledBatches, gaussians8
 from fastwgan.distances import wasserstein
-from fastwgan.experiments.common import PALETTE, Check, at_least, at_most, new_figure, scaled
-from fastwgan.experiments.training import column, save
 
 TITLE = "Momentum in a clipped critic makes training worse (WGAN, section 4)"
 

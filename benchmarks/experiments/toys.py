@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from benchmarks.experiments.common import COLORS, Check, at_least, at_most, new_figure, scaled
+from benchmarks.experiments.training import packed, save, unpacked
 from fastwgan import Adam, GradientPenalty, RMSprop, Trainer, WeightClip, data, models
 from fastwgan.data import SampledBatches
 from fastwgan.distances import wasserstein
-from fastwgan.experiments.common import COLORS, Check, at_least, at_most, new_figure, scaled
-from fastwgan.experiments.training import packed, save, unpacked
 
 __all__ = ["GAUSSIANS8", "GAUSSIANS25", "SWISSROLL", "Toy"]
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from benchmarks.experiments.common import COLORS, Check, Fixed, at_least, at_most, new_figure, scaled, starting_at_zero
 from fastwgan import Adam, GradientPenalty, RMSprop, Trainer, WeightClip, models
-from fastwgan.experiments.common import COLORS, Check, Fixed, at_least, at_most, new_figure, scaled, starting_at_zero
 
 TITLE = "Two distant Gaussians: the discriminator's gradient vanishes, the critics' do not (WGAN, figure 2)"
 

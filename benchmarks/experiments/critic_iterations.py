@@ -12,9 +12,9 @@ Source: arXiv 1701.07875, section 3 (the critic is to be trained till optimality
 from pathlib import Path
 from typing import Any
 
+from benchmarks.experiments.common import PALETTE, Check, at_least, at_most, new_figure, scaled
+from benchmarks.experiments.training import LATENT, checkpoints, column, digit_networks, follow, save, spearman
 from fastwgan import Adam, GradientPenalty, Trainer
-from fastwgan.experiments.common import PALETTE, Check, at_least, at_most, new_figure, scaled
-from fastwgan.experiments.training import LATENT, checkpoints, column, digit_networks, follow, save, spearman
 
 TITLE = "Critic steps per generator step: only a trained critic's estimate tracks the samples (WGAN, section 3)"
 

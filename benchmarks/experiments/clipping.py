@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from benchmarks.experiments.common import COLORS, PALETTE, Check, Fixed, at_least, at_most, new_figure, scaled
 from fastwgan import Adam, GradientPenalty, RMSprop, Trainer, WeightClip, models
 from fastwgan.data import swissroll
-from fastwgan.experiments.common import COLORS, PALETTE, Check, Fixed, at_least, at_most, new_figure, scaled
 
 TITLE = (
     "Clipping a deep critic: gradients explode or vanish, weights pile up; not so under the penalty (WGAN-GP, fig. 1)"

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from benchmarks.experiments.common import COLORS, Check, Fixed, at_least, at_most, new_figure, scaled, starting_at_zero
 from fastwgan import Adam, GradientPenalty, RMSprop, Trainer, WeightClip
 from fastwgan.distances import js_divergence, kl_divergence, wasserstein
-from fastwgan.experiments.common import COLORS, Check, Fixed, at_least, at_most, new_figure, scaled, starting_at_zero
 
 TITLE = "Parallel lines: W and the critic's estimate move with the distance, JS and KL do not (WGAN, example 1)"
 
