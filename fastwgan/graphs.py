@@ -263,7 +263,10 @@ class Graphs:
             [x.requires_grad for x in tensors],
             [(type(m), *vars(m), *filter(_is_constant, vars(m).values())) for m in modules],
             [*hooks, structure.hooked_everywhere(), [bool(x._backward_hooks) for x in tensors]],
-            [(len(g["params"]), g.get("momentum", 0) > 0, g.get("centered"), g.get("clip") is None) for g in groups],
+            [
+                ([id(p) for p in g["params"]], g.get("momentum", 0) > 0, g.get("centered"), g.get("clip") is None)
+                for g in groups
+            ],
         )
 
     def _follow_changes(self) -> None:

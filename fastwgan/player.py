@@ -71,14 +71,15 @@ class Player:
     ) -> None:  # fmt: skip
         self.name, self.module, self.guard = name, module, guard
         self.ema, self.averages = ema, dict[Tensor, Tensor]()
-        self._ranks, self._backend, self._default, self._clip = ranks, backend, default, clip
+        self._ranks, self._backend, self._clip = ranks, backend, clip
         self._clipped: list[nn.Parameter] = []
-        self.replace(optimizer)
+        self._shared: set[Any] = {*module.modules(), *module.parameters()}  # what all ranks have the same of
+        self.replace(optimizer, default=default)
         self._follow()
 
-    def replace(self, optimizer: torch.optim.Optimizer) -> None:
+    def replace(self, optimizer: torch.optim.Optimizer, *, default: bool = False) -> None:
         """Take another optimizer. It may leave out any of the parameters that can be trained by now."""
-        self.optimizer = optimizer
+        self.optimizer, self._default = optimizer, default
         self._known = {p for p in self.module.parameters() if p.requires_grad}
         self._listed = _trainable(self.module)
 
@@ -91,6 +92,15 @@ class Player:
         return self.optimizer if isinstance(self.optimizer, (RMSprop, Adam)) else None
 
     # Before the passes
+
+    def share(self) -> None:
+        """Give all ranks what the first one has in layers that have come since the last call."""
+        if self._ranks.world == 1:
+            return
+        parameters, modules = list(self.module.parameters()), list(self.module.modules())
+        before, self._shared = self._shared, {*modules, *parameters}
+        buffers = [x for m in modules if m not in before for x in m.buffers(recurse=False)]
+        self._ranks.broadcast_([*(p for p in parameters if p not in before), *buffers])
 
     def prepare(self) -> list[nn.Parameter]:
         """Take up changes of the network, and drop all gradients; return the parameters to be trained.

@@ -45,11 +45,6 @@ def warmup_schedule(generator_iteration: int) -> int:
     return 100 if generator_iteration < 25 or generator_iteration % 500 == 0 else 5
 
 
-def _ordinary(x: Any) -> Any:
-    """A copy of what was made in inference mode, which no graph could keep; all else as it is."""
-    return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
-
-
 class Trainer:
     """Train a generator and a critic by WGAN or WGAN-GP.
 
@@ -236,9 +231,9 @@ class Trainer:
 
     def _passes_taken(self) -> str:
         """Return whether real and fake samples shared a pass of the critic in the last step, and why."""
-        ndim, conditional = self._shown
         if self._one_forward is None:
             return "a first critic step will tell whether real and fake samples share a pass of the critic"
+        ndim, conditional = self._shown
         if self._one_forward:
             why = "independent_samples=True says so" if self._independent_samples else "its layers keep samples apart"
             return f"real and fake samples share a pass of the critic, as {why}"
@@ -264,12 +259,10 @@ class Trainer:
     # Setting up
 
     def _make_graphs(self) -> graphs.Graphs | None:
+        self._device_offset = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._device_noise = torch.zeros((), device=self.device)
         players = (self._critic, self._generator)
-        made = graphs.made(self._cuda_graph, self.device, self._latent_random, players, self.ranks, self.backend)
-        if made is not None:
-            self._device_offset = torch.zeros((), dtype=torch.int64, device=self.device)
-            self._device_noise = torch.zeros((), device=self.device)
-        return made
+        return graphs.made(self._cuda_graph, self.device, self._latent_random, players, self.ranks, self.backend)
 
     @property
     def critic_optimizer(self) -> torch.optim.Optimizer:
@@ -505,7 +498,10 @@ class Trainer:
     def _run(self, work: Callable[..., tuple[Tensor | None, ...]], *args: Any) -> tuple[Tensor | None, ...]:
         """Return what the device's part of a step gives, replayed from a graph where there is one."""
         self.ranks.check_current()
-        args = tuple(map(_ordinary, args))
+        for player in (self._critic, self._generator):
+            player.share()
+        # What was made in inference mode no graph could keep.
+        args = tuple(x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in args)
         if self._graphs is None:
             return work(*args)
         self._device_offset.fill_(self._eps_offset)
@@ -560,6 +556,7 @@ class Trainer:
         self, weights: tuple[float, ...], sizes: tuple[int, ...], *flat: Any
     ) -> tuple[Tensor | None, ...]:
         """The device's part of a whole iteration: what its critic steps and then its generator step return."""
+        self._generator.prepare()  # which may refuse before the critic is changed
         rest = iter(flat)
         parts = [tuple(islice(rest, size)) for size in sizes]
         outputs: list[Tensor | None] = []

@@ -254,6 +254,22 @@ def poisoned(trainer, *, now, only):
     next(trainer.critic.parameters()).register_hook(spoil)
 
 
+def check_grown():
+    """Return the weights after steps of networks that got a layer, which each rank has drawn otherwise."""
+    torch.manual_seed(0)
+    generator, critic, _ = mlp_pair()
+    trainer = Trainer(generator, critic, latent=LATENT, constraint=PENALTY, n_critic=2, seed=9)
+    data = torch.Generator().manual_seed(3)
+    for i in range(8):
+        if i == 3:
+            torch.manual_seed(100 + trainer.rank)
+            for network in (critic, generator):
+                width = next(iter(network.parameters())).shape[1]
+                network.insert(0, nn.utils.parametrizations.spectral_norm(nn.Linear(width, width).double()))
+        trainer.step(part(torch.randn(BATCH, 10, generator=data, dtype=F64)))
+    return weights(trainer)
+
+
 def check_nonfinite(optimizer=None):
     """Weights before and after a step with one rank's gradient NaN, and the metrics of it, and of the next."""
     torch.manual_seed(0)
@@ -556,6 +572,10 @@ def test_latents_and_eps_are_parts_of_what_one_process_draws(two):
         assert not torch.equal(z0, z1)
         assert torch.equal(torch.cat((z0, z1)), z)
     torch.testing.assert_close(torch.cat((x0, x1)), x, rtol=0, atol=1e-12)
+
+
+def test_layers_that_come_later_are_the_first_ranks(two):
+    torch.testing.assert_close(same_on_all(two["grown"]), check_grown(), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", ["nonfinite", "nonfinite_sgd"])
