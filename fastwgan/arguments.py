@@ -171,6 +171,7 @@ def take_over(optimizer: torch.optim.Optimizer, backend: Backend) -> torch.optim
             return optimizer
     taken = ours([p for group in optimizer.param_groups for p in group["params"]], backend=backend)
     taken.param_groups, taken.state = optimizer.param_groups, optimizer.state
+    taken.defaults.update({k: v for k, v in optimizer.defaults.items() if k in taken.defaults})  # of groups to come
     for group in taken.param_groups:
         group["clip"] = None  # not the bound of another trainer, which had it before
     for p, state in taken.state.items():

@@ -75,7 +75,7 @@ class Player:
         self._clipped: list[nn.Parameter] = []
         self._shared: set[Any] = {*module.modules(), *module.parameters()}  # what all ranks have the same of
         self.replace(optimizer, default=default)
-        self._follow()
+        self.follow()
 
     def replace(self, optimizer: torch.optim.Optimizer, *, default: bool = False) -> None:
         """Take another optimizer. It may leave out any of the parameters that can be trained by now."""
@@ -112,7 +112,7 @@ class Player:
         trained = [p for p in parameters if p.requires_grad]
         if not trained:
             raise ValueError(f"{self.name}: expected trainable parameters, got none")
-        self._follow()
+        self.follow()
         held = self._held()
         lacks = {p for p in trained if p not in self._known and id(p) not in held}
         if lacks:
@@ -130,7 +130,7 @@ class Player:
                 p.grad = None
         return trained
 
-    def _follow(self) -> None:
+    def follow(self) -> None:
         """Give a default optimizer, the clip and the averages the parameters that the network has now."""
         if self._default:
             before, self._listed = self._listed, _trainable(self.module)

@@ -475,6 +475,7 @@ class Trainer:
 
     def averages(self) -> dict[str, Tensor]:
         """The running averages of the generator's weights by name, in the weights' dtypes; empty without ``ema``."""
+        self._generator.follow()
         weights = dict(self.generator.named_parameters())
         return {name: x.to(weights[name].dtype) for name, x in self._generator.named_averages().items()}
 
@@ -652,6 +653,8 @@ class Trainer:
         :meth:`fit` have all ranks'.
         """
         players = (self._generator, self._critic)
+        for player in players:
+            player.follow()
         schedulers = (self.generator_scheduler, self.critic_scheduler)
         state = {
             "generator": self.generator.state_dict(),

@@ -81,13 +81,14 @@ def _project_row(
     root = sqrt(square)
     norm = divide(root, scale)
     finite = root < float("inf")
-    if finite & (norm > BOUND):
+    bound = tl.full([], BOUND, ACC)  # in a comparison the constant would be a float32
+    if finite & (norm > bound):
         inverse = divide(tl.full([], 1, ACC), root)
         for column in range(0, size, BLOCK):
             left = tl.minimum(size - column, BLOCK).to(tl.int32)
             w = scale * tl.load(w_ptr + column, lanes < left, other=0).to(ACC)
-            tl.store(w_ptr + column, (w * inverse * BOUND).to(DTYPE), lanes < left)
-    return (finite & (norm >= BOUND)).to(tl.int32)
+            tl.store(w_ptr + column, (w * inverse * bound).to(DTYPE), lanes < left)
+    return (finite & (norm >= bound)).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["rows"])

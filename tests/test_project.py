@@ -408,3 +408,11 @@ def test_new_bounds_do_not_reach_into_graphs_nor_share_tables():
         functional.clip_norms_(q, bound, per=per, backend="triton")
         torch.testing.assert_close(q, projected(p, bound, per).float())
     assert kernels.project.MAX_BLOCK >= kernels.project.MIN_BLOCK
+
+
+def test_a_norm_just_outside_the_bound_is_brought_down_in_float64(backend, device):
+    """By less than the bound's rounding to float32."""
+    w = torch.full((1, 4), 0.15 * (1 + 5e-9), dtype=torch.float64, device=device)
+    share, _ = functional.project_and_count_([w], 0.3, "row", backend)
+    assert w.norm().item() == pytest.approx(0.3, abs=1e-15)
+    assert share == 1

@@ -427,6 +427,32 @@ def test_layers_are_added_and_join_the_optimizer(constraint, kind, whose):
     assert torch.equal(weights(again.generator), weights(trainer.generator))
 
 
+def test_a_group_that_joins_has_the_users_numbers():
+    """Of the optimizer that was taken over, where the group names none of its own."""
+    _, critic = pair()
+    own = torch.optim.RMSprop(critic.parameters(), lr=1e-4, eps=1e-3)
+    trainer = Trainer(nn.Linear(3, 2).double(), critic, latent=Latents(), critic_optimizer=own)
+    trainer.critic_optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, dtype=F64))]})
+    assert [(g["lr"], g["eps"]) for g in own.param_groups] == [(1e-4, 1e-3)] * 2
+
+
+def test_a_state_of_networks_that_have_just_grown_loads():
+    """Before the generator's next step, and with its averages."""
+
+    def networks(grown):
+        generator, critic = nn.Sequential(nn.Linear(3, 4)), nn.Linear(4, 1)
+        return generator.insert(0, nn.Linear(3, 3)) if grown else generator, critic
+
+    options = {"latent": 3, "n_critic": 5, "ema": 0.9}
+    trainer, again = Trainer(*networks(False), **options), Trainer(*networks(True), **options)
+    trainer.step(torch.randn(4, 4))
+    trainer.generator.insert(0, nn.Linear(3, 3))
+    trainer.step(torch.randn(4, 4))
+    again.load_state_dict(trainer.state_dict())
+    assert_same_state(again.state_dict(), trainer.state_dict())
+    assert trainer.averages().keys() == dict(trainer.generator.named_parameters()).keys()
+
+
 def test_a_layer_that_no_optimizer_has_is_refused_before_anything_changes():
     generator, critic = pair()
     own = torch.optim.Adam(critic.parameters(), lr=1e-3)
