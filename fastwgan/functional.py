@@ -5,7 +5,8 @@ Every op takes ``backend="auto" | "triton" | "torch"`` (see :mod:`fastwgan.backe
 (``create_graph=True``), a backward pass is made of differentiable PyTorch ops, so derivatives of any order are right.
 They compose with ``torch.func`` (``grad``, ``vjp``, ``jacrev``, ``vmap``), except that the Triton backend has no
 forward mode: PyTorch raises NotImplementedError then. Inside ``torch.compile``, with ``fullgraph=True`` too, they are
-their plain PyTorch form, which the compiler fuses with what stands round them.
+their plain PyTorch form, which the compiler fuses with what stands round them. Under autocast, where a network gives
+another dtype than it gets, two samples or scores of different dtypes are promoted as PyTorch's own ops promote them.
 """
 
 import math

@@ -62,12 +62,12 @@ class Observed:
         if self._is_penalised(args[0]):
             self.x = copied(args[0])
             _hook(args[0], self._on_gradient)
-        elif torch.is_grad_enabled():  # without, the trainer looks whether samples mix
+        elif torch.is_grad_enabled():  # as in all passes of a step
             self.samples.append(copied(args[0]))
 
     def _after_critic(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not torch.is_grad_enabled() or not isinstance(output, Tensor) or self._is_penalised(args[0]):
-            return  # the trainer looks whether samples mix, or has something to complain about
+            return  # or the trainer has something to complain about
         i = len(self.scores)
         self.scores.append(copied(output))
         self.seeds.append(None)

@@ -29,7 +29,7 @@ def hooked_everywhere() -> bool:
 
 
 class _UnknownError(Exception):
-    """A layer that may mix samples; says which and why."""
+    """A layer may mix samples: which, and why."""
 
 
 _Rule = Callable[[Any, int], int]  # the rank of a layer's output by the layer and its input's rank; 0: may mix samples
@@ -98,9 +98,8 @@ def _batchnorm(*ranks: int) -> _Rule:
 
 
 def _residual(m: models.Residual, rank: int) -> int:
-    whole = m._modules.keys() == {"norm1", "conv1", "norm2", "conv2", "shortcut"} and m._modules.keys().isdisjoint(
-        vars(m)
-    )
+    names = m._modules.keys()
+    whole = names == {"norm1", "conv1", "norm2", "conv2", "shortcut"} and names.isdisjoint(vars(m))
     return rank if rank == 4 and whole and all(_output_rank(child, rank, []) == rank for child in m.children()) else 0
 
 
@@ -152,6 +151,12 @@ def _methods(kind: Any) -> frozenset[str]:
     return frozenset(name for name in dir(kind) if callable(getattr(kind, name)))
 
 
+@cache
+def _is_ours(kind: Any) -> bool:
+    """Return whether a class of modules is PyTorch's or this package's."""
+    return kind.__module__.startswith(("torch.nn.", "fastwgan.models"))  # type: ignore[no-any-return]
+
+
 def _untouched(m: nn.Module) -> bool:
     """Return whether a module does what its class says: no hooks, none of its methods patched, not compiled."""
     kind: Any = type(m)
@@ -168,26 +173,27 @@ def _output_rank(m: nn.Module, rank: int, found: list[nn.Module]) -> int:
     """
     kind = type(m)
     if kind not in _CODE:
-        raise _UnknownError(f"{kind.__name__} is not among the layers known to keep samples apart")
+        raise _UnknownError(kind.__name__, "is not among the layers known to keep samples apart")
     if _code(kind) != _CODE[kind] or not _untouched(m):
-        raise _UnknownError(f"{kind.__name__} has hooks, or is patched or compiled")
+        raise _UnknownError(kind.__name__, "has hooks, or is patched or compiled")
     if kind is nn.Sequential:
         for child in m._modules.values():
             rank = _output_rank(child, rank, found)  # type: ignore[arg-type]  # None is no known layer
         return rank
     result = _RULES[kind](m, rank)
     if not result:
-        raise _UnknownError(f"{m} may mix samples on input of {rank} dimensions")
+        raise _UnknownError(m, f"may mix samples on input of {rank} dimensions")
     found.append(m)
     return result
 
 
-def _walk(module: nn.Module, ndim: int) -> list[nn.Module]:
+def _walked(module: nn.Module, ndim: int) -> list[nn.Module] | _UnknownError:
     found: list[nn.Module] = []
-    if hooked_everywhere():
-        raise _UnknownError("there are hooks on all modules")
-    _output_rank(module, ndim, found)
-    return found
+    try:
+        _output_rank(module, ndim, found)
+    except _UnknownError as error:
+        return error
+    return _UnknownError("there are hooks on all modules") if hooked_everywhere() else found
 
 
 def layers(module: nn.Module, ndim: int) -> tuple[nn.Module, ...] | None:
@@ -197,19 +203,14 @@ def layers(module: nn.Module, ndim: int) -> tuple[nn.Module, ...] | None:
         module: the network as it is now: a layer replaced or a hook added counts at once.
         ndim: of its input, the batch's dimension included.
     """
-    try:
-        return tuple(_walk(module, ndim))
-    except _UnknownError:
-        return None
+    found = _walked(module, ndim)
+    return None if isinstance(found, _UnknownError) else tuple(found)
 
 
 def doubt(module: nn.Module, ndim: int) -> str | None:
     """Return why :func:`layers` does not know a network, or None where it does."""
-    try:
-        _walk(module, ndim)
-    except _UnknownError as reason:
-        return str(reason)
-    return None
+    found = _walked(module, ndim)
+    return " ".join(map(str, found.args)) if isinstance(found, _UnknownError) else None
 
 
 def foreign(module: nn.Module) -> str | None:
@@ -220,8 +221,8 @@ def foreign(module: nn.Module) -> str | None:
     if hooked_everywhere():
         return "hooks on all modules"
     for m in module.modules():
-        kind = type(m)
-        if not kind.__module__.startswith(("torch.nn.", "fastwgan.models")):
+        kind: Any = type(m)
+        if not _is_ours(kind):
             return f"{kind.__name__}, a class of its own"
         functions = (*_code(kind), *filter(callable, vars(m).values()))
         whose = (getattr(f, "__module__", None) or "torch" for f in functions)
@@ -232,4 +233,8 @@ def foreign(module: nn.Module) -> str | None:
 
 def may_write(module: nn.Module) -> bool:
     """Return whether a network's forward pass may write to its input."""
-    return foreign(module) is not None or any(getattr(m, "inplace", False) for m in module.modules())
+    for m in module.modules():
+        kind: Any = type(m)
+        if not _is_ours(kind) or not _untouched(m) or getattr(m, "inplace", False):
+            return True
+    return hooked_everywhere()

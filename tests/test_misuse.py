@@ -3,7 +3,7 @@ leaves everything as it was.
 
 A refused step may have used up random numbers of the process, where a network (dropout) or a callable for latents draws
 some, and may have moved BatchNorm's averages; the networks here do neither. Everything else is compared: weights,
-optimizers, counters, the trainer's own random streams, and fake samples made ahead.
+optimizers, counters and the trainer's own random streams.
 """
 
 import copy
