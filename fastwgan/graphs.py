@@ -27,6 +27,7 @@ Outputs = tuple[Tensor | None, ...]
 Work = Callable[..., Outputs]
 
 WARM_UP = 3  # runs of a step before its capture: they compile kernels, make state, and show what waits for the device
+RESTLESS = 32  # changes without a replay between them that are told
 GRAPHS = 8  # graphs at a time; steps on batches of yet other shapes run without
 
 
@@ -240,6 +241,7 @@ class Graphs:
         self._graphs: dict[Hashable, _Graph] = {}
         self._problem: str | None = None  # with steps as they are
         self._refused = self._foreign = False
+        self._changes = 0
 
     def _parts(self) -> list[Any]:
         return [x for m in self._modules for d in (m._modules, m._parameters, m._buffers) for x in d.values()]
@@ -286,6 +288,13 @@ class Graphs:
                     stacklevel=6,
                 )
             self._foreign = bool(found)
+            self._changes += 1
+            if self._changes == RESTLESS:
+                warnings.warn(
+                    f"cuda_graph: no graph could serve, as networks or optimizers changed before each of {RESTLESS} "
+                    "steps, as where a forward pass rebinds a buffer or counts on a number: write to buffers in place",
+                    stacklevel=6,
+                )
 
     def forget(self) -> None:
         """Make all graphs anew."""
@@ -337,6 +346,7 @@ class Graphs:
         for player in self._players:
             player.refresh()
         graph.replay()
+        self._changes = 0  # since the last replay
         return graph.outputs()
 
     def run_uncaptured(self, work: Work, *args: Any) -> Outputs:

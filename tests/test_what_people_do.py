@@ -1,6 +1,7 @@
 """Things that people do with a WGAN, each against the plain loop's numbers in float64."""
 
 import copy
+import io
 import pickle
 import warnings
 
@@ -642,7 +643,18 @@ def test_functional_ops_under_autocast_promote_as_pytorch_does():
         functional.gradient_penalty(critic, real, half)
 
 
-COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda trainer: pickle.loads(pickle.dumps(trainer))}
+def saved_whole(trainer):
+    file = io.BytesIO()
+    torch.save(trainer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda trainer: pickle.loads(pickle.dumps(trainer)),
+    "saved whole": saved_whole,
+}
 
 
 class Clipping:
