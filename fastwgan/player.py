@@ -4,7 +4,7 @@ A network may change while it trains: layers come and go, are frozen and unfroze
 each step looks at its parameters anew.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,16 +22,16 @@ from fastwgan.ranks import Ranks, refuse_uneven
 __all__ = ["Player", "default_optimizer", "evaluating"]
 
 
-def _trainable(module: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that may be trained, now or once they are unfrozen."""
-    return [p for p in module.parameters() if p.requires_grad or (p.dtype in DTYPES and p.layout == torch.strided)]
+def _trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Return those that may be trained, now or once they are unfrozen."""
+    return [p for p in parameters if p.requires_grad or (p.dtype in DTYPES and p.layout == torch.strided)]
 
 
 def default_optimizer(constraint: Clip | GradientPenalty, module: nn.Module, backend: Backend) -> RMSprop | Adam:
     """Return the paper's optimizer for a constraint, over all of a network's parameters."""
     if isinstance(constraint, Clip):
-        return RMSprop(_trainable(module), lr=5e-5, backend=backend)
-    return Adam(_trainable(module), lr=1e-4, betas=(0.0, 0.9), backend=backend)
+        return RMSprop(_trainable(module.parameters()), lr=5e-5, backend=backend)
+    return Adam(_trainable(module.parameters()), lr=1e-4, betas=(0.0, 0.9), backend=backend)
 
 
 @contextmanager
@@ -81,7 +81,7 @@ class Player:
         """Take another optimizer. It may leave out any of the parameters that can be trained by now."""
         self.optimizer, self._default = optimizer, default
         self._known = {p for p in self.module.parameters() if p.requires_grad}
-        self._listed = _trainable(self.module)
+        self._listed = _trainable(self.module.parameters())
 
     def _held(self) -> set[int]:
         return {id(p) for group in self.optimizer.param_groups for p in group["params"]}
@@ -112,17 +112,18 @@ class Player:
         trained = [p for p in parameters if p.requires_grad]
         if not trained:
             raise ValueError(f"{self.name}: expected trainable parameters, got none")
-        self.follow()
-        held = self._held()
-        lacks = {p for p in trained if p not in self._known and id(p) not in held}
-        if lacks:
+        self.follow(parameters)
+        new = [p for p in trained if p not in self._known]
+        held = self._held() if new else set()
+        if lacks := {p for p in new if id(p) not in held}:
             names = ", ".join(name for name, p in self.module.named_parameters() if p in lacks)
             raise ValueError(
                 f"{self.name}_optimizer: expected the parameters that are trainable since the trainer was made, lacks "
                 f"{names}: add them by trainer.{self.name}_optimizer.add_param_group, or freeze them by "
                 "requires_grad_(False)"
             )
-        self._known = {p for p in parameters if p.requires_grad or p in self._known}
+        if new:
+            self._known = {p for p in parameters if p.requires_grad or p in self._known}
         for p in parameters:
             p.grad = None
         for group in self.optimizer.param_groups:  # parameters that have left the network, too
@@ -130,10 +131,11 @@ class Player:
                 p.grad = None
         return trained
 
-    def follow(self) -> None:
+    def follow(self, parameters: list[nn.Parameter] | None = None) -> None:
         """Give a default optimizer, the clip and the averages the parameters that the network has now."""
+        parameters = list(self.module.parameters()) if parameters is None else parameters
         if self._default:
-            before, self._listed = self._listed, _trainable(self.module)
+            before, self._listed = self._listed, _trainable(parameters)
             if list(map(id, before)) != list(map(id, self._listed)):
                 first, *others = self.optimizer.param_groups
                 out = {p for group in others for p in group["params"]} | (set(before) - set(first["params"]))
@@ -142,10 +144,10 @@ class Player:
                 for gone in [p for p in self.optimizer.state if id(p) not in held]:
                     del self.optimizer.state[gone]
         if self._clip is not None:
-            self._clipped = self._clip.clipped(self.module)
+            self._clipped = self._clip.clipped(self.module) if self._clip.exclude else parameters
         if self.ema is not None:
             known, self.averages = self.averages, {}
-            for p in self.module.parameters():
+            for p in parameters:
                 if p.is_floating_point():
                     wide = torch.float64 if p.dtype == torch.float64 else torch.float32
                     self.averages[p] = known[p] if p in known else p.detach().to(wide, copy=True)
