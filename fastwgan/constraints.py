@@ -31,11 +31,16 @@ class Clip:
                 raise TypeError(f"exclude: expected parameter-name patterns or module types, got {entry!r}")
 
     def clipped(self, critic: nn.Module) -> list[nn.Parameter]:
-        """The critic's parameters that are to be kept within the bound.
+        """Return the critic's parameters that are to be kept within the bound.
 
         Raises:
             ValueError: an entry of ``exclude`` matches nothing in the critic.
         """
+        excluded = self.excluded(critic, strict=True)
+        return [p for p in critic.parameters() if p not in excluded]
+
+    def excluded(self, critic: nn.Module, *, strict: bool = False) -> set[nn.Parameter]:
+        """Return the critic's parameters that are to be left alone; ``strict`` wants some for each entry."""
         excluded: set[nn.Parameter] = set()
         for entry in self.exclude:
             if isinstance(entry, str):
@@ -43,10 +48,10 @@ class Clip:
                 matched = [p for name, p in named if fnmatchcase(name, entry)]
             else:
                 matched = [p for m in critic.modules() if isinstance(m, entry) for p in m.parameters()]
-            if not matched:
+            if strict and not matched:
                 raise ValueError(f"exclude: {entry!r} matches no parameter of the critic")
             excluded.update(matched)
-        return [p for p in critic.parameters() if p not in excluded]
+        return excluded
 
 
 @dataclass(frozen=True)

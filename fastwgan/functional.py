@@ -10,7 +10,7 @@ another dtype than it gets, two samples or scores of different dtypes are promot
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -819,6 +819,27 @@ def check_parameter(name: str, p: object) -> None:
         raise ValueError(f"{name}: expected each element to have its own memory, got an expanded tensor")
     if p.is_neg():
         raise ValueError(f"{name}: expected a tensor that is stored as it is, got a lazily negated view")
+
+
+def refuse_overlap(parameters: Sequence[Tensor]) -> None:
+    """Raise unless each parameter has memory of its own, as a launch writes to all of them in any order."""
+    by_storage: dict[int, list[int]] = {}
+    for i, p in enumerate(parameters):
+        by_storage.setdefault(p.untyped_storage().data_ptr(), []).append(i)
+    for members in by_storage.values():
+        first = parameters[members[0]]
+        if len(members) == 1 or first.device.type == "meta":
+            continue
+        taken = torch.zeros(first.untyped_storage().nbytes() // first.element_size(), dtype=torch.bool, device="cpu")
+        for i in members:
+            p = parameters[i]
+            places = taken.as_strided(p.shape, p.stride(), p.storage_offset())
+            if places.any():
+                raise ValueError(
+                    f"params: expected each in memory of its own, got number {i}, of shape {tuple(p.shape)}, over that "
+                    "of another: make them one parameter"
+                )
+            places.fill_(True)
 
 
 @cache

@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -138,10 +139,20 @@ class Capture:
 
 
 CONSTANTS = (bool, int, float, str, type(None), torch.dtype)
+ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}  # that every module has; of these, what counts is looked at
 
 
 def _is_constant(x: Any) -> bool:
     return isinstance(x, CONSTANTS) or (isinstance(x, tuple) and all(isinstance(part, CONSTANTS) for part in x))
+
+
+def _plain(x: Any) -> Any:
+    """Return a copy of plain numbers, text and what holds such, to be compared by value; None of all else."""
+    if isinstance(x, (*CONSTANTS, np.generic)):
+        return x
+    if isinstance(x, dict):
+        return [(key, _plain(value)) for key, value in x.items()]
+    return [*map(_plain, x)] if isinstance(x, (list, tuple, set)) else None
 
 
 def _signature(x: Any, device: torch.device) -> Hashable:
@@ -241,7 +252,7 @@ class Graphs:
         self._graphs: dict[Hashable, _Graph] = {}
         self._problem: str | None = None  # with steps as they are
         self._refused = self._foreign = False
-        self._changes = 0
+        self._changes = self._looks = 0
 
     def _parts(self) -> list[Any]:
         return [x for m in self._modules for d in (m._modules, m._parameters, m._buffers) for x in d.values()]
@@ -250,11 +261,6 @@ class Graphs:
         """What a graph has inside that an eager step would look up: addresses, modes, and which algorithm it is."""
         modules, parts = self._modules, self._parts()
         tensors = [x for x in parts if isinstance(x, Tensor)]
-        hooks = [
-            tuple(d)
-            for m in modules
-            for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-        ]
         for optimizer in self._optimizers:
             for state in optimizer.state.values():
                 tensors += state.values()
@@ -263,8 +269,12 @@ class Graphs:
             [id(x) for x in parts],
             [x.data_ptr() for x in tensors],
             [x.requires_grad for x in tensors],
-            [(type(m), *vars(m), *filter(_is_constant, vars(m).values())) for m in modules],
-            [*hooks, structure.hooked_everywhere(), [bool(x._backward_hooks) for x in tensors]],
+            [
+                (*structure.code(m), [(k, _plain(x)) for k, x in vars(m).items() if k not in ATTRIBUTES])
+                for m in modules
+            ],
+            [*map(structure.hooks, modules), structure.hooked_everywhere()],
+            [(*(x._backward_hooks or ()), *(x._post_accumulate_grad_hooks or ())) for x in tensors],
             [
                 ([id(p) for p in g["params"]], g.get("momentum", 0) > 0, g.get("centered"), g.get("clip") is None)
                 for g in groups
@@ -273,6 +283,9 @@ class Graphs:
 
     def _follow_changes(self) -> None:
         """Make all graphs anew when something that they depend on has changed."""
+        self._looks += 1
+        if self._foreign and self._looks % RESTLESS:
+            return  # nothing is captured: whether the networks are known again can wait
         state = self._depended_on()
         if state != self._state:
             self.forget()
@@ -319,7 +332,9 @@ class Graphs:
         if not self._refused:
             self._follow_changes()
             try:
-                key = (work.__name__, *(_signature(x, self._device) for x in args))
+                kind = self._device.type
+                autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+                key = (work.__name__, autocast, *(_signature(x, self._device) for x in args))
             except TypeError as error:
                 self._problem = f"there is {error}"
             if self._problem is not None:

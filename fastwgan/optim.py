@@ -17,7 +17,15 @@ from torch.optim import Optimizer
 
 from fastwgan import reference
 from fastwgan.backend import Backend, kernels, resolve
-from fastwgan.functional import check_bound, check_number, check_parameter, combine_shares, is_dense, same_layout
+from fastwgan.functional import (
+    check_bound,
+    check_number,
+    check_parameter,
+    combine_shares,
+    is_dense,
+    refuse_overlap,
+    same_layout,
+)  # fmt: skip
 
 __all__ = ["Adam", "RMSprop"]
 
@@ -54,6 +62,7 @@ class _Optimizer(Optimizer):
             raise TypeError(f"params: expected tensors or groups of them, got {type(params).__name__}")
         self.backend: Backend = backend
         self._updates: dict[_Key, Any] = {}
+        self._apart: dict[_Key, list[int]] = {}  # where parameters lie that are known not to overlap
         self.averages, self.decay = {}, 0.0
         self.shares: list[tuple[Tensor, int]] = []  # of the last step: (share of weights on their bound, of how many)
         super().__init__(params, {**defaults, "differentiable": False})  # an option that torch's base class looks for
@@ -68,7 +77,7 @@ class _Optimizer(Optimizer):
                 raise ValueError(f"{variant}: expected False, which {type(self).__name__} computes, got True")
 
     def _bound(self, group: dict[str, Any]) -> float | None:
-        """The bound of a group's weights: the trainer's of those that have it all, or the group's own.
+        """Return the bound of a group's weights: the trainer's, where all of them have it, or the group's own.
 
         A group that was added to a torch optimizer, whose groups are ours, has none of its own.
         """
@@ -117,7 +126,7 @@ class _Optimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("decay", 0.0)
-        for name in ("_updates", "averages"):  # kept by load_state_dict: a graph may read the tables
+        for name in ("_updates", "_apart", "averages"):  # kept by load_state_dict: a graph may read the tables
             self.__dict__.setdefault(name, {})
         self.shares = []
         for group in self.param_groups:
@@ -255,6 +264,10 @@ class _Optimizer(Optimizer):
 
     def _step_triton(self, key: _Key, members: list[_Member], gate: Tensor | None) -> None:
         device, dtype, momentum, centered, averaged = key
+        places = [p.data_ptr() for p, *_ in members]
+        if places != self._apart.get(key):
+            refuse_overlap([p for p, *_ in members])
+            self._apart[key] = places
         params, grads, states, steps, copies = [], [], [], [], []
         groups = self._groups_of(key)
         hyper_rows, clamped = [], 0

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad
 
-from fastwgan import functional, reference
+from fastwgan import functional, reference, structure
 from fastwgan.backend import Backend
 from fastwgan.constraints import Clip, GradientPenalty
 
@@ -285,14 +285,19 @@ class Compiled(Eager):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._forms: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self._compiled_of: Any = None  # the networks' parts and hooks, of which the compiler looks at tensors alone
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_forms": {}}  # a copy compiles its own
+        return self.__dict__ | {"_forms": {}, "_compiled_of": None}  # a copy compiles its own
 
     def _call(self, trace: Callable[..., Any], shape: Any, *args: Any, **options: Any) -> Any:
         """``trace(*args, **options)``, compiled for batches of a shape: not every PyTorch can differentiate twice
         through a convolution of sizes that are left open.
         """
+        parts = [(m, *structure.hooks(m)) for network in (self._generator, self._critic) for m in network.modules()]
+        if (parts, structure.hooked_everywhere()) != self._compiled_of:
+            self._compiled_of = parts, structure.hooked_everywhere()
+            self._forms.clear()
         key = (trace.__name__, shape, *options.values())
         if key not in self._forms:
 

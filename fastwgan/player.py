@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastwgan import functional
 from fastwgan.arguments import Called
-from fastwgan.backend import DTYPES, Backend
+from fastwgan.backend import DTYPES, Backend, resolve
 from fastwgan.constraints import Clip, GradientPenalty, NormClip, WeightClip
 from fastwgan.guard import Guard
 from fastwgan.optim import Adam, RMSprop
@@ -25,6 +25,14 @@ __all__ = ["Player", "default_optimizer", "evaluating"]
 def _trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     """Return those that may be trained, now or once they are unfrozen."""
     return [p for p in parameters if p.requires_grad or (p.dtype in DTYPES and p.layout == torch.strided)]
+
+
+def _wide_dtype(p: Tensor) -> torch.dtype:
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def _wide(p: Tensor) -> Tensor:
+    return p.detach().to(_wide_dtype(p), copy=True)
 
 
 def default_optimizer(constraint: Clip | GradientPenalty, module: nn.Module, backend: Backend) -> RMSprop | Adam:
@@ -73,7 +81,10 @@ class Player:
         self.ema, self.averages = ema, dict[Tensor, Tensor]()
         self._ranks, self._backend, self._clip = ranks, backend, clip
         self._clipped: list[nn.Parameter] = []
-        self._shared: set[Any] = {*module.modules(), *module.parameters()}  # what all ranks have the same of
+        self._excluded: set[nn.Parameter] = set()
+        self._left: dict[Any, Any] = {}  # states of parameters that have left, until a step is taken without them
+        # What all ranks have the same of.
+        self._shared: set[Any] = set() if ranks.world == 1 else {*module.modules(), *module.parameters()}
         self.replace(optimizer, default=default)
         self.follow()
 
@@ -88,7 +99,7 @@ class Player:
 
     @property
     def gated(self) -> RMSprop | Adam | None:
-        """The optimizer if its step obeys the guard's gate on the device."""
+        """Return the optimizer if its step obeys the guard's gate on the device."""
         return self.optimizer if isinstance(self.optimizer, (RMSprop, Adam)) else None
 
     # Before the passes
@@ -99,21 +110,22 @@ class Player:
             return
         parameters, modules = list(self.module.parameters()), list(self.module.modules())
         before, self._shared = self._shared, {*modules, *parameters}
+        new = [p for p in parameters if p not in before]
         buffers = [x for m in modules if m not in before for x in m.buffers(recurse=False)]
-        self._ranks.broadcast_([*(p for p in parameters if p not in before), *buffers])
+        self._ranks.broadcast_([*new, *buffers])
+        for p in new:
+            self.averages.pop(p, None)  # of what it was before
 
-    def prepare(self) -> list[nn.Parameter]:
-        """Take up changes of the network, and drop all gradients; return the parameters to be trained.
+    def check(self) -> list[nn.Parameter]:
+        """Return the parameters to be trained.
 
         Raises:
             ValueError: there are none, or the optimizer lacks some that came after the trainer was made.
         """
-        parameters = list(self.module.parameters())
-        trained = [p for p in parameters if p.requires_grad]
+        trained = [p for p in self.module.parameters() if p.requires_grad]
         if not trained:
             raise ValueError(f"{self.name}: expected trainable parameters, got none")
-        self.follow(parameters)
-        new = [p for p in trained if p not in self._known]
+        new = [] if self._default else [p for p in trained if p not in self._known]
         held = self._held() if new else set()
         if lacks := {p for p in new if id(p) not in held}:
             names = ", ".join(name for name, p in self.module.named_parameters() if p in lacks)
@@ -123,34 +135,69 @@ class Player:
                 "requires_grad_(False)"
             )
         if new:
-            self._known = {p for p in parameters if p.requires_grad or p in self._known}
-        for p in parameters:
+            self._known = {p for p in self.module.parameters() if p.requires_grad or p in self._known}
+        return trained
+
+    def prepare(self) -> list[nn.Parameter]:
+        """Take up changes of the network, and drop all gradients; return the parameters to be trained.
+
+        Raises:
+            ValueError: as :meth:`check`; or with NormClip on a GPU, two parameters are over one memory.
+        """
+        trained = self.check()
+        self.follow()
+        if isinstance(self._clip, NormClip) and resolve(self._backend, self.guard.gate.device) == "triton":
+            functional.refuse_overlap(self._clipped)
+        for p in self.module.parameters():
             p.grad = None
         for group in self.optimizer.param_groups:  # parameters that have left the network, too
             for p in group["params"]:
                 p.grad = None
         return trained
 
-    def follow(self, parameters: list[nn.Parameter] | None = None) -> None:
+    def follow(self) -> None:
         """Give a default optimizer, the clip and the averages the parameters that the network has now."""
-        parameters = list(self.module.parameters()) if parameters is None else parameters
+        parameters = list(self.module.parameters())
         if self._default:
             before, self._listed = self._listed, _trainable(parameters)
             if list(map(id, before)) != list(map(id, self._listed)):
                 first, *others = self.optimizer.param_groups
                 out = {p for group in others for p in group["params"]} | (set(before) - set(first["params"]))
                 first["params"][:] = [p for p in self._listed if p not in out]
-                held = self._held()
-                for gone in [p for p in self.optimizer.state if id(p) not in held]:
-                    del self.optimizer.state[gone]
+                self._move(self.optimizer.state, self._left)
         if self._clip is not None:
-            self._clipped = self._clip.clipped(self.module) if self._clip.exclude else parameters
+            now = self._clip.excluded(self.module)
+            self._excluded = {p for p in parameters if p in now or p in self._excluded} if self._clip.exclude else now
+            self._clipped = [p for p in parameters if p not in self._excluded]
         if self.ema is not None:
-            known, self.averages = self.averages, {}
-            for p in parameters:
-                if p.is_floating_point():
-                    wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-                    self.averages[p] = known[p] if p in known else p.detach().to(wide, copy=True)
+            for p in filter(torch.is_floating_point, parameters):
+                average = self.averages.get(p)
+                if average is None or average.shape != p.shape or average.device != p.device:
+                    self.averages[p] = _wide(p)
+                elif average.dtype != _wide_dtype(p):
+                    self.averages[p] = average.to(_wide_dtype(p))
+
+    def _move(self, state: dict[Any, Any], left: dict[Any, Any]) -> None:
+        """Put aside the state of parameters that have left the optimizer, and take back that of those that are back."""
+        held = self._held()
+        for p in [p for p in state if id(p) not in held]:
+            left[p] = state.pop(p)
+        for p in [p for p in left if id(p) in held]:
+            state[p] = left.pop(p)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Return the optimizer's state, of the network as it is; the optimizer follows when a step is taken."""
+        if not self._default:
+            return self.optimizer.state_dict()
+        first, kept = self.optimizer.param_groups[0], (self._left.copy(), self._listed, self.averages.copy())
+        params, state = list(first["params"]), dict(self.optimizer.state)
+        self.follow()
+        result = self.optimizer.state_dict()
+        self._left, self._listed, self.averages = kept
+        first["params"][:] = params
+        self.optimizer.state.clear()
+        self.optimizer.state.update(state)
+        return result
 
     # After the passes
 
@@ -217,6 +264,11 @@ class Player:
             if weight not in averaged:
                 taken = (1 - self.guard.gate[0]).to(average.dtype)  # or 0, where the step is left out
                 average.lerp_(weight.detach().to(average.dtype), taken * (1 - (self.ema or 0.0)))
+        self._left.clear()
+        if self.averages:
+            present = set(self.module.parameters())
+            for gone in [x for x in self.averages if x not in present]:
+                del self.averages[gone]
         return None if self._clip is None else self._hold(self._clip)
 
     def refresh(self) -> None:
@@ -259,7 +311,11 @@ class Player:
     # State
 
     def named_averages(self) -> dict[str, Tensor]:
-        return {name: self.averages[p] for name, p in self.module.named_parameters() if p in self.averages}
+        """Return the averages by name: of a parameter that has just come, what it is."""
+        if self.ema is None:
+            return {}
+        floating = ((name, p) for name, p in self.module.named_parameters() if p.is_floating_point())
+        return {name: self.averages[p] if p in self.averages else _wide(p) for name, p in floating}
 
     def widened(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return an optimizer's state for all parameters; an older default had those alone that were trained."""

@@ -1,4 +1,4 @@
-"""What can be known of a network from its layers alone, without trying it out.
+"""Say what is known of a network from its layers alone, without trying it out.
 
 Real and fake samples may go through a critic as one batch only where no score depends on another sample. That is known
 of a ``Sequential`` of PyTorch's own layers whose numbers, modes and input ranks keep samples apart, and of this
@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastwgan import models
 
-__all__ = ["doubt", "foreign", "has_batchnorm", "hooked_everywhere", "layers", "may_write"]
+__all__ = ["code", "doubt", "foreign", "has_batchnorm", "hooked_everywhere", "hooks", "layers", "may_write"]
 
 
 def has_batchnorm(module: nn.Module, *, training: bool = False) -> bool:
@@ -143,7 +143,18 @@ def _code(kind: Any) -> tuple[Any, ...]:
     return kind.__call__, kind._call_impl, kind.forward, getattr(kind, "_conv_forward", None)
 
 
+def code(m: nn.Module) -> tuple[Any, ...]:
+    """Return a module's class and what it runs, by its class and its own attributes."""
+    return type(m), *_code(type(m)), *filter(callable, vars(m).values())
+
+
 _CODE: dict[Any, tuple[Any, ...]] = {kind: _code(kind) for kind in (nn.Sequential, *_RULES)}
+
+
+def _home(function: Any) -> str:
+    """Return the name of the module that a function was defined in, whatever it says of itself."""
+    own = getattr(function, "__globals__", {}).get("__name__")
+    return own or getattr(function, "__module__", None) or "torch"
 
 
 @cache
@@ -155,6 +166,12 @@ def _methods(kind: Any) -> frozenset[str]:
 def _is_ours(kind: Any) -> bool:
     """Return whether a class of modules is PyTorch's or this package's."""
     return kind.__module__.startswith(("torch.nn.", "fastwgan.models"))  # type: ignore[no-any-return]
+
+
+def hooks(m: nn.Module) -> tuple[tuple[int, ...], ...]:
+    """Return the numbers that a module's hooks have."""
+    kinds = (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+    return tuple(tuple(hooks) for hooks in kinds)
 
 
 def _untouched(m: nn.Module) -> bool:
@@ -224,10 +241,11 @@ def foreign(module: nn.Module) -> str | None:
         kind: Any = type(m)
         if not _is_ours(kind):
             return f"{kind.__name__}, a class of its own"
-        functions = (*_code(kind), *filter(callable, vars(m).values()))
-        whose = (getattr(f, "__module__", None) or "torch" for f in functions)
-        if not _untouched(m) or not all(name.startswith(("torch", "fastwgan.")) for name in whose):
+        ours = all(_home(f).startswith(("torch", "fastwgan.")) for f in code(m)[1:])
+        if not ours or not _untouched(m) or _CODE.get(kind) not in (None, _code(kind)):
             return f"{kind.__name__} with hooks or patched, or with functions of its own"
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters()):
+        return "hooks on its parameters"
     return None
 
 

@@ -371,6 +371,8 @@ class Trainer:
         """
         self._check_real(real)
         left = self._critic_steps_left()
+        if left <= 1:
+            self._generator.check()  # before the critic is changed
         metrics = self._critic_step(real, cond)
         if left <= 1:
             metrics.include(self.generator_step(len(real), *cond))
@@ -404,6 +406,7 @@ class Trainer:
             if not part:
                 raise ValueError("batches: expected real samples and their conditions, got an empty tuple")
             self._check_real(part[0])
+        self._generator.check()  # before the critic is changed
         uneven = len({(real.shape, real.dtype) for real, *_ in parts}) > 1  # then one may not fit, and the others do
         changing = self.critic_scheduler is not None or callable(self._instance_noise)
         if self._graphs is None or callable(self.latent) or changing or uneven or len(parts) > MOST_CAPTURED:
@@ -475,7 +478,6 @@ class Trainer:
 
     def averages(self) -> dict[str, Tensor]:
         """The running averages of the generator's weights by name, in the weights' dtypes; empty without ``ema``."""
-        self._generator.follow()
         weights = dict(self.generator.named_parameters())
         return {name: x.to(weights[name].dtype) for name, x in self._generator.named_averages().items()}
 
@@ -557,7 +559,6 @@ class Trainer:
         self, weights: tuple[float, ...], sizes: tuple[int, ...], *flat: Any
     ) -> tuple[Tensor | None, ...]:
         """The device's part of a whole iteration: what its critic steps and then its generator step return."""
-        self._generator.prepare()  # which may refuse before the critic is changed
         rest = iter(flat)
         parts = [tuple(islice(rest, size)) for size in sizes]
         outputs: list[Tensor | None] = []
@@ -653,14 +654,12 @@ class Trainer:
         :meth:`fit` have all ranks'.
         """
         players = (self._generator, self._critic)
-        for player in players:
-            player.follow()
         schedulers = (self.generator_scheduler, self.critic_scheduler)
         state = {
             "generator": self.generator.state_dict(),
             "critic": self.critic.state_dict(),
-            "generator_optimizer": self.generator_optimizer.state_dict(),
-            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "generator_optimizer": self._generator.optimizer_state(),
+            "critic_optimizer": self._critic.optimizer_state(),
             "critic_iterations": self.critic_iterations,
             "generator_iterations": self.generator_iterations,
             "critic_steps_due": self._critic_steps_due,
@@ -728,6 +727,7 @@ class Trainer:
         self.generator.load_state_dict(state["generator"])
         self.critic.load_state_dict(state["critic"])
         for player in (self._generator, self._critic):
+            player.follow()
             groups = player.optimizer.param_groups
             clips = [group.get("clip") for group in groups]
             kept = copy.deepcopy(state[f"{player.name}_optimizer"])

@@ -146,7 +146,7 @@ class Project:
             acc = tl.float64 if self._dtype == tl.float64 else tl.float32
             block = min(max(triton.next_power_of_2(max(sizes)), MIN_BLOCK), MAX_BLOCK)
             chunks = [block // 4 if size == 1 else size for size in sizes]
-            entries, owners = self._tables.addresses(params, None, [()] * len(params), None, sizes, chunks, apart=True)
+            entries, owners = self._tables.addresses(params, None, [()] * len(params), None, sizes, chunks)
             rows = sum(p.numel() // size for p, size in zip(params, sizes, strict=True))
             share = torch.empty((), dtype=torch.float32, device=params[0].device)
             _project_kernel[(len(owners),)](

@@ -11,7 +11,6 @@ tables for captures are set aside beforehand.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from itertools import pairwise
 
 import torch
 import triton
@@ -97,20 +96,6 @@ def _owners(chunks: list[int]) -> torch.Tensor:
     return indices.repeat_interleave(torch.tensor(chunks, device="cpu"))
 
 
-def _refuse_overlap(params: Sequence[torch.Tensor]) -> None:
-    extents = sorted(
-        (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), i)
-        for i, p in enumerate(params)
-        if p.device.type != "meta"  # which has no memory
-    )
-    for (_, end, i), (start, _, k) in pairwise(extents):
-        if start < end:
-            raise ValueError(
-                f"params: expected each in memory of its own, got numbers {min(i, k)} and {max(i, k)} (of shapes "
-                f"{tuple(params[i].shape)} and {tuple(params[k].shape)}) over the same: make them one parameter"
-            )
-
-
 class Tables:
     """Device tables of one launcher, cached by content."""
 
@@ -154,13 +139,10 @@ class Tables:
         hyper_rows: Sequence[int],
         blocks: int | Sequence[int],
         averages: Sequence[torch.Tensor] | None = None,
-        *,
-        apart: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (rows [tensors, COLUMNS] int64, chunk owners [chunks] int32): which tensor each block is in.
 
-        ``blocks`` are the elements of a block, of all tensors or of each. ``apart`` refuses tensors that overlap, which
-        a launch would write to in any order.
+        ``blocks`` are the elements of a block, of all tensors or of each.
         """
         if isinstance(blocks, int):
             blocks = [blocks] * len(params)
@@ -180,12 +162,6 @@ class Tables:
             chunks.append(count)
             first += count
         device = params[0].device
-
-        def make() -> torch.Tensor:
-            if apart:
-                _refuse_overlap(params)
-            return torch.tensor(rows, dtype=torch.int64, device="cpu")
-
-        table = self._get(tuple(rows), device, make)
+        table = self._get(tuple(rows), device, lambda: torch.tensor(rows, dtype=torch.int64, device="cpu"))
         owners = self._get(tuple(chunks), device, lambda: _owners(chunks))
         return table, owners

@@ -206,9 +206,7 @@ class Update:
         """
         device = params[0].device
         with torch.cuda.device_of(params[0]):
-            rows, owners = self._tables.addresses(
-                params, grads, states, steps, hyper_rows, BLOCK, averages, apart=algorithm != "clamp"
-            )
+            rows, owners = self._tables.addresses(params, grads, states, steps, hyper_rows, BLOCK, averages)
             clamped = sum(p.numel() for p, i in zip(params, hyper_rows, strict=True) if hyper[i][-1] != float("inf"))
             share = torch.empty((), dtype=torch.float32, device=device)
             _update_kernel[(len(owners),)](
