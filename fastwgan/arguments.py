@@ -14,8 +14,8 @@ from fastwgan.optim import Adam, RMSprop
 from fastwgan.structure import has_batchnorm
 
 __all__ = [
-    "Called", "check_arguments", "check_count", "check_mode", "device_problem", "has_hooks", "kept_apart", "momentum",
-    "shapes", "take_over",
+    "Called", "check_arguments", "check_count", "check_mode", "check_optimizer", "device_problem", "follow_loads",
+    "has_hooks", "kept_apart", "momentum", "shapes", "take_over",
 ]  # fmt: skip
 
 
@@ -94,8 +94,8 @@ def check_arguments(
     if amp is not None and dtypes != {torch.float32}:
         got = ", ".join(sorted(map(str, dtypes)))
         raise ValueError(f"amp: expected networks whose parameters are float32, got {got}")
-    _check_optimizer("critic_optimizer", critic_optimizer, critic)
-    _check_optimizer("generator_optimizer", generator_optimizer, generator)
+    check_optimizer("critic_optimizer", critic_optimizer, critic)
+    check_optimizer("generator_optimizer", generator_optimizer, generator)
     _check_scheduler("critic_scheduler", critic_scheduler, critic_optimizer)
     _check_scheduler("generator_scheduler", generator_scheduler, generator_optimizer)
     if isinstance(constraint, Clip):
@@ -104,7 +104,7 @@ def check_arguments(
         raise RuntimeError(f"cuda_graph: True was asked for, but {problem}")
 
 
-def _check_optimizer(name: str, optimizer: object, module: nn.Module) -> None:
+def check_optimizer(name: str, optimizer: object, module: nn.Module) -> None:
     if optimizer is None:
         return
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -180,8 +180,14 @@ def take_over(optimizer: torch.optim.Optimizer, backend: Backend) -> torch.optim
     taken._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
     taken.register_step_post_hook(Called(optimizer))
 
+    follow_loads(optimizer, taken)
+    return taken
+
+
+def follow_loads(optimizer: torch.optim.Optimizer, taken: torch.optim.Optimizer) -> None:
+    """Have what is loaded into the caller's object, which gets groups and state of its own by that, be ours."""
+
     def follow(loaded: torch.optim.Optimizer) -> None:
-        """What is loaded into the caller's object later, which gets groups and state of its own by that, is ours."""
         state = loaded.state_dict()
         for group in state["param_groups"]:
             group.pop("clip", None)  # the constraint is the trainer's, not the state's
@@ -189,7 +195,6 @@ def take_over(optimizer: torch.optim.Optimizer, backend: Backend) -> torch.optim
         loaded.param_groups, loaded.state = taken.param_groups, taken.state
 
     optimizer.register_load_state_dict_post_hook(follow)
-    return taken
 
 
 def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
@@ -202,10 +207,10 @@ class Called:
     """A step hook that tells torch's schedulers, which warn otherwise, that the optimizer they know takes steps."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
+        self.optimizer = optimizer
 
     def __call__(self, *_: Any) -> None:
-        self._optimizer._opt_called = True  # type: ignore[attr-defined]
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
 def shapes(name: str, module: nn.Module) -> dict[str, object]:

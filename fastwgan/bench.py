@@ -21,7 +21,7 @@ from fastwgan.workloads import WORKLOADS, Workload
 __all__ = ["PRECISIONS", "Schedule", "check", "critic_step", "distance_allowed", "message", "setting", "weights_after"]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CHECKED_STEPS = 8  # enough that a trainer has done its probing, captured its graph and replayed it
+CHECKED_STEPS = 8  # enough that a trainer has captured its graph and replayed it
 BACK_TO_BACK, LONG = 10, 20.0  # steps to a sample on a GPU, fewer where they take so many milliseconds
 
 # How far an implementation may be from the float64 textbook, over how far the weights moved. It rounds as it likes, and

@@ -353,7 +353,6 @@ def _parser() -> argparse.ArgumentParser:
 
     experiment = commands.add_parser("experiment", help="python -m benchmarks experiment, in the source tree")
     experiment.set_defaults(run=_experiment)
-    experiment.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
 
     bench = commands.add_parser("bench", help="time a critic step against PyTorch's, or each op by itself")
     bench.set_defaults(run=_bench)
@@ -398,7 +397,9 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status: 0, 1 if a verification failed, 2 on a bad argument, 130 after Ctrl-C."""
     parser = _parser()
-    args = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else [*argv]
+    # An option may come first in what belongs to the other command.
+    args = parser.parse_args(given[:1] if given[:1] == ["experiment"] else given)
     try:
         status: int = args.run(args)
         sys.stdout.flush()

@@ -269,10 +269,8 @@ class Graphs:
             [id(x) for x in parts],
             [x.data_ptr() for x in tensors],
             [x.requires_grad for x in tensors],
-            [
-                (*structure.code(m), [(k, _plain(x)) for k, x in vars(m).items() if k not in ATTRIBUTES])
-                for m in modules
-            ],
+            [structure.code(m) for m in modules],
+            [[(name, _plain(x)) for name, x in vars(m).items() if name not in ATTRIBUTES] for m in modules],
             [*map(structure.hooks, modules), structure.hooked_everywhere()],
             [(*(x._backward_hooks or ()), *(x._post_accumulate_grad_hooks or ())) for x in tensors],
             [

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastwgan import functional
-from fastwgan.arguments import Called
+from fastwgan.arguments import Called, check_optimizer, follow_loads, take_over
 from fastwgan.backend import DTYPES, Backend, resolve
 from fastwgan.constraints import Clip, GradientPenalty, NormClip, WeightClip
 from fastwgan.guard import Guard
@@ -88,6 +88,11 @@ class Player:
         self.replace(optimizer, default=default)
         self.follow()
 
+    def assign(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take an optimizer of the user's."""
+        check_optimizer(f"{self.name}_optimizer", optimizer, self.module)
+        self.replace(take_over(optimizer, self._backend))
+
     def replace(self, optimizer: torch.optim.Optimizer, *, default: bool = False) -> None:
         """Take another optimizer. It may leave out any of the parameters that can be trained by now."""
         self.optimizer, self._default = optimizer, default
@@ -101,6 +106,28 @@ class Player:
     def gated(self) -> RMSprop | Adam | None:
         """Return the optimizer if its step obeys the guard's gate on the device."""
         return self.optimizer if isinstance(self.optimizer, (RMSprop, Adam)) else None
+
+    def hooks(self) -> list[Any]:
+        """Return the step hooks of the optimizer, and the hooks of each parameter that has some."""
+        parameters = [
+            (p, [*(p._backward_hooks or {}).values()], [*(p._post_accumulate_grad_hooks or {}).values()])
+            for p in self.module.parameters()
+        ]
+        hooked = [part for part in parameters if part[1] or part[2]]
+        return [self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks, hooked]
+
+    def hook(self, hooks: list[Any]) -> None:
+        """Put hooks on the optimizer and the parameters of a copy."""
+        self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks, hooked = hooks
+        for p, own, accumulated in hooked:
+            p._backward_hooks = p._post_accumulate_grad_hooks = None
+            for hook in own:
+                p.register_hook(hook)
+            for hook in accumulated:
+                p.register_post_accumulate_grad_hook(hook)
+        for hook in self.optimizer._optimizer_step_post_hooks.values():
+            if isinstance(hook, Called):
+                follow_loads(hook.optimizer, self.optimizer)
 
     # Before the passes
 

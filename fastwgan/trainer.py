@@ -221,9 +221,8 @@ class Trainer:
             )
 
     def __repr__(self) -> str:
-        optimizers = (f"{p.name}_optimizer={type(p.optimizer).__name__}" for p in (self._critic, self._generator))
         return (
-            f"Trainer(constraint={self.constraint!r}, {', '.join(optimizers)}, device={self.device}, "
+            f"Trainer(constraint={self.constraint!r}, optimizers={self._optimizer_names()}, device={self.device}, "
             f"backend={resolve(self.backend, self.device)!r}, cuda_graph={self._graphs is not None}; "
             f"{self.critic_iterations} critic steps, {self.generator_iterations} generator steps; "
             f"{self._passes_taken()})"
@@ -237,23 +236,25 @@ class Trainer:
         if self._one_forward:
             why = "independent_samples=True says so" if self._independent_samples else "its layers keep samples apart"
             return f"real and fake samples share a pass of the critic, as {why}"
+        each = "real and fake samples have a pass of the critic each, as "
+        if self._independent_samples:
+            return f"{each}there are conditions that are neither tensors nor constants"
         reason = "there are conditions" if conditional else structure.doubt(self.critic, ndim)
         return (
-            f"real and fake samples have a pass of the critic each, as {reason}; with independent_samples=True, your "
-            "word that no score depends on another sample, they share one"
+            f"{each}{reason or 'its layers mixed samples in the last step'}; with independent_samples=True, your word "
+            "that no score depends on another sample, they share one"
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy is made of. Graphs are made anew; optimizers by themselves would lose their step hooks."""
-        optimizers = (self._critic.optimizer, self._generator.optimizer)
-        hooks = [(o._optimizer_step_pre_hooks, o._optimizer_step_post_hooks) for o in optimizers]
+        """Return what a copy is made of. Graphs are made anew; hooks would be lost with PyTorch's own copies."""
+        hooks = [player.hooks() for player in (self._critic, self._generator)]
         return self.__dict__ | {"_graphs": self._graphs is not None, "hooks": hooks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         hooks = state.pop("hooks")
         self.__dict__.update(state)
-        for player, (before, after) in zip((self._critic, self._generator), hooks, strict=True):
-            player.optimizer._optimizer_step_pre_hooks, player.optimizer._optimizer_step_post_hooks = before, after
+        for player, own in zip((self._critic, self._generator), hooks, strict=True):
+            player.hook(own)
         self._graphs = self._make_graphs() if state["_graphs"] else None
 
     # Setting up
@@ -266,24 +267,25 @@ class Trainer:
 
     @property
     def critic_optimizer(self) -> torch.optim.Optimizer:
-        """The critic's optimizer: ours in place of a plain torch RMSprop or Adam."""
+        """Return the critic's optimizer: ours in place of a plain torch RMSprop or Adam."""
         return self._critic.optimizer
 
     @critic_optimizer.setter
     def critic_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        self._critic.replace(optimizer)
+        self._critic.assign(optimizer)
 
     @property
     def generator_optimizer(self) -> torch.optim.Optimizer:
-        """The generator's optimizer: ours in place of a plain torch RMSprop or Adam."""
+        """Return the generator's optimizer: ours in place of a plain torch RMSprop or Adam."""
         return self._generator.optimizer
 
     @generator_optimizer.setter
     def generator_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        self._generator.replace(optimizer)
+        self._generator.assign(optimizer)
 
     @property
     def ema(self) -> float | None:
+        """Return the decay of the running average, or None."""
         return self._generator.ema
 
     # Steps

@@ -765,7 +765,7 @@ def test_hooks_that_come_and_go_are_called(graphed):
     trainer.step(real)
     assert len(calls) == 2 * 2, "real and fake samples have a pass each in a step"
     hook.remove()
-    for real in data:
+    for real in data * 6:
         trainer.step(real)
     assert len(calls) == 4
     assert Recorded.made == 2
