@@ -642,9 +642,10 @@ def input_gradient(
     if torch.compiler.is_compiling():
         given = dict(critic.named_buffers()) if isinstance(critic, nn.Module) else {}
         buffers = dict(given)
+        empty = empty_buffers(critic) if isinstance(critic, nn.Module) else []
 
         def forward(x: Tensor, buffers: dict[str, Tensor]) -> Tensor:
-            return call(critic, {}, buffers, (x, *args)) if buffers else critic(x, *args)  # type: ignore[arg-type]
+            return call(critic, {}, buffers, (x, *args), empty) if buffers else critic(x, *args)  # type: ignore[arg-type]
 
         gradient = traced_input_gradient(forward, x, buffers, pack)
         if isinstance(critic, nn.Module):
@@ -694,18 +695,41 @@ def traced_input_gradient(
     return gradient if scale is None else gradient / (scale * pack / len(x))
 
 
-def call(module: nn.Module, trained: dict[str, Tensor], rest: dict[str, Tensor], args: tuple[Any, ...]) -> Tensor:
-    """Return ``module(*args)`` with these parameters and buffers; those that it rebinds are rebound in ``rest``."""
+Empty = list[tuple[str, nn.Module, str]]
+
+
+def empty_buffers(module: nn.Module) -> Empty:
+    """Return a module's buffers that are None: (name in it, the module that has it, name there)."""
+    return [
+        (f"{path}.{name}" if path else name, m, name)
+        for path, m in module.named_modules()
+        for name, x in m._buffers.items()
+        if x is None
+    ]
+
+
+def call(
+    module: nn.Module, trained: dict[str, Tensor], rest: dict[str, Tensor], args: tuple[Any, ...], empty: Empty
+) -> Tensor:
+    """Return ``module(*args)`` with these parameters and buffers; those that it rebinds are rebound in ``rest``.
+
+    ``empty`` are the buffers that were None before, and are so again afterwards.
+    """
     state = {**trained, **rest}
     output: Tensor = torch.func.functional_call(module, state, args)
     for name in rest:
         rest[name] = state[name]
+    for name, m, own_name in empty:
+        x = m._buffers[own_name]
+        if x is not None and name not in state:
+            rest[name] = x
+            m._buffers[own_name] = None
     return output
 
 
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return those tensors of ``after`` that are others than in ``before``."""
-    return {name: x.detach() for name, x in after.items() if x is not before[name]}
+    return {name: x.detach() for name, x in after.items() if x is not before.get(name)}
 
 
 def rebind(module: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -298,6 +298,7 @@ class Compiled(Eager):
         if (parts, structure.hooked_everywhere()) != self._compiled_of:
             self._compiled_of = parts, structure.hooked_everywhere()
             self._forms.clear()
+        self._empty = [functional.empty_buffers(network) for network in (self._generator, self._critic)]
         key = (trace.__name__, shape, *options.values())
         if key not in self._forms:
 
@@ -382,7 +383,7 @@ class Compiled(Eager):
 
             def forward(samples: Tensor, rest: dict[str, Tensor], cond: tuple[Any, ...] = cond) -> Tensor:
                 with self._autocast():
-                    return functional.call(self._critic, trained, rest, (samples, *cond))
+                    return functional.call(self._critic, trained, rest, (samples, *cond), self._empty[1])
 
             if len(samples) == 1:
                 both = scores_of_both(lambda samples, *cond: forward(samples, rest, cond), *samples, cond, self._pack)
@@ -415,9 +416,9 @@ class Compiled(Eager):
         def loss(trained: dict[str, Tensor], given: dict[str, Tensor], critic_state: State) -> tuple[Tensor, Any]:
             rest, critic_rest = dict(given), dict(critic_state[1])
             with self._autocast():
-                fake = functional.call(self._generator, trained, rest, (z, *cond))
+                fake = functional.call(self._generator, trained, rest, (z, *cond), self._empty[0])
                 fake = _noisy(fake.to(dtype or fake.dtype), noise, self._backend)
-                scores = functional.call(self._critic, critic_state[0], critic_rest, (fake, *cond))
+                scores = functional.call(self._critic, critic_state[0], critic_rest, (fake, *cond), self._empty[1])
             functional.check_scores("critic", scores, batch, self._pack)
             total = reference.generator_loss(scores, blend=self._blend)
             rebound = functional.changed(given, rest), functional.changed(critic_state[1], critic_rest)

@@ -96,7 +96,7 @@ class Player:
     def replace(self, optimizer: torch.optim.Optimizer, *, default: bool = False) -> None:
         """Take another optimizer. It may leave out any of the parameters that can be trained by now."""
         self.optimizer, self._default = optimizer, default
-        self._known = {p for p in self.module.parameters() if p.requires_grad}
+        self._known = set() if default else {p for p in self.module.parameters() if p.requires_grad}
         self._listed = _trainable(self.module.parameters())
 
     def _held(self) -> set[int]:
@@ -161,7 +161,7 @@ class Player:
                 f"{names}: add them by trainer.{self.name}_optimizer.add_param_group, or freeze them by "
                 "requires_grad_(False)"
             )
-        if new:
+        if not self._default:
             self._known = {p for p in self.module.parameters() if p.requires_grad or p in self._known}
         return trained
 
@@ -193,8 +193,9 @@ class Player:
                 first["params"][:] = [p for p in self._listed if p not in out]
                 self._move(self.optimizer.state, self._left)
         if self._clip is not None:
-            now = self._clip.excluded(self.module)
-            self._excluded = {p for p in parameters if p in now or p in self._excluded} if self._clip.exclude else now
+            if self._clip.exclude:  # by the names that parameters come with, which may be others' later
+                now, seen = self._clip.excluded(self.module), {*self._clipped, *self._excluded}
+                self._excluded = {p for p in parameters if p in (self._excluded if p in seen else now)}
             self._clipped = [p for p in parameters if p not in self._excluded]
         if self.ema is not None:
             for p in filter(torch.is_floating_point, parameters):

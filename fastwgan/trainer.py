@@ -257,8 +257,6 @@ class Trainer:
             player.hook(own)
         self._graphs = self._make_graphs() if state["_graphs"] else None
 
-    # Setting up
-
     def _make_graphs(self) -> graphs.Graphs | None:
         self._device_offset = torch.zeros((), dtype=torch.int64, device=self.device)
         self._device_noise = torch.zeros((), device=self.device)

@@ -1,6 +1,7 @@
 """Steps as graphs: on a CPU by a recording that does what a CUDA graph does, on a GPU for real."""
 
 import copy
+import functools
 import gc
 import pickle
 import warnings
@@ -8,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from launches import Live
@@ -844,3 +846,67 @@ def test_graphs_follow_a_network_that_grows(graphed):
     assert_close_weights(*runs, 1e-5)
     for a, b in zip(*(r.averages().values() for r in runs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def _mine(x, *_, slope=[0.2]):  # noqa: B006 - what only Python knows
+    return nn.functional.leaky_relu(x, slope[0])
+
+
+def _patched(critic):
+    critic[1].forward = functools.wraps(nn.LeakyReLU.forward)(_mine)
+
+
+def _patched_class(critic):
+    nn.LeakyReLU.forward = functools.wraps(nn.LeakyReLU.forward)(lambda self, x: _mine(x, slope=[0.7]))
+
+
+CHANGES = {  # of a critic of Linear, LeakyReLU, Upsample, Flatten and Linear
+    "a list": lambda critic: critic[3].size.__setitem__(0, 10),
+    "a number of NumPy's": lambda critic: setattr(critic[1], "negative_slope", np.float32(0.7)),
+    "a hook on a parameter": lambda critic: critic[0].weight.register_hook(lambda g: g * 0.5),
+    "two hooks on a parameter": lambda critic: list(
+        map(critic[0].bias.register_hook, (lambda g: g * 2, lambda g: g * 0.1))
+    ),
+    "a hook after accumulation": lambda critic: critic[0].weight.register_post_accumulate_grad_hook(
+        lambda p: setattr(p, "grad", p.grad * 0.5)
+    ),
+    "a patched layer": _patched,
+    "a patched class": _patched_class,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_are_noticed_in_the_same_step(name, graphed, monkeypatch):
+    monkeypatch.setattr(nn.LeakyReLU, "forward", nn.LeakyReLU.forward)  # and put back
+    runs, before = [], nn.LeakyReLU.forward
+    for cuda_graph in (False, "auto"):
+        nn.LeakyReLU.forward = before
+        torch.manual_seed(0)
+        critic = nn.Sequential(
+            nn.Linear(10, 4), nn.LeakyReLU(np.float32(0.2)), nn.Unflatten(1, (1, 4)), nn.Upsample([4]), nn.Flatten(),
+            nn.AdaptiveAvgPool1d(4), nn.Linear(4, 1),
+        )  # fmt: skip
+        trainer = Trainer(
+            nn.Linear(6, 10).to(graphed), critic.to(graphed), latent=6, backend="triton", cuda_graph=cuda_graph,
+            n_critic=100, constraint=WeightClip(0.5), critic_optimizer=RMSprop(critic.parameters(), lr=0.01),
+        )  # fmt: skip
+        for i, real in enumerate(batches(graphed, (10,), 14)):
+            if i == 8:
+                captured = Recorded.made
+                quietly(CHANGES[name], critic)
+            quietly(trainer.step, real)
+        runs.append(trainer)
+    assert captured == 1
+    assert_close_weights(*runs, 1e-6)
+
+
+def test_the_callers_autocast_is_another_graph(graphed):
+    runs = []
+    for cuda_graph in (False, True):
+        trainer, shape = made(graphed, cuda_graph, n_critic=100)
+        for i, real in enumerate(batches(graphed, shape, 18)):
+            with torch.autocast(graphed.type, torch.bfloat16, enabled=6 <= i < 12):
+                trainer.step(real)
+        runs.append(trainer)
+    assert Recorded.made == 2
+    assert_close_weights(*runs, 1e-5)

@@ -1,9 +1,11 @@
 """Things that people do with a WGAN, each against the plain loop's numbers in float64."""
 
 import copy
+import gc
 import io
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -108,18 +110,27 @@ class Scaled(nn.Module):
 
 
 class Running(nn.Module):
-    """Keeps a mean and a count in buffers that it rebinds, and a count in a Python number."""
+    """Keeps a mean and a count in buffers that it rebinds."""
 
     def __init__(self):
         super().__init__()
         self.register_buffer("mean", torch.zeros(4))
         self.register_buffer("calls", torch.zeros(()))
-        self.count = 0
 
     def forward(self, x):
         self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
-        self.calls, self.count = self.calls + 1, self.count + 1
+        self.calls = self.calls + 1
         return x - x.mean(1, keepdim=True)
+
+
+class Counted(nn.Module):
+    """Reads how many passes there have been."""
+
+    count = 0
+
+    def forward(self, x):
+        self.count += 1
+        return x * (1 + self.count % 3)
 
 
 class SpectralNorm(nn.Module):
@@ -156,6 +167,7 @@ CRITICS = {
     "minibatch statistic": BatchStatistic,
     "batch scaled by its extremes": lambda: nn.Sequential(Scaled(), own_layers()),
     "buffers rebound in forward": lambda: own_layers(Running()),
+    "passes counted": lambda: own_layers(Counted()),
     "spectral norm by data": lambda: nn.Sequential(SpectralNorm(nn.Linear(2, 8)), nn.Tanh(), nn.Linear(8, 1)),
 }
 
@@ -713,3 +725,215 @@ def test_what_a_trainer_says_of_itself():
     assert "real and fake samples share a pass of the critic, as its layers keep samples apart)" in repr(known)
     assert "have a pass of the critic each, as BatchStatistic is not among the layers known" in repr(own)
     assert "independent_samples=True" in repr(own)
+
+
+# Compiled networks that change
+
+
+def test_hooks_come_and_go_under_compile(traced_only):  # noqa: F811
+    runs = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        generator, critic = pair(own_layers())
+        options = {"critic_optimizer": torch.optim.SGD(critic.parameters(), lr=0.05), "n_critic": 1}
+        trainer = Trainer(generator, critic, latent=Latents(), compile=compiled, constraint=WeightClip(0.5), **options)
+        batches = torch.randn(9, N, 2, dtype=F64, generator=torch.Generator().manual_seed(1))
+        for i, real in enumerate(batches):
+            if i == 3:
+                hooks = [m.register_forward_hook(lambda m, args, x: 2 * x) for m in (generator, critic[0])]
+            if i == 6:
+                for hook in hooks:
+                    hook.remove()
+            trainer.step(real)
+        runs.append(torch.cat((weights(critic), weights(generator))))
+    torch.testing.assert_close(*runs, rtol=1e-9, atol=1e-12)
+
+
+def test_a_compiled_critic_grows_in_every_step(traced_only):  # noqa: F811
+    def change(critic, i):
+        critic.insert(0, nn.Identity())
+
+    assert_as_plain(own_layers(), compile=True, change=change, steps=10)
+
+
+class Lazy(nn.Module):
+    """Keeps a buffer that is None at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", None)
+
+    def forward(self, x):
+        mean = x.mean().detach()
+        self.mean = mean if self.mean is None else 0.9 * self.mean + 0.1 * mean
+        return x * (1 + self.mean)
+
+
+@pytest.mark.parametrize("constraint", [GradientPenalty(), WeightClip(0.3)], ids=["penalty", "clip"])
+@pytest.mark.parametrize("layer", [Lazy, Running])
+def test_buffers_that_are_rebound_under_compile(layer, constraint, traced_only):  # noqa: F811
+    assert_as_plain(own_layers(layer()), compile=True, constraint=constraint)
+
+
+# Layers that leave and come back
+
+
+def test_a_wrong_layer_that_is_taken_back_leaves_no_trace():
+    """A step that raises, and what only reads, put the moments of a default optimizer aside."""
+    runs = []
+    for wrong in (False, True):
+        generator, critic = pair()
+        trainer = Trainer(generator, critic, latent=Latents(), constraint=GradientPenalty(), ema=0.9, n_critic=1)
+        for i, real in enumerate(torch.randn(6, N, 2, dtype=F64, generator=torch.Generator().manual_seed(1))):
+            if wrong and i == 3:
+                kept, latents = critic[2], copy.deepcopy(trainer.latent)
+                critic[2] = nn.Linear(5, 1).double()
+                with pytest.raises(RuntimeError):
+                    trainer.step(real)
+                critic[2], trainer.latent = kept, copy.deepcopy(latents)
+                weight, generator.weight = generator.weight, nn.Parameter(torch.ones(2, 3, dtype=F64))
+                trainer.sample(2)
+                trainer.averages()
+                trainer.state_dict()
+                generator.weight = weight
+                trainer.latent = latents
+            trainer.step(real)
+        runs.append(trainer.state_dict())
+    assert_same_state(runs[1]["critic_optimizer"], runs[0]["critic_optimizer"])
+    assert_same_state(runs[1]["ema"], runs[0]["ema"])
+    assert_same_state(runs[1]["generator"], runs[0]["generator"])
+
+
+def test_a_state_that_is_read_does_not_keep_a_layer_from_joining():
+    generator, critic = pair()
+    trainer = Trainer(generator, critic, latent=Latents(), constraint=GradientPenalty())
+    trainer.step(torch.randn(N, 2, dtype=F64))
+    critic.insert(0, nn.Linear(2, 2).double())
+    assert len(trainer.state_dict()["critic_optimizer"]["param_groups"][0]["params"]) == 6
+    trainer.critic_optimizer.add_param_group({"params": list(critic[0].parameters()), "lr": 0.5})
+    trainer.step(torch.randn(N, 2, dtype=F64))
+    assert [len(g["params"]) for g in trainer.critic_optimizer.param_groups] == [4, 2]
+
+
+def test_parameters_that_have_left_are_freed():
+    generator, critic = nn.Sequential(nn.Linear(3, 2)), nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 1))
+    trainer = Trainer(generator, critic, latent=3, constraint=GradientPenalty(), ema=0.9, n_critic=1)
+    trainer.step(torch.randn(N, 2))
+    left = [weakref.ref(x) for x in (generator[0], critic[0], generator[0].weight, critic[0].weight)]
+    generator[0], critic[0] = nn.Linear(3, 2), nn.Linear(2, 4)
+    for _ in range(2):
+        trainer.step(torch.randn(N, 2))
+    gc.collect()
+    assert [ref() for ref in left] == [None] * 4
+
+
+def test_a_generator_without_its_parameters_is_refused_before_the_critic_changes():
+    generator, critic = nn.Sequential(nn.Linear(3, 2)), nn.Linear(2, 1)
+    own = torch.optim.Adam(generator.parameters(), lr=1e-3)
+    trainer = Trainer(generator, critic, latent=3, generator_optimizer=own, n_critic=2)
+    trainer.step(torch.randn(N, 2))
+    generator.append(nn.Linear(2, 2))
+    before = weights(critic)
+    for call in (lambda: trainer.step(torch.randn(N, 2)), lambda: trainer.iteration([torch.randn(N, 2)])):
+        with pytest.raises(ValueError, match="^generator_optimizer: expected the parameters"):
+            call()
+    assert torch.equal(weights(critic), before)
+    assert trainer.critic_iterations == 1
+
+
+@pytest.mark.parametrize("exclude", [nn.LayerNorm, "1.*"])
+def test_an_excluded_layer_may_move_or_leave(exclude):
+    critic = nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4), nn.Linear(4, 1))
+    trainer = Trainer(nn.Linear(3, 2), critic, latent=3, constraint=WeightClip(0.01, exclude=exclude))
+    trainer.step(torch.randn(N, 2))
+    critic.insert(0, nn.Identity())
+    trainer.step(torch.randn(N, 2))
+    assert critic[2].weight.min() > 0.9
+    critic[2] = nn.Identity()
+    trainer.step(torch.randn(N, 2))
+    assert trainer.state_dict()["critic_iterations"] == 3
+    assert weights(critic).abs().max() <= 0.01
+
+
+def test_networks_that_become_double_have_double_averages():
+    generator, critic = nn.Linear(3, 2), nn.Linear(2, 1)
+    trainer = Trainer(generator, critic, latent=3, n_critic=1, ema=0.5)
+    trainer.step(torch.randn(N, 2))
+    generator.double(), critic.double()
+    before = trainer._generator.averages[generator.weight].double()
+    trainer.step(torch.randn(N, 2, dtype=F64))
+    torch.testing.assert_close(trainer.averages()["weight"], (before + generator.weight.detach()) / 2)
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("apart", [False, True])
+def test_views_of_one_weight_that_overlap_are_refused(apart):
+    """Columns of one matrix, which lie between each other, are not."""
+    whole = torch.ones(3, 4)
+    views = [nn.Parameter(x) for x in ((whole[:, :2], whole[:, 2:]) if apart else (whole[:, :3], whole[:, 1:]))]
+    for p in views:
+        p.grad = torch.ones_like(p)
+    optimizer = fastwgan.RMSprop(views, lr=0.1, backend="triton")
+    if not apart:
+        with pytest.raises(ValueError, match="^params: expected each in memory of its own, got number 1"):
+            optimizer.step()
+        assert torch.equal(whole, torch.ones(3, 4))
+        return
+    optimizer.step()
+    torch.testing.assert_close(whole, torch.zeros(3, 4), rtol=0, atol=1e-5)
+
+
+@pytest.mark.emulated
+def test_norms_of_a_weight_and_its_frozen_alias_are_refused_before_the_update():
+    critic = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    critic[1].weight = nn.Parameter(critic[0].weight.data, requires_grad=False)
+    trainer = Trainer(nn.Linear(3, 2), critic, latent=3, constraint=NormClip(0.1), backend="triton")
+    before = weights(critic)
+    with pytest.raises(ValueError, match="^params: expected each in memory of its own"):
+        trainer.step(torch.randn(N, 2))
+    assert torch.equal(weights(critic), before)
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_has_the_hooks_of_parameters_and_of_loads(how):
+    generator, critic = nn.Linear(4, 2), models.mlp([2, 8, 1])
+    own = torch.optim.Adam(critic.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(own, 1, 0.5)
+    trainer = Trainer(
+        generator, critic, latent=4, constraint=GradientPenalty(), critic_optimizer=own, critic_scheduler=scheduler
+    )
+    critic[1].weight.register_hook(halved)
+    trainer.step(torch.randn(N, 2))
+    copied, state = COPIES[how](trainer), copy.deepcopy(own.state_dict())
+    for one in (trainer, copied):
+        one.critic_scheduler.optimizer.load_state_dict(state)
+        for real in torch.ones(2, N, 2):
+            one.step(real)
+    assert copied.critic_optimizer.param_groups[0]["lr"] == trainer.critic_optimizer.param_groups[0]["lr"] == 0.0125
+    assert_same_state(copied.state_dict(), trainer.state_dict())
+
+
+def halved(gradient):
+    return gradient / 2
+
+
+def test_what_a_trainer_says_after_its_critic_has_changed():
+    critic = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    trainer = Trainer(nn.Linear(3, 2), critic, latent=3)
+    trainer.step(torch.randn(N, 2))
+    assert "as BatchNorm1d(4, " in repr(trainer)
+    critic.eval()
+    assert "as its layers mixed samples in the last step" in repr(trainer)
+    trainer.step(torch.randn(N, 2))
+    assert "share a pass" in repr(trainer)
+
+
+def test_an_assigned_optimizer_is_checked_and_taken_over():
+    generator, critic = nn.Linear(3, 2), nn.Linear(2, 1)
+    trainer = Trainer(generator, critic, latent=3)
+    with pytest.raises(ValueError, match="^critic_optimizer: expected parameters of its own network"):
+        trainer.critic_optimizer = torch.optim.RMSprop(generator.parameters())
+    trainer.critic_optimizer = torch.optim.RMSprop(critic.parameters(), lr=0.5)
+    trainer.step(torch.randn(N, 2))
+    assert type(trainer.critic_optimizer) is fastwgan.RMSprop
+    assert weights(critic).abs().max() <= 0.01
