@@ -255,10 +255,10 @@ def poisoned(trainer, *, now, only):
 
 
 def check_grown():
-    """Return the weights after steps of networks that got a layer, which each rank has drawn otherwise."""
+    """Return weights and averages after steps of networks that got a layer, which each rank has drawn otherwise."""
     torch.manual_seed(0)
     generator, critic, _ = mlp_pair()
-    trainer = Trainer(generator, critic, latent=LATENT, constraint=PENALTY, n_critic=2, seed=9)
+    trainer = Trainer(generator, critic, latent=LATENT, constraint=PENALTY, n_critic=2, seed=9, ema=0.9)
     data = torch.Generator().manual_seed(3)
     for i in range(8):
         if i == 3:
@@ -266,8 +266,9 @@ def check_grown():
             for network in (critic, generator):
                 width = next(iter(network.parameters())).shape[1]
                 network.insert(0, nn.utils.parametrizations.spectral_norm(nn.Linear(width, width).double()))
+            trainer.averages(), trainer.state_dict()  # which leave no trace
         trainer.step(part(torch.randn(BATCH, 10, generator=data, dtype=F64)))
-    return weights(trainer)
+    return torch.cat((weights(trainer), *(x.flatten() for x in trainer.averages().values())))
 
 
 def check_nonfinite(optimizer=None):
