@@ -121,10 +121,13 @@ class Player:
         self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks, hooked = hooks
         for p, own, accumulated in hooked:
             p._backward_hooks = p._post_accumulate_grad_hooks = None
+            frozen = not p.requires_grad
+            p.requires_grad_(True)  # without which PyTorch takes no hooks
             for hook in own:
                 p.register_hook(hook)
             for hook in accumulated:
                 p.register_post_accumulate_grad_hook(hook)
+            p.requires_grad_(not frozen)
         for hook in self.optimizer._optimizer_step_post_hooks.values():
             if isinstance(hook, Called):
                 follow_loads(hook.optimizer, self.optimizer)

@@ -314,8 +314,8 @@ class Case:
                 x.data.add_(1)
             other = self.trainer(*networks, latent, self.seed + 1)
             other.load_state_dict(trainer.state_dict())
-        for role in filter(self.clamped.get, ROLES):  # tensors lose their hooks when they are copied
-            clamp_gradients(getattr(other, role), self.clamped[role])
+            for role in filter(self.clamped.get, ROLES):  # networks that are copied by themselves lose these hooks
+                clamp_gradients(getattr(other, role), self.clamped[role])
         return other
 
     def batch(self):
