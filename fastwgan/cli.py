@@ -248,7 +248,8 @@ def _info(args: argparse.Namespace) -> int:
     print("\nreal and fake samples in a critic step")
     print("  share one pass of a critic whose layers are known to keep samples apart, as those of fastwgan train do")
     print("  have a pass each of any other, such as a class of your own, or one with BatchNorm or conditions;")
-    print("  repr(trainer) says which, and Trainer(independent_samples=True) is your word that they may share one")
+    print("  repr(trainer) says which, and Trainer(independent_samples=True) is your word that they may share one:")
+    print("  on a CPU 1.05 times as fast under weight clipping, no faster under the penalty; on a GPU not measured")
     return 0
 
 

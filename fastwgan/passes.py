@@ -285,20 +285,29 @@ class Compiled(Eager):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._forms: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        self._compiled_of: Any = None  # the networks' parts and hooks, of which the compiler looks at tensors alone
+        self._modules: list[nn.Module] = []
+        self._compiled_of: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_forms": {}, "_compiled_of": None}  # a copy compiles its own
+        return self.__dict__ | {"_forms": {}, "_modules": [], "_compiled_of": None}  # a copy compiles its own
+
+    def _parts(self) -> list[Any]:
+        """Return what a form depends on and the compiler does not look at: parts, hooks, which buffers are None."""
+        parts: list[Any] = [structure.hooked_everywhere()]
+        for m in self._modules:
+            parts += [*m._modules.values()], structure.hooks(m), [x is None for x in m._buffers.values()]
+        return parts
 
     def _call(self, trace: Callable[..., Any], shape: Any, *args: Any, **options: Any) -> Any:
         """``trace(*args, **options)``, compiled for batches of a shape: not every PyTorch can differentiate twice
         through a convolution of sizes that are left open.
         """
-        parts = [(m, *structure.hooks(m)) for network in (self._generator, self._critic) for m in network.modules()]
-        if (parts, structure.hooked_everywhere()) != self._compiled_of:
-            self._compiled_of = parts, structure.hooked_everywhere()
+        if self._parts() != self._compiled_of:
+            networks = self._generator, self._critic
+            self._modules = [m for network in networks for m in network.modules()]
+            self._compiled_of = self._parts()
+            self._empty = [functional.empty_buffers(network) for network in networks]
             self._forms.clear()
-        self._empty = [functional.empty_buffers(network) for network in (self._generator, self._critic)]
         key = (trace.__name__, shape, *options.values())
         if key not in self._forms:
 

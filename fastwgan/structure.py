@@ -168,10 +168,9 @@ def _is_ours(kind: Any) -> bool:
     return kind.__module__.startswith(("torch.nn.", "fastwgan.models"))  # type: ignore[no-any-return]
 
 
-def hooks(m: nn.Module) -> tuple[tuple[int, ...], ...]:
-    """Return the numbers that a module's hooks have."""
-    kinds = (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-    return tuple(tuple(hooks) for hooks in kinds)
+def hooks(m: nn.Module) -> tuple[int, ...]:
+    """Return the numbers of a module's hooks, of which no two hooks have the same."""
+    return *m._forward_hooks, *m._forward_pre_hooks, *m._backward_hooks, *m._backward_pre_hooks
 
 
 def _untouched(m: nn.Module) -> bool:
