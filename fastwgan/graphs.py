@@ -11,9 +11,9 @@ import gc
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from operator import itemgetter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -146,13 +146,29 @@ def _is_constant(x: Any) -> bool:
     return isinstance(x, CONSTANTS) or (isinstance(x, tuple) and all(isinstance(part, CONSTANTS) for part in x))
 
 
-def _plain(x: Any) -> Any:
-    """Return a copy of plain numbers, text and what holds such, to be compared by value; None of all else."""
-    if isinstance(x, (*CONSTANTS, np.generic)):
-        return x
+def _contents(x: Any) -> Any:
+    """Return a copy of what a container holds, all the way down; anything else as it is."""
     if isinstance(x, dict):
-        return [(key, _plain(value)) for key, value in x.items()]
-    return [*map(_plain, x)] if isinstance(x, (list, tuple, set)) else None
+        return [(key, _contents(value)) for key, value in x.items()]
+    return [*map(_contents, x)] if isinstance(x, (list, tuple, set)) else x
+
+
+class _Attributes:
+    """A module's own attributes: numbers, functions and the like by identity or value, containers by what they hold."""
+
+    def __init__(self, m: nn.Module) -> None:
+        own, self._own = [name for name in vars(m) if name not in ATTRIBUTES], vars(m)
+        self._containers = [name for name in own if isinstance(self._own[name], (dict, list, set))]
+        self._values = itemgetter("training", *(name for name in own if name not in self._containers))
+
+    def now(self) -> tuple[Any, ...]:
+        own = self._own
+        if any(name not in own for name in self._containers):
+            return ()
+        try:
+            return len(own), self._values(own), [_contents(own[name]) for name in self._containers]
+        except KeyError:
+            return ()
 
 
 def _signature(x: Any, device: torch.device) -> Hashable:
@@ -248,6 +264,7 @@ class Graphs:
         self._device, self._players, self._required = device, players, required
         self._capture = Capture(device, generators)
         self._modules: list[nn.Module] = []
+        self._attributes: list[_Attributes] = []
         self._state: Any = None
         self._graphs: dict[Hashable, _Graph] = {}
         self._problem: str | None = None  # with steps as they are
@@ -269,8 +286,8 @@ class Graphs:
             [id(x) for x in parts],
             [x.data_ptr() for x in tensors],
             [x.requires_grad for x in tensors],
-            [structure.code(m) for m in modules],
-            [[(name, _plain(x)) for name, x in vars(m).items() if name not in ATTRIBUTES] for m in modules],
+            [*map(type, modules), *map(structure.class_code, {type(m): None for m in modules})],
+            [attributes.now() for attributes in self._attributes],
             [*map(structure.hooks, modules), structure.hooked_everywhere()],
             [(*(x._backward_hooks or ()), *(x._post_accumulate_grad_hooks or ())) for x in tensors],
             [
@@ -284,10 +301,14 @@ class Graphs:
         self._looks += 1
         if self._foreign and self._looks % RESTLESS:
             return  # nothing is captured: whether the networks are known again can wait
-        state = self._depended_on()
-        if state != self._state:
+        try:
+            same = self._depended_on() == self._state
+        except (RuntimeError, ValueError):  # a tensor or an array in another's place has no single answer
+            same = False
+        if not same:
             self.forget()
             self._modules = [m for player in self._players for m in player.module.modules()]
+            self._attributes = [*map(_Attributes, self._modules)]
             self._state = self._depended_on()
             self._kept = self._parts()  # as long as these live, no other has the id of one
             parts = ((player.name, structure.foreign(player.module)) for player in self._players)

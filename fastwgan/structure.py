@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastwgan import models
 
-__all__ = ["code", "doubt", "foreign", "has_batchnorm", "hooked_everywhere", "hooks", "layers", "may_write"]
+__all__ = ["class_code", "doubt", "foreign", "has_batchnorm", "hooked_everywhere", "hooks", "layers", "may_write"]
 
 
 def has_batchnorm(module: nn.Module, *, training: bool = False) -> bool:
@@ -138,17 +138,12 @@ for _n in (1, 2, 3):
         _RULES |= {getattr(nn, f"{name}{_n}d"): _rule(_n + 2) for name in _names.split()}
 
 
-def _code(kind: Any) -> tuple[Any, ...]:
+def class_code(kind: Any) -> tuple[Any, ...]:
     """Return what a module of a kind runs."""
     return kind.__call__, kind._call_impl, kind.forward, getattr(kind, "_conv_forward", None)
 
 
-def code(m: nn.Module) -> tuple[Any, ...]:
-    """Return a module's class and what it runs, by its class and its own attributes."""
-    return type(m), *_code(type(m)), *filter(callable, vars(m).values())
-
-
-_CODE: dict[Any, tuple[Any, ...]] = {kind: _code(kind) for kind in (nn.Sequential, *_RULES)}
+_CODE: dict[Any, tuple[Any, ...]] = {kind: class_code(kind) for kind in (nn.Sequential, *_RULES)}
 
 
 def _home(function: Any) -> str:
@@ -190,7 +185,7 @@ def _output_rank(m: nn.Module, rank: int, found: list[nn.Module]) -> int:
     kind = type(m)
     if kind not in _CODE:
         raise _UnknownError(kind.__name__, "is not among the layers known to keep samples apart")
-    if _code(kind) != _CODE[kind] or not _untouched(m):
+    if class_code(kind) != _CODE[kind] or not _untouched(m):
         raise _UnknownError(kind.__name__, "has hooks, or is patched or compiled")
     if kind is nn.Sequential:
         for child in m._modules.values():
@@ -240,8 +235,9 @@ def foreign(module: nn.Module) -> str | None:
         kind: Any = type(m)
         if not _is_ours(kind):
             return f"{kind.__name__}, a class of its own"
-        ours = all(_home(f).startswith(("torch", "fastwgan.")) for f in code(m)[1:])
-        if not ours or not _untouched(m) or _CODE.get(kind) not in (None, _code(kind)):
+        functions = (*class_code(kind), *filter(callable, vars(m).values()))
+        ours = all(_home(f).startswith(("torch", "fastwgan.")) for f in functions)
+        if not ours or not _untouched(m) or _CODE.get(kind) not in (None, class_code(kind)):
             return f"{kind.__name__} with hooks or patched, or with functions of its own"
     if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters()):
         return "hooks on its parameters"
