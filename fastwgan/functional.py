@@ -645,7 +645,7 @@ def input_gradient(
         empty = empty_buffers(critic) if isinstance(critic, nn.Module) else []
 
         def forward(x: Tensor, buffers: dict[str, Tensor]) -> Tensor:
-            return call(critic, {}, buffers, (x, *args), empty) if buffers else critic(x, *args)  # type: ignore[arg-type]
+            return call(critic, {}, buffers, (x, *args), empty) if buffers or empty else critic(x, *args)  # type: ignore[arg-type]
 
         gradient = traced_input_gradient(forward, x, buffers, pack)
         if isinstance(critic, nn.Module):

@@ -158,7 +158,8 @@ class _Attributes:
 
     def __init__(self, m: nn.Module) -> None:
         own, self._own = [name for name in vars(m) if name not in ATTRIBUTES], vars(m)
-        self._containers = [name for name in own if isinstance(self._own[name], (dict, list, set))]
+        kinds = (dict, list, set, tuple)
+        self._containers = [name for name in own if isinstance(x := self._own[name], kinds) and not _is_constant(x)]
         self._values = itemgetter("training", *(name for name in own if name not in self._containers))
 
     def now(self) -> tuple[Any, ...]:

@@ -25,7 +25,7 @@ from fastwgan.functional import (
     is_dense,
     refuse_overlap,
     same_layout,
-)  # fmt: skip
+)
 
 __all__ = ["Adam", "RMSprop"]
 

@@ -731,7 +731,7 @@ def test_networks_of_own_classes_are_captured_only_if_the_user_says_so(graphed):
 
 
 def test_plain_attributes_of_modules_take_effect_in_replays(graphed):
-    """Of a layer of PyTorch's, and of one's own where the user says that it may be captured."""
+    """Change a layer of PyTorch's, and one of the user's own that may be captured."""
     runs, graphs_made = [], []
     for cuda_graph in (False, True):
         torch.manual_seed(0)

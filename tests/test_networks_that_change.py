@@ -11,7 +11,7 @@ from test_trainer import assert_same_state, quietly, weights
 from test_what_people_do import F64, Latents, N, Running, assert_as_plain, own_layers, pair
 from torch import nn
 
-from fastwgan import GradientPenalty, NormClip, Trainer, WeightClip
+from fastwgan import GradientPenalty, NormClip, Trainer, WeightClip, functional
 
 # Growth, thaw and frost
 
@@ -67,7 +67,7 @@ def test_layers_are_added_and_join_the_optimizer(constraint, kind, whose):
 
 
 def test_a_group_that_joins_has_the_users_numbers():
-    """Of the optimizer that was taken over, where the group names none of its own."""
+    """The group names none of its own, and gets those of the optimizer that was taken over."""
     _, critic = pair()
     own = torch.optim.RMSprop(critic.parameters(), lr=1e-4, eps=1e-3)
     trainer = Trainer(nn.Linear(3, 2).double(), critic, latent=Latents(), critic_optimizer=own)
@@ -311,3 +311,18 @@ class Lazy(nn.Module):
 @pytest.mark.parametrize("layer", [Lazy, Running])
 def test_buffers_that_are_rebound_under_compile(layer, constraint, traced_only):  # noqa: F811
     assert_as_plain(own_layers(layer()), compile=True, constraint=constraint)
+
+
+@pytest.mark.parametrize("layer", [Lazy, Running])
+def test_buffers_that_are_rebound_in_a_compiled_loss(layer, traced_only):  # noqa: F811
+    runs = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        critic, real = own_layers(layer()).double(), torch.randn(N, 2, dtype=F64)
+
+        def penalty(critic, real, seed):
+            return functional.gradient_penalty(critic, real, real + 1, seed=seed)
+
+        call = torch.compile(penalty, fullgraph=True) if compiled else penalty
+        runs.append([*(call(critic, real, seed).item() for seed in range(3)), *critic[1].mean.reshape(-1).tolist()])
+    assert runs[1] == pytest.approx(runs[0], rel=1e-9)

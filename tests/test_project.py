@@ -411,7 +411,7 @@ def test_new_bounds_do_not_reach_into_graphs_nor_share_tables():
 
 
 def test_a_norm_just_outside_the_bound_is_brought_down_in_float64(backend, device):
-    """By less than the bound's rounding to float32."""
+    """The norm is outside by less than the bound's rounding to float32."""
     w = torch.full((1, 4), 0.15 * (1 + 5e-9), dtype=torch.float64, device=device)
     share, _ = functional.project_and_count_([w], 0.3, "row", backend)
     assert w.norm().item() == pytest.approx(0.3, abs=1e-15)

@@ -182,7 +182,7 @@ def test_data_of_a_wide_range_through_a_critic_that_scales_its_batch():
 
 
 def test_stochastic_depth_draws_once_for_each_pass():
-    """By a seed that is the input's, as the trainer's passes and the plain loop's are not taken in turn."""
+    """Each pass draws from a seed of its input, as the trainer's passes and the plain loop's are not taken in turn."""
 
     def change(critic, i):
         if i == 0:
