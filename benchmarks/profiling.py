@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fastwgan import Trainer, bench, bench_run, structure, timing
+from fastwgan import Trainer, bench, bench_run, timing
+from fastwgan.engine import structure
 from fastwgan.workloads import WORKLOADS
 
 PROFILED = ("mlp-clip", "mlp-penalty", "tabular-penalty", "dcgan-penalty")

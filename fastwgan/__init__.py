@@ -5,7 +5,7 @@ from fastwgan.constraints import GradientPenalty, NormClip, WeightClip
 from fastwgan.metrics import Metrics
 from fastwgan.optim import Adam, RMSprop
 from fastwgan.trainer import Trainer, warmup_schedule
-from fastwgan.verify import verify
+from fastwgan.verification.verify import verify
 
 __version__ = "0.1.0"
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 import fastwgan
 from fastwgan import functional, reference
-from fastwgan.guard import Guard
+from fastwgan.engine.guard import Guard
+from fastwgan.ops.penalty import penalty_cotangent
+from fastwgan.ops.scores import objective, score_statistics
 
 __all__ = ["BATCH", "OPS", "Builder", "Case", "Made"]
 
@@ -231,7 +233,7 @@ def _penalty_builders(case: Case, device: torch.device) -> dict[str, Builder]:
         return Made(lambda: both(g), lambda: list(reversed(both(g))))
 
     def ours() -> list[Tensor]:
-        statistics, cotangent = functional.penalty_cotangent(g, "two-sided", 1.0, WEIGHT, "auto")
+        statistics, cotangent = penalty_cotangent(g, "two-sided", 1.0, WEIGHT, "auto")
         return [statistics[0], cotangent]
 
     def ours_for_check() -> list[Tensor]:
@@ -254,7 +256,7 @@ def _scores_builders(case: Case, device: torch.device) -> dict[str, Builder]:
         real_mean, fake_mean = real.mean(), fake.mean()
         return [real_mean, fake_mean, real_mean - fake_mean, fake_mean - real_mean]
 
-    ours = partial(functional.score_statistics, real, fake, "auto")
+    ours = partial(score_statistics, real, fake, "auto")
     return {"eager": lambda: Made(eager, eager), "fastwgan": lambda: Made(ours, lambda: list(ours()))}
 
 
@@ -284,7 +286,7 @@ def _objective_builders(case: Case, device: torch.device) -> dict[str, Builder]:
         return Made(lambda: both(real, fake), results)
 
     ours = partial(
-        functional.objective, real, fake, blend=BLEND, drift=DRIFT, weight=1.0, scale=None, backend="auto"
+        objective, real, fake, blend=BLEND, drift=DRIFT, weight=1.0, scale=None, backend="auto"
     )  # fmt: skip
 
     def ours_for_check() -> list[Tensor]:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-from fastwgan.functional import check_number, check_penalty, check_per
+from fastwgan import checks
 
 __all__ = ["GradientPenalty", "NormClip", "WeightClip"]
 
@@ -19,7 +19,7 @@ class Clip:
     exclude: tuple[str | type[nn.Module], ...]
 
     def __post_init__(self) -> None:
-        check_number("bound", self.bound, minimum=0, exclusive=True)
+        checks.number("bound", self.bound, minimum=0, exclusive=True)
         if isinstance(self.exclude, (str, type)):
             object.__setattr__(self, "exclude", (self.exclude,))
         elif not isinstance(self.exclude, Iterable):
@@ -105,7 +105,7 @@ class NormClip(Clip):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_per(self.per)
+        checks.per(self.per)
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,11 @@ class GradientPenalty:
     noise: float = 0.5
 
     def __post_init__(self) -> None:
-        check_number("weight", self.weight, minimum=0, exclusive=True)
-        check_penalty(self.kind, self.target)
+        checks.number("weight", self.weight, minimum=0, exclusive=True)
+        checks.penalty(self.kind, self.target)
         if self.at not in ("interpolates", "real", "fake", "perturbed"):
             raise ValueError(f"at: expected 'interpolates', 'real', 'fake' or 'perturbed', got {self.at!r}")
-        check_number("noise", self.noise, minimum=0, exclusive=True)
+        checks.number("noise", self.noise, minimum=0, exclusive=True)
         if isinstance(self.every, bool) or not isinstance(self.every, int):
             raise TypeError(f"every: expected an int, got {type(self.every).__name__}")
         if self.every < 1:

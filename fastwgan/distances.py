@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastwgan import checks
 from fastwgan.backend import DTYPES
-from fastwgan.functional import check_number, check_seed
 
 __all__ = [
     "EarthMove",
@@ -82,7 +82,7 @@ def _clouds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_order(p: float) -> None:
-    check_number("p", p, minimum=1)
+    checks.number("p", p, minimum=1)
 
 
 # Wasserstein distances
@@ -297,7 +297,7 @@ def sliced_wasserstein(x: Tensor, y: Tensor, *, projections: int = 128, seed: in
         raise TypeError(f"projections: expected an int, got {type(projections).__name__}")
     if projections < 1:
         raise ValueError(f"projections: expected an int >= 1, got {projections}")
-    check_seed("seed", seed)
+    checks.seed("seed", seed)
     _check_order(p)
     random = torch.Generator().manual_seed(seed)
     directions = torch.randn(projections, a.shape[1], generator=random, dtype=torch.float64)

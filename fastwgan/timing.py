@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fastwgan.backend import kernels as kernel_package
-from fastwgan.graphs import capturing
+from fastwgan.engine.graphs import capturing
 
 __all__ = [
     "Peak", "capture", "clocks", "host_time", "interleaved", "kernels", "median", "network_time", "output", "quantiles",

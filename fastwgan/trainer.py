@@ -1,7 +1,7 @@
 """The trainer: a lean critic step and generator step round two networks of the user's.
 
-The critic step builds no graph through the generator and no loss tensors (see :mod:`fastwgan.passes`), which leaves the
-networks' own kernels and a handful of launches. Nothing in a step waits for the device.
+The critic step builds no graph through the generator and no loss tensors (see :mod:`fastwgan.engine.eager`), which
+leaves the networks' own kernels and a handful of launches. Nothing in a step waits for the device.
 """
 
 import copy
@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LRScheduler
 
-from fastwgan import checkpoint, functional, graphs, passes, structure
-from fastwgan.arguments import check_arguments, check_count, check_mode, kept_apart, momentum, shapes, take_over
+from fastwgan import checkpoint, checks
 from fastwgan.backend import Backend, resolve
 from fastwgan.constraints import Clip, GradientPenalty, NormClip, WeightClip
-from fastwgan.guard import PATIENCE, Guard
+from fastwgan.engine import graphs, passes, structure
+from fastwgan.engine.arguments import check_arguments, kept_apart, momentum, shapes, take_over
+from fastwgan.engine.guard import PATIENCE, Guard
+from fastwgan.engine.player import Player, default_optimizer, evaluating
+from fastwgan.engine.ranks import Ranks, unwrapped
 from fastwgan.metrics import Metrics
-from fastwgan.player import Player, default_optimizer, evaluating
-from fastwgan.ranks import Ranks, unwrapped
+from fastwgan.ops.samples import interpolate, perturb, perturb_both
 from fastwgan.streams import process_streams, random_kept, set_process_streams, stream_seed
 
 __all__ = ["Trainer", "warmup_schedule"]
@@ -149,7 +151,7 @@ class Trainer:
         nonfinite: str = "raise",
         max_skipped: int = PATIENCE,
     ) -> None:
-        check_mode()
+        checks.refuse_inference_mode()
         generator, critic = unwrapped("generator", generator), unwrapped("critic", critic)
         settings = {
             "latent": latent, "constraint": constraint, "critic_optimizer": critic_optimizer,
@@ -306,8 +308,8 @@ class Trainer:
         return self._critic_step(real, cond)
 
     def _check_real(self, real: Tensor) -> None:
-        check_mode()
-        functional.check_samples("real", real, self.device)
+        checks.refuse_inference_mode()
+        checks.samples("real", real, self.device)
         if len(real) % self.pack:
             raise ValueError(f"real: expected a multiple of pack={self.pack} samples, got {len(real)}")
 
@@ -342,8 +344,8 @@ class Trainer:
         Raises:
             TypeError, ValueError: an argument or a network's output cannot be used. No weight is changed then.
         """
-        check_mode()
-        check_count("batch_size", batch_size)
+        checks.refuse_inference_mode()
+        checks.count("batch_size", batch_size)
         if batch_size % self.pack:
             raise ValueError(f"batch_size: expected a multiple of pack={self.pack}, got {batch_size}")
         with self._undone_if_refused():
@@ -436,8 +438,8 @@ class Trainer:
             player.guard.watch(self.last_checkpoint, wait=True)
 
     def fit(self, batches: Iterable[Any], steps: int, **options: Any) -> int:
-        """Call :meth:`step` on ``steps`` batches; see :func:`fastwgan.fit.fit` for options and result."""
-        from fastwgan.fit import fit  # the loop stands above the trainer
+        """Call :meth:`step` on ``steps`` batches; see :func:`fastwgan.training.fit.fit` for options and result."""
+        from fastwgan.training.fit import fit  # the loop stands above the trainer
 
         return fit(self, batches, steps, **options)
 
@@ -457,11 +459,11 @@ class Trainer:
         Raises:
             TypeError, ValueError: ``n`` is not an int >= 1, or there are no averages.
         """
-        check_count("n", n)
+        checks.count("n", n)
         if ema and self.ema is None:
             raise ValueError("ema: expected a trainer that was made with ema=, got one without")
         if seed is not None:
-            functional.check_seed("seed", seed)
+            checks.seed("seed", seed)
         with self._undone_if_refused(), evaluating(self.generator), random_kept(self.device):
             random = self._sample_random
             if seed is None:
@@ -526,11 +528,11 @@ class Trainer:
         self._sample_dtype = real.dtype
         if real.dtype == next(self.critic.parameters()).dtype:  # else it is real samples that do not fit
             fake = fake.to(real.dtype)
-        functional.check_like("generator: its output", fake, "real", real, shape=True)
+        checks.like("generator: its output", fake, "real", real, shape=True)
         noise = self._noise(len(real))
         if noise is not None:
             scale, seed, offset = noise
-            both = functional.perturb_both(real, fake, scale=scale, seed=seed, offset=offset, backend=self.backend)
+            both = perturb_both(real, fake, scale=scale, seed=seed, offset=offset, backend=self.backend)
             real, fake = both.tensor_split(2)
         x = self._penalised(real, fake) if weight else None
         if noise is None and (together or structure.may_write(self.critic)):
@@ -588,7 +590,7 @@ class Trainer:
         if not callable(self._instance_noise):
             return self._instance_noise
         scale = self._instance_noise(self.critic_iterations)
-        return functional.check_number("instance_noise: its result", scale, minimum=0)
+        return checks.number("instance_noise: its result", scale, minimum=0)
 
     def _noise(self, batch: int) -> passes.Noise | None:
         """The instance noise of a step, or None."""
@@ -606,7 +608,7 @@ class Trainer:
         """Critic steps until the next generator step, this one included."""
         due = self.n_critic
         if callable(due):
-            due = check_count("n_critic: its result", due(self.generator_iterations))
+            due = checks.count("n_critic: its result", due(self.generator_iterations))
         return max(1, due - self._critic_steps_due)
 
     # Latents
@@ -635,9 +637,9 @@ class Trainer:
         if self.constraint.at == "interpolates":
             pairs = (x if self.pack == 1 else x.reshape(-1, self.pack, *x.shape[1:]) for x in (real.detach(), fake))
             offset = self._offset(len(real) // self.pack)
-            x = functional.interpolate(*pairs, seed=self.seed, offset=offset, backend=self.backend).view(real.shape)
+            x = interpolate(*pairs, seed=self.seed, offset=offset, backend=self.backend).view(real.shape)
         elif self.constraint.at == "perturbed":
-            x = functional.perturb(
+            x = perturb(
                 real.detach(), scale=self.constraint.noise, seed=self.seed, offset=self._offset(len(real)),
                 backend=self.backend,
             )  # fmt: skip
@@ -693,7 +695,7 @@ class Trainer:
             TypeError, ValueError, RuntimeError: the state does not fit these networks and optimizers. Nothing is
                 changed then.
         """
-        check_mode()
+        checks.refuse_inference_mode()
         if not isinstance(state_dict, dict):
             raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
         before = self.state_dict()
@@ -705,9 +707,9 @@ class Trainer:
             raise ValueError(f"state_dict: expected the optimizers {expected}, got {got}")
         if state_dict["ema"] is not None and self.ema is None:
             raise ValueError("state_dict: has running averages of weights; expected a trainer made with ema=")
-        functional.check_seed("state_dict: seed", state_dict["seed"])
+        checks.seed("state_dict: seed", state_dict["seed"])
         for name in ("critic_iterations", "generator_iterations", "critic_steps_due", "eps_offset"):
-            functional.check_seed(f"state_dict: {name}", state_dict[name])
+            checks.seed(f"state_dict: {name}", state_dict[name])
         try:
             self._restore(state_dict)
         except BaseException as error:

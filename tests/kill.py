@@ -19,7 +19,7 @@ import torch
 import torch._dynamo  # an optimizer imports it, which takes most of a second
 
 from fastwgan import GradientPenalty, Trainer, checkpoint, data, models
-from fastwgan.fit import fit
+from fastwgan.training.fit import fit
 
 
 def train(out, steps, keep, save_every=1):

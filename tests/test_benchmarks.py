@@ -16,7 +16,9 @@ from test_bench import tiny
 from test_graphs import Recorded
 from torch import nn
 
-from fastwgan import GradientPenalty, Trainer, arguments, bench, bench_ops, cli, graphs
+from fastwgan import GradientPenalty, Trainer, bench, bench_ops
+from fastwgan.cli import main as cli
+from fastwgan.engine import arguments, graphs
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import gpu, profiling, report, summary, tune

@@ -19,7 +19,9 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
-from fastwgan import checkpoint, cli, data, runs
+from fastwgan import checkpoint, data
+from fastwgan.cli import main as cli
+from fastwgan.cli import runs
 
 ENV = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 

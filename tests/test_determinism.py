@@ -10,12 +10,14 @@ from cases import DTYPES, OPS
 import fastwgan
 from fastwgan import functional
 from fastwgan.backend import kernels
+from fastwgan.ops.penalty import penalty_cotangent
+from fastwgan.ops.weights import project_and_count_
 
 CPU = torch.device("cpu")
 
 
 def penalised(x):
-    return functional.penalty_cotangent(x, "two-sided", 1.0, 10.0, "triton")
+    return penalty_cotangent(x, "two-sided", 1.0, 10.0, "triton")
 
 
 def results(op, shape, dtype, device):
@@ -53,7 +55,7 @@ def projection(per, device):
     def launch():
         torch.manual_seed(3)
         params = [torch.randn(shape, device=device) for shape in ((700,), (9, 300), (3, 8200), (5, 7))]
-        share, _ = functional.project_and_count_(params, 16.0, per, "triton")
+        share, _ = project_and_count_(params, 16.0, per, "triton")
         return (*params, share)
 
     return launch

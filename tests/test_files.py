@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from fastwgan import files
+from fastwgan.data import files
 
 DIGITS = (load_digits().images[:20] * 15.9375).astype(np.uint8)  # [20, 8, 8], 0 to 255
 ALL = torch.arange(len(DIGITS))

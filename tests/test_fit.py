@@ -11,9 +11,9 @@ from kill import same
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fastwgan import GradientPenalty, Trainer, checkpoint, data, models
-from fastwgan.fit import fit
-from fastwgan.health import HealthWarning
 from fastwgan.metrics import Metrics
+from fastwgan.training.fit import fit
+from fastwgan.training.health import HealthWarning
 
 
 def read_log(directory):

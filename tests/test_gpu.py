@@ -12,8 +12,11 @@ from cases import OPS, WORKLOADS
 from torch import nn
 
 import fastwgan
-from fastwgan import Trainer, functional, reference, structure
-from fastwgan.graphs import WARM_UP
+from fastwgan import Trainer, functional, reference
+from fastwgan.engine import structure
+from fastwgan.engine.graphs import WARM_UP
+from fastwgan.ops.penalty import penalty_cotangent
+from fastwgan.ops.scores import score_statistics
 
 pytestmark = pytest.mark.gpu
 DEVICE, BACKEND = torch.device("cuda", 0), "nccl"
@@ -47,8 +50,8 @@ def test_each_launch_of_a_critic_step_is_one():
     leaf = x.clone().requires_grad_()
     for kernel, call in (
         ("penalty", lambda: functional.penalty(leaf, backend="triton")),
-        ("penalty", lambda: functional.penalty_cotangent(x, "two-sided", 1.0, 10.0, "triton")),
-        ("scores", lambda: functional.score_statistics(x, x, "triton")),
+        ("penalty", lambda: penalty_cotangent(x, "two-sided", 1.0, 10.0, "triton")),
+        ("scores", lambda: score_statistics(x, x, "triton")),
     ):
         assert kernels_of(call) == [f"_{kernel}_kernel"]
 
@@ -232,7 +235,7 @@ def test_one_rank_over_nccl(name, cuda_graph, nccl, monkeypatch):
     workload, runs, place = WORKLOADS[name], [], (0, Several(1))
     for ranks in (False, True):
         if ranks:
-            monkeypatch.setattr("fastwgan.ranks._place", lambda: place)
+            monkeypatch.setattr("fastwgan.engine.ranks._place", lambda: place)
         torch.manual_seed(0)
         networks = workload.generator(8).to(DEVICE), workload.critic(8).to(DEVICE)
         trainer = Trainer(*networks, latent=100, constraint=workload.constraint, n_critic=2, cuda_graph=cuda_graph)

@@ -16,7 +16,8 @@ from launches import Live
 from test_trainer import CONSTRAINTS, PAIRS, assert_same_state, quietly, weights
 from torch import nn
 
-from fastwgan import GradientPenalty, RMSprop, Trainer, WeightClip, arguments, graphs, models, structure
+from fastwgan import GradientPenalty, RMSprop, Trainer, WeightClip, models
+from fastwgan.engine import arguments, graphs, structure
 
 CUDA = torch.device("cuda", 0)
 

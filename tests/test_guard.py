@@ -14,7 +14,7 @@ from torch import nn
 
 from fastwgan import Adam, GradientPenalty, RMSprop, Trainer, WeightClip, models, reference
 from fastwgan.backend import kernels
-from fastwgan.guard import Guard
+from fastwgan.engine.guard import Guard
 
 BAD = [math.nan, math.inf, -math.inf]
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastwgan import Adam, GradientPenalty, Trainer, WeightClip, data, models
-from fastwgan.health import WINDOW, Health, HealthWarning
+from fastwgan.training.health import WINDOW, Health, HealthWarning
 
 PENALISED = {"wasserstein": 0.5, "gradient_norm": 1.0, "gradient_norm_max": 1.5, "nonfinite": 0.0}
 CLIPPED = {"wasserstein": 0.5, "saturation": 0.3}

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fastwgan import metrics
-from fastwgan.logs import COLUMNS, Averages, CSVLog, Interval, Progress, TensorBoardLog
 from fastwgan.metrics import Metrics
+from fastwgan.training.logs import COLUMNS, Averages, CSVLog, Interval, Progress, TensorBoardLog
 
 
 def rows(path):

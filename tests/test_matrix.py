@@ -10,7 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import assert_close, check_op, check_optimizer, tensors
 
-from fastwgan import functional, reference
+from fastwgan import reference
+from fastwgan.ops.penalty import penalty_cotangent
+from fastwgan.ops.scores import score_statistics
 
 HALF = (torch.bfloat16, torch.float16)
 PROPERTY = settings(
@@ -91,7 +93,7 @@ def check_launch(label, fused, eager, *inputs, length):
 @pytest.mark.parametrize("size", SIZES)
 def test_score_statistics(size, dtype, device):
     inputs = draw("critic_loss", (size,), dtype, device)
-    fused = partial(functional.score_statistics, backend="triton")
+    fused = partial(score_statistics, backend="triton")
     check_launch(f"score_statistics {size} {dtype}", fused, reference.score_statistics, *inputs, length=size)
 
 
@@ -103,7 +105,7 @@ def test_penalty_cotangent(kind, size, dtype, device):
     g = VALUES["normal"]((3, size), dtype, device) / size**0.5
     check_launch(
         f"penalty_cotangent {kind} {size} {dtype}",
-        lambda x: functional.penalty_cotangent(x, kind, 0.7, 10.0, "triton"),
+        lambda x: penalty_cotangent(x, kind, 0.7, 10.0, "triton"),
         lambda x: reference.penalty_cotangent(x, kind=kind, target=0.7, weight=10.0),
         g, length=g.numel(),
     )  # fmt: skip

@@ -11,6 +11,9 @@ from cases import DTYPES, OPS, VALUES
 import fastwgan
 from fastwgan import functional
 from fastwgan.backend import kernels
+from fastwgan.ops.penalty import penalty_cotangent
+from fastwgan.ops.scores import score_statistics
+from fastwgan.ops.weights import clip_and_count_, project_and_count_
 
 BAND = 256  # bytes on either side
 GUARD = 0xA5
@@ -89,8 +92,8 @@ def test_statistics_are_filled(guarded, device):
     x = torch.randn(3, 17, device=device)
     with guarded.inside(device):
         values = (
-            functional.score_statistics(x, x + 1, "triton"),
-            *functional.penalty_cotangent(x, "two-sided", 1.0, 10.0, "triton"),
+            score_statistics(x, x + 1, "triton"),
+            *penalty_cotangent(x, "two-sided", 1.0, 10.0, "triton"),
         )
     assert all(value.isfinite().all() for value in values)
 
@@ -130,7 +133,7 @@ def test_projections_stay_inside(per, dtype, offset, guarded, device):
     shapes = ((1,), (17,), (1025,), (1, 1), (3, 17), (3, 16), (2, 8193), (2, 8192), (5, 3, 3, 3))
     params = [guarded.copy(torch.randn(shape, device=device).to(dtype), offset) for shape in shapes]
     with guarded.inside(device):
-        share, _ = functional.project_and_count_(params, 0.25, per, "triton")
+        share, _ = project_and_count_(params, 0.25, per, "triton")
     assert 0 < share <= 1
     for p in params:
         rows = p.double().view(len(p) if per == "row" else 1, -1)
@@ -142,7 +145,7 @@ def test_the_share_on_the_bound_counts_what_is_there(device):
     params = [torch.full((n,), 5.0, device=device) for n in (1, 3, 700, 2049)]
     for p in params:
         p[::2] = 0.0
-    share, total = functional.clip_and_count_(params, 0.5, "triton")
+    share, total = clip_and_count_(params, 0.5, "triton")
     assert total == sum(p.numel() for p in params)
     assert share.item() == pytest.approx(sum(p.numel() // 2 for p in params) / total, abs=1e-7)
 

@@ -13,6 +13,8 @@ from test_trainer import PAIRS, assert_same_state, quietly, weights
 from torch import nn
 
 from fastwgan import GradientPenalty, Trainer, WeightClip, functional, reference
+from fastwgan.ops.samples import perturb_both
+from fastwgan.ops.scores import objective
 
 F64 = torch.float64
 CLIP, PENALTY = WeightClip(0.05), GradientPenalty()
@@ -179,7 +181,7 @@ def test_scores_with_one_shape_for_several_patches():
     """A mean over all scores of a sample map, as of a patch critic."""
     real, fake = torch.randn(3, 1, 4, 5, dtype=F64), torch.randn(3, 1, 4, 5, dtype=F64)
     for backend in ("triton", "torch"):
-        statistics, slopes = functional.objective(
+        statistics, slopes = objective(
             real, fake, blend=0.3, drift=0.1, weight=0.5, scale=None, backend=backend
         )  # fmt: skip
         leaves = [x.clone().requires_grad_() for x in (real, fake)]
@@ -255,9 +257,7 @@ def test_noise_is_normal_and_independent(backend):
     """Moments and tails, between neighbours, samples and streams."""
     n, size = 8, 20_003
     x = functional.perturb(torch.zeros(n, size), scale=1.0, seed=5, backend=backend)
-    both = functional.perturb_both(
-        torch.zeros(n, size), torch.zeros(n, size), scale=1.0, seed=5, offset=0, backend=backend
-    )
+    both = perturb_both(torch.zeros(n, size), torch.zeros(n, size), scale=1.0, seed=5, offset=0, backend=backend)
     count = x.numel()
     assert abs(x.mean()) < 4 / math.sqrt(count)
     assert abs(x.var() - 1) < 4 * math.sqrt(2 / count)
@@ -298,8 +298,7 @@ def test_noise_on_two_arrays(dtype):
         for layout in (torch.contiguous_format, *([torch.channels_last] if len(shape) == 4 else [])):
             pair = [x.to(memory_format=layout) for x in (real, fake)]
             results = [
-                functional.perturb_both(*pair, scale=0.3, seed=1, offset=4, backend=backend)
-                for backend in ("triton", "torch")
+                perturb_both(*pair, scale=0.3, seed=1, offset=4, backend=backend) for backend in ("triton", "torch")
             ]
             assert all(x.is_contiguous(memory_format=layout) for x in results)
             tolerance = {F64: 1e-12, torch.bfloat16: 0.02}[dtype]
@@ -312,8 +311,7 @@ def test_noise_on_two_arrays_of_different_layouts():
     last = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     for pair in ((last, torch.randn(2, 3, 4, 5)), (torch.randn(2, 3, 4, 5), last)):
         fused, plain = (
-            functional.perturb_both(*pair, scale=0.3, seed=1, offset=4, backend=backend)
-            for backend in ("triton", "torch")
+            perturb_both(*pair, scale=0.3, seed=1, offset=4, backend=backend) for backend in ("triton", "torch")
         )
         torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from fastwgan import Adam, NormClip, RMSprop, Trainer, functional, models, reference
 from fastwgan.backend import kernels
+from fastwgan.ops.weights import project_and_count_
 
 PER = ("row", "tensor")
 HALF = (torch.float16, torch.bfloat16)
@@ -72,7 +73,7 @@ def test_the_share_on_the_bound(dtype, per, backend, device):
     params += [torch.tensor(-6.0), torch.zeros(0), torch.full((3, 8200), 1.0)]
     params = [p.to(device, dtype) for p in params]
     on_bound, of = (3 + 4 + 1 + 3, 6 + 7 + 3000 + 1 + 3) if per == "row" else (2, 5)
-    share, total = functional.project_and_count_(params, 5.0, per, backend)
+    share, total = project_and_count_(params, 5.0, per, backend)
     assert total == of
     assert share.item() == pytest.approx(on_bound / of, rel=1e-6)
 
@@ -80,10 +81,10 @@ def test_the_share_on_the_bound(dtype, per, backend, device):
 def test_the_share_of_several_dtypes_is_of_all_rows(backend, device):
     params = [torch.ones(n, 4, device=device, dtype=dtype) for n, dtype in zip((1, 2, 3, 10), DTYPES, strict=True)]
     params[-1][:] = 0.0
-    share, total = functional.project_and_count_(params, 1.0, "row", backend)
+    share, total = project_and_count_(params, 1.0, "row", backend)
     assert total == 16
     assert share.item() == pytest.approx(6 / 16)
-    assert functional.project_and_count_([torch.zeros(0, device=device)], 1.0, "row", backend) is None
+    assert project_and_count_([torch.zeros(0, device=device)], 1.0, "row", backend) is None
 
 
 @pytest.mark.parametrize("per", PER)
@@ -91,12 +92,12 @@ def test_a_shut_gate_leaves_all_alone_and_counts_nothing(per, backend, device):
     params = [torch.randn(shape, device=device) for shape in ((40, 30), (7,), (3, 9000), (5, 7))]
     before = [p.clone() for p in params]
     gate = torch.tensor([1.0, 1.0], device=device)
-    share, total = functional.project_and_count_(params, 1e-3, per, backend, gate)
+    share, total = project_and_count_(params, 1e-3, per, backend, gate)
     assert share.isnan()
     assert total == (40 + 7 + 3 + 5 if per == "row" else 4)
     assert_same_state(params, before)
     gate[:] = torch.tensor([0.0, 0.25])  # a loss scale's factor is of gradients
-    share, _ = functional.project_and_count_(params, 1e-3, per, backend, gate)
+    share, _ = project_and_count_(params, 1e-3, per, backend, gate)
     assert share.item() == pytest.approx(1)  # a quotient of counts, which a GPU may round
     for p, q in zip(params, before, strict=True):
         torch.testing.assert_close(p.cpu(), projected(q, 1e-3, per).float())
@@ -413,6 +414,6 @@ def test_new_bounds_do_not_reach_into_graphs_nor_share_tables():
 def test_a_norm_just_outside_the_bound_is_brought_down_in_float64(backend, device):
     """The norm is outside by less than the bound's rounding to float32."""
     w = torch.full((1, 4), 0.15 * (1 + 5e-9), dtype=torch.float64, device=device)
-    share, _ = functional.project_and_count_([w], 0.3, "row", backend)
+    share, _ = project_and_count_([w], 0.3, "row", backend)
     assert w.norm().item() == pytest.approx(0.3, abs=1e-15)
     assert share == 1

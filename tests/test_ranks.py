@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastwgan import Adam, GradientPenalty, NormClip, RMSprop, WeightClip, models
 from fastwgan import Trainer as _Trainer
-from fastwgan.ranks import Ranks
+from fastwgan.engine.ranks import Ranks
 
 F32, F64 = torch.float32, torch.float64
 BATCH, LATENT = 16, 6  # all ranks' batch
@@ -677,7 +677,7 @@ def test_a_process_group_that_comes_too_late(monkeypatch):
     generator, critic, _ = mlp_pair()
     trainer = Trainer(generator, critic, latent=LATENT)
     trainer.step(torch.randn(4, 10, dtype=F64))
-    monkeypatch.setattr("fastwgan.ranks._place", lambda: (1, 2))
+    monkeypatch.setattr("fastwgan.engine.ranks._place", lambda: (1, 2))
     with pytest.raises(RuntimeError, match=r"^Trainer: was made as rank 0 of 1, and this is rank 1 of 2 now"):
         trainer.step(torch.randn(4, 10, dtype=F64))
 

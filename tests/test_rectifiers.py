@@ -7,7 +7,7 @@ from launches import count_kernels
 from torch import nn
 
 from fastwgan import functional, models
-from fastwgan.rectifiers import LinearPieces
+from fastwgan.ops.rectifiers import LinearPieces
 
 CALLS = {
     "leaky module": nn.LeakyReLU(0.2),

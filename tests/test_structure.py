@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.modules import module as hooks
 from torch.nn.utils import parametrizations
 
-from fastwgan import GradientPenalty, Trainer, models, passes, structure
+from fastwgan import GradientPenalty, Trainer, models
+from fastwgan.engine import passes, structure
 
 N, F64, BOTH, DIMS = 4, torch.float64, (False, True), range(-6, 6)
 MODES = ("linear", "bilinear", "trilinear", "bicubic", "area", "nearest-exact")

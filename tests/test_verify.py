@@ -15,23 +15,13 @@ from test_trainer import assert_same_state
 from torch import nn
 
 import fastwgan
-from fastwgan import (
-    GradientPenalty,
-    NormClip,
-    Trainer,
-    WeightClip,
-    cli,
-    functional,
-    models,
-    passes,
-    rectifiers,
-    reference,
-    structure,
-    verify_run,
-)  # fmt: skip
+from fastwgan import GradientPenalty, NormClip, Trainer, WeightClip, cli, models, reference
 from fastwgan.backend import kernels
-from fastwgan.report import Report, Row
+from fastwgan.engine import passes, structure
+from fastwgan.ops import rectifiers
 from fastwgan.streams import process_streams
+from fastwgan.verification import command
+from fastwgan.verification.report import Report, Row
 
 CLIP, PENALTY = WeightClip(), GradientPenalty()
 CONSTRAINTS = {"clip": CLIP, "penalty": PENALTY}
@@ -76,14 +66,14 @@ def small(constraint=PENALTY, *, device="cpu", seed=0, backend="auto", **options
 @pytest.mark.parametrize(
     ("name", "backend", "constraint"),
     [
-        *((name, "triton", constraint) for name in verify_run.BUILT_IN for constraint in CONSTRAINTS),
-        *((name, "torch", constraint) for name in verify_run.BUILT_IN for constraint in CONSTRAINTS),
+        *((name, "triton", constraint) for name in command.BUILT_IN for constraint in CONSTRAINTS),
+        *((name, "torch", constraint) for name in command.BUILT_IN for constraint in CONSTRAINTS),
         ("dcgan", "triton", "norm-clip"),
         ("resnet", "torch", "dragan"),
     ],
 )
 def test_built_in_networks_pass(name, backend, constraint, device):
-    jobs = verify_run._jobs([name], None, [constraint], device, seed=0)
+    jobs = command._jobs([name], None, [constraint], device, seed=0)
     ((_, arguments),) = jobs
     report = check(**{"backend": backend, **arguments})
     assert report.backend == backend
@@ -488,7 +478,7 @@ ELSEWHERE = {  # a fault: (form, backend, what holds it, its name, what makes a 
     "torch: norms 1% narrow": ("norm clip", "torch", reference, "clip_norms_", tighter, ("critic", "project")),
     "torch: one noise for the batch": ("noise", "torch", reference, "perturb", one_noise, ("critic", "perturb")),
     "torch: drift on fake scores": ("drift", "torch", reference, "score_slopes", drifting, ("critic", "objective")),
-    "torch: blend ignored": ("blend", "torch", functional, "objective", unblended, ("generator", "objective")),
+    "torch: blend ignored": ("blend", "torch", passes, "objective", unblended, ("generator", "objective")),
     "torch: bound 1% narrow": ("clip", "torch", reference, "clip_weights_", tighter, ("critic", "clamp")),
 }  # fmt: skip
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastwgan import arguments, structure
 from fastwgan.backend import Backend, kernels, resolve
-from fastwgan.player import Player
-from fastwgan.ranks import Ranks
+from fastwgan.engine import arguments, structure
+from fastwgan.engine.player import Player
+from fastwgan.engine.ranks import Ranks
 
 __all__ = ["Graphs", "capturing", "made"]
 

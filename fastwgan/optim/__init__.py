@@ -15,17 +15,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastwgan import reference
+from fastwgan import checks, reference
 from fastwgan.backend import Backend, kernels, resolve
-from fastwgan.functional import (
-    check_bound,
-    check_number,
-    check_parameter,
-    combine_shares,
-    is_dense,
-    refuse_overlap,
-    same_layout,
-)
+from fastwgan.ops.layout import is_dense, same_layout
+from fastwgan.ops.weights import combine_shares
 
 __all__ = ["Adam", "RMSprop"]
 
@@ -69,9 +62,9 @@ class _Optimizer(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         for name in ("lr", "eps", "weight_decay"):
-            check_number(name, group[name], minimum=0)
+            checks.number(name, group[name], minimum=0)
         if group.get("clip") is not None:
-            check_number("clip", group["clip"], minimum=0, exclusive=True)
+            checks.number("clip", group["clip"], minimum=0, exclusive=True)
         for variant in ("amsgrad", "decoupled_weight_decay"):
             if group.get(variant, False):
                 raise ValueError(f"{variant}: expected False, which {type(self).__name__} computes, got True")
@@ -117,7 +110,7 @@ class _Optimizer(Optimizer):
             seen = set()
             for i, entry in enumerate(params):
                 p = entry[1] if isinstance(entry, tuple) else entry
-                check_parameter(f"params[{i}]", p)
+                checks.parameter(f"params[{i}]", p)
                 if id(p) in seen:
                     raise ValueError(f"params[{i}]: expected each parameter once, got one that stands before it")
                 seen.add(id(p))
@@ -213,7 +206,7 @@ class _Optimizer(Optimizer):
             if name in state and state[name].shape != p.shape:
                 raise ValueError(f"state: {name}: expected shape {tuple(p.shape)}, got {tuple(state[name].shape)}")
         if bound is not None:
-            check_bound("clip", bound, p.dtype)
+            checks.bound("clip", bound, p.dtype)
 
     def _ensure_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """p's state: made where it is missing, and following p to another dtype or device."""
@@ -266,7 +259,7 @@ class _Optimizer(Optimizer):
         device, dtype, momentum, centered, averaged = key
         places = [p.data_ptr() for p, *_ in members]
         if places != self._apart.get(key):
-            refuse_overlap([p for p, *_ in members])
+            checks.refuse_overlap([p for p, *_ in members])
             self._apart[key] = places
         params, grads, states, steps, copies = [], [], [], [], []
         groups = self._groups_of(key)
@@ -321,7 +314,7 @@ class _Optimizer(Optimizer):
             # The bound as this dtype holds it, so that weights on it are counted.
             bound = self._bound(group)
             none = bound is None or bound > torch.finfo(key[1]).max
-            limit = math.inf if none else check_bound("clip", bound, key[1])
+            limit = math.inf if none else checks.bound("clip", bound, key[1])
             rows.append((*self._hyper(group), self.decay, 1 - self.decay, limit))
         return tuple(rows)
 
@@ -489,8 +482,8 @@ class RMSprop(_Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        check_number("alpha", group["alpha"], minimum=0)
-        check_number("momentum", group["momentum"], minimum=0)
+        checks.number("alpha", group["alpha"], minimum=0)
+        checks.number("momentum", group["momentum"], minimum=0)
 
     def _used_states(self, group: dict[str, Any]) -> tuple[str | None, ...]:
         return (
@@ -588,7 +581,7 @@ class Adam(_Optimizer):
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise TypeError(f"betas: expected two numbers, got {betas!r}")
         for i, beta in enumerate(betas):
-            if check_number(f"betas[{i}]", beta, minimum=0) >= 1:
+            if checks.number(f"betas[{i}]", beta, minimum=0) >= 1:
                 raise ValueError(f"betas[{i}]: expected a number in [0, 1), got {beta}")
 
     def _hyper(self, group: dict[str, Any]) -> tuple[float, ...]:

@@ -15,13 +15,16 @@ import torch
 import torch.distributed as dist
 
 import fastwgan
-from fastwgan import checkpoint, data, files, functional, runs, verify_run
+from fastwgan import checkpoint, data, functional
 from fastwgan.backend import triton_problem
 from fastwgan.baselines import IMPLEMENTATIONS
 from fastwgan.bench import PRECISIONS
-from fastwgan.fit import fit
+from fastwgan.cli import runs
+from fastwgan.data import files
 from fastwgan.streams import stream_seed
 from fastwgan.trainer import Trainer
+from fastwgan.training.fit import fit
+from fastwgan.verification import command as verify_run
 from fastwgan.workloads import WORKLOADS
 
 MOST = 1_000_000  # samples in a batch or a file
@@ -126,7 +129,7 @@ def _train_on(device: torch.device, args: argparse.Namespace) -> int:
     with _problems():
         import rich  # noqa: F401 - what is needed at the end had better be there at the start
 
-        from fastwgan import pictures
+        from fastwgan.cli import pictures
 
         if args.tensorboard:
             from torch.utils import tensorboard  # noqa: F401

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from fastwgan import checkpoint
-from fastwgan.health import Health, HealthWarning
-from fastwgan.logs import CSVLog, Interval, Progress, TensorBoardLog
-from fastwgan.passes import is_batched
+from fastwgan import checkpoint, checks
+from fastwgan.engine.passes import is_batched
 from fastwgan.streams import stream_seed
 from fastwgan.trainer import Trainer
+from fastwgan.training.health import Health, HealthWarning
+from fastwgan.training.logs import CSVLog, Interval, Progress, TensorBoardLog
 
 __all__ = ["fit"]
 
@@ -110,13 +110,6 @@ def _whole_packs(parts: list[Any], pack: int) -> list[Any] | None:
     return [x[: n - n % pack] if is_batched(x, n) else x for x in parts] if n > pack else None
 
 
-def _check_count(name: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name}: expected an int >= {minimum}, got {value}")
-
-
 def fit(
     trainer: Trainer,
     batches: Iterable[Any],
@@ -137,7 +130,7 @@ def fit(
     """Call ``trainer.step`` on ``steps`` batches.
 
     Ctrl-C ends the loop after the step under way, with everything written. If the batches, a callback or ``draw``
-    raise, a checkpoint is left behind. A :class:`fastwgan.health.HealthWarning` tells when the numbers look like a
+    raise, a checkpoint is left behind. A :class:`fastwgan.training.HealthWarning` tells when the numbers look like a
     known kind of failure, each kind once.
 
     With several ranks every one calls this, on batches of its own. Rank 0 writes, draws, calls back and tells of
@@ -180,9 +173,9 @@ def fit(
         ("steps", steps, 0), ("log_every", log_every, 1), ("save_every", save_every, 1), ("keep", keep, 1),
         ("sample_count", sample_count, 1),
     ):  # fmt: skip
-        _check_count(name, value, minimum)
+        checks.count(name, value, minimum)
     if sample_every is not None:
-        _check_count("sample_every", sample_every, 1)
+        checks.count("sample_every", sample_every, 1)
     if (sample_every is None) != (draw is None):
         raise ValueError("draw: expected together with sample_every, got one of them")
     if out is None and (tensorboard or draw is not None):

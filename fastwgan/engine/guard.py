@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastwgan import reference
 from fastwgan.backend import Backend, kernels, resolve
-from fastwgan.functional import is_dense
+from fastwgan.ops.layout import is_dense
 
 __all__ = ["Guard"]
 

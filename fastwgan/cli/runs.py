@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastwgan import data, files, models
+from fastwgan import data, models
 from fastwgan.constraints import GradientPenalty, WeightClip
+from fastwgan.data import files
+from fastwgan.engine.ranks import Ranks
 from fastwgan.optim import Adam, RMSprop
-from fastwgan.ranks import Ranks
 from fastwgan.streams import stream_seed
 from fastwgan.trainer import Trainer
 
@@ -218,7 +219,7 @@ def make_batches(
 
 def draw(config: Config, generated: torch.Tensor, path: Path, seed: int, samples: data.Samples | None = None) -> None:
     """A picture of generated samples; points lie over as many real ones, where there are any."""
-    from fastwgan import pictures
+    from fastwgan.cli import pictures
 
     if len(config.shape) == 3:
         pictures.image_grid(generated, path)

@@ -30,20 +30,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from fastwgan import functional
-from fastwgan.arguments import check_count, check_mode
+from fastwgan import checks
 from fastwgan.backend import Backend, resolve
 from fastwgan.baselines import ADAM, RMSPROP
 from fastwgan.constraints import Clip, GradientPenalty, NormClip, WeightClip
+from fastwgan.engine.ranks import Ranks, unwrapped
+from fastwgan.engine.structure import layers
 from fastwgan.metrics import Metrics
-from fastwgan.observed import Observed, copied
 from fastwgan.optim import Adam, RMSprop
-from fastwgan.plain import Constraint, Pass, Step, critic_pass, generator_pass, means, to_dtype
-from fastwgan.ranks import Ranks, unwrapped
-from fastwgan.report import Report, Row
 from fastwgan.streams import process_streams, set_process_streams
-from fastwgan.structure import layers
 from fastwgan.trainer import Latent, Trainer
+from fastwgan.verification.observed import Observed, copied
+from fastwgan.verification.oracle import Constraint, Pass, Step, critic_pass, generator_pass, means, to_dtype
+from fastwgan.verification.report import Report, Row
 
 __all__ = ["verify"]
 
@@ -351,15 +350,15 @@ def verify(
     >>> verify(G, D, torch.randn(32, 2), constraint=GradientPenalty()).passed
     True
     """
-    check_mode()
+    checks.refuse_inference_mode()
     networks = [unwrapped("generator", generator), unwrapped("critic", critic)]
     for name, module in zip(("generator", "critic"), networks, strict=True):
         if not any(p.requires_grad for p in module.parameters()):
             raise ValueError(f"{name}: expected trainable parameters, got none")
     device = next(networks[1].parameters()).device
     _check(real, constraint, cond, pack, seed, device)
-    functional.check_blend(blend, drift)
-    functional.check_number("instance_noise", instance_noise, minimum=0)
+    checks.blend(blend, drift)
+    checks.number("instance_noise", instance_noise, minimum=0)
     ran = resolve(backend, device)
     if Ranks(device).world > 1:
         raise RuntimeError("torch.distributed: expected a single process, got one of several")
@@ -389,9 +388,9 @@ def _check(real: Tensor, constraint: Constraint, cond: object, pack: int, seed: 
         raise TypeError(f"constraint: expected WeightClip, NormClip or GradientPenalty, got {got}")
     if not isinstance(cond, (tuple, list)):
         raise TypeError(f"cond: expected a tuple of conditions, got {type(cond).__name__}")
-    functional.check_samples("real", real, device)
-    check_count("pack", pack)
-    functional.check_seed("seed", seed)
+    checks.samples("real", real, device)
+    checks.count("pack", pack)
+    checks.seed("seed", seed)
     if len(real) % pack:
         raise ValueError(f"real: expected a multiple of pack={pack} samples, got {len(real)}")
 

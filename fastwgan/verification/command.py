@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from fastwgan import models
 from fastwgan.backend import Backend
 from fastwgan.constraints import GradientPenalty, NormClip, WeightClip
-from fastwgan.plain import Constraint
-from fastwgan.report import HEADER, WORDS, Report
-from fastwgan.verify import verify
+from fastwgan.verification.oracle import Constraint
+from fastwgan.verification.report import HEADER, WORDS, Report
+from fastwgan.verification.verify import verify
 from fastwgan.workloads import WORKLOADS
 
 __all__ = ["BUILT_IN", "CONSTRAINTS", "run"]

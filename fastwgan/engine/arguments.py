@@ -7,35 +7,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from fastwgan import functional
+from fastwgan import checks
 from fastwgan.backend import DTYPES, Backend
 from fastwgan.constraints import Clip, GradientPenalty, WeightClip
+from fastwgan.engine.structure import has_batchnorm
 from fastwgan.optim import Adam, RMSprop
-from fastwgan.structure import has_batchnorm
 
 __all__ = [
-    "Called", "check_arguments", "check_count", "check_mode", "check_optimizer", "device_problem", "follow_loads",
+    "Called", "check_arguments", "check_optimizer", "device_problem", "follow_loads",
     "has_hooks", "kept_apart", "momentum", "shapes", "take_over",
 ]  # fmt: skip
-
-
-def check_mode() -> None:
-    """Raise inside torch.inference_mode, where nothing gets a gradient and what is made can never be written to."""
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError("torch.inference_mode: expected a call outside of it (no_grad is fine), got one inside")
 
 
 def device_problem(device: torch.device) -> str | None:
     """Return why there can be no CUDA graph on ``device``, or None."""
     return None if device.type == "cuda" else f"the networks are on {device}"
-
-
-def check_count(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected an int >= 1, got {value}")
-    return value
 
 
 def check_arguments(
@@ -77,16 +63,16 @@ def check_arguments(
         got = type(constraint).__name__
         raise TypeError(f"constraint: expected WeightClip, NormClip or GradientPenalty, got {got}")
     if not callable(n_critic):
-        check_count("n_critic", n_critic)
-    functional.check_seed("seed", seed)
-    functional.check_blend(blend, drift)
+        checks.count("n_critic", n_critic)
+    checks.seed("seed", seed)
+    checks.blend(blend, drift)
     if not callable(instance_noise):
-        functional.check_number("instance_noise", instance_noise, minimum=0)
-    check_count("pack", pack)
-    check_count("max_skipped", max_skipped)
+        checks.number("instance_noise", instance_noise, minimum=0)
+    checks.count("pack", pack)
+    checks.count("max_skipped", max_skipped)
     if nonfinite not in ("raise", "skip"):
         raise ValueError(f"nonfinite: expected 'raise' or 'skip', got {nonfinite!r}")
-    if ema is not None and functional.check_number("ema", ema, minimum=0) >= 1:
+    if ema is not None and checks.number("ema", ema, minimum=0) >= 1:
         raise ValueError(f"ema: expected a number in [0, 1), got {ema}")
     if amp not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"amp: expected None, torch.bfloat16 or torch.float16, got {amp!r}")
@@ -143,8 +129,8 @@ def kept_apart(critic: nn.Module, real: Tensor, cond: tuple[Any, ...]) -> bool:
 
 def _check_clip(constraint: Clip, critic: nn.Module, optimizer: object) -> None:
     for p in constraint.clipped(critic):
-        functional.check_parameter("critic", p)
-        functional.check_bound("bound", constraint.bound, p.dtype)
+        checks.parameter("critic", p)
+        checks.bound("bound", constraint.bound, p.dtype)
     if not isinstance(constraint, WeightClip):
         return
     for group in optimizer.param_groups if isinstance(optimizer, (RMSprop, Adam)) else ():

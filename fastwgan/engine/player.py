@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastwgan import functional
-from fastwgan.arguments import Called, check_optimizer, follow_loads, take_over
+from fastwgan import checks
 from fastwgan.backend import DTYPES, Backend, resolve
 from fastwgan.constraints import Clip, GradientPenalty, NormClip, WeightClip
-from fastwgan.guard import Guard
+from fastwgan.engine.arguments import Called, check_optimizer, follow_loads, take_over
+from fastwgan.engine.guard import Guard
+from fastwgan.engine.ranks import Ranks, refuse_uneven
+from fastwgan.ops.scores import score_statistics
+from fastwgan.ops.weights import clip_and_count_, combine_shares, project_and_count_
 from fastwgan.optim import Adam, RMSprop
-from fastwgan.ranks import Ranks, refuse_uneven
 
 __all__ = ["Player", "default_optimizer", "evaluating"]
 
@@ -177,7 +179,7 @@ class Player:
         trained = self.check()
         self.follow()
         if isinstance(self._clip, NormClip) and resolve(self._backend, self.guard.gate.device) == "triton":
-            functional.refuse_overlap(self._clipped)
+            checks.refuse_overlap(self._clipped)
         for p in self.module.parameters():
             p.grad = None
         for group in self.optimizer.param_groups:  # parameters that have left the network, too
@@ -246,7 +248,7 @@ class Player:
             return statistics if known is None else known, penalty, nonfinite
         own = known
         if own is None:
-            own = functional.score_statistics(scores[0], scores[-1], self._backend)
+            own = score_statistics(scores[0], scores[-1], self._backend)
             own = own if len(scores) == 2 else -own[:1]
         trained = guard.trained()
         used = own.new_ones(len(trained))
@@ -325,7 +327,7 @@ class Player:
         """Clamp what the optimizer's launch did not, or project; return the share on bound."""
         held, gate = self._clipped, self.guard.gate
         if isinstance(clip, NormClip):
-            projected = functional.project_and_count_(held, clip.bound, clip.per, self._backend, gate)
+            projected = project_and_count_(held, clip.bound, clip.per, self._backend, gate)
             return None if projected is None else projected[0]
         shares, fused = [], set[int]()
         if self.gated is not None:
@@ -334,9 +336,9 @@ class Player:
             groups = [params for params in groups if ids.issuperset(map(id, params))]
             fused = {id(p) for params in groups for p in params if p.grad is not None}
         apart = [p for p in held if id(p) not in fused]
-        if apart and (share := functional.clip_and_count_(apart, clip.bound, self._backend, gate)) is not None:
+        if apart and (share := clip_and_count_(apart, clip.bound, self._backend, gate)) is not None:
             shares.append(share)
-        combined = functional.combine_shares(shares)
+        combined = combine_shares(shares)
         return None if combined is None else combined[0]
 
     # State

@@ -17,9 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad
 
-from fastwgan import functional, reference, structure
+from fastwgan import checks, reference
 from fastwgan.backend import Backend
 from fastwgan.constraints import Clip, GradientPenalty
+from fastwgan.engine import structure
+from fastwgan.ops.calls import call_module, changed_tensors, empty_buffers, rebind_buffers
+from fastwgan.ops.penalty import NO_DEPENDENCE, WRITES, input_gradient, penalty_cotangent, traced_input_gradient
+from fastwgan.ops.samples import perturb
+from fastwgan.ops.scores import objective
 
 __all__ = ["Compiled", "Eager"]
 
@@ -51,7 +56,7 @@ def scores_of_both(critic: Callable[..., Tensor], both: Tensor, cond: tuple[Any,
     """The scores of real samples, the first half of ``both``, and fake ones from one forward pass."""
     twice = (torch.cat((c, c)) if is_batched(c, len(both) // 2) else c for c in cond)
     scores = critic(both, *twice)
-    functional.check_scores("critic", scores, len(both), pack)
+    checks.scores("critic", scores, len(both), pack)
     return scores
 
 
@@ -64,7 +69,7 @@ def _noisy(x: Tensor, noise: Noise | None, backend: Backend) -> Tensor:
     if noise is None:
         return x
     scale, seed, offset = noise
-    return functional.perturb(x, scale=scale, seed=seed, offset=offset, backend=backend)
+    return perturb(x, scale=scale, seed=seed, offset=offset, backend=backend)
 
 
 def has_hooks(p: Tensor) -> bool:
@@ -107,14 +112,14 @@ class Eager:
         """The critic's scores."""
         with self._autocast():
             scores: Tensor = self._critic(samples, *cond)
-        functional.check_samples("critic: its output", scores, self._device)
+        checks.samples("critic: its output", scores, self._device)
         return scores
 
     def samples(self, z: Any, *cond: Any) -> Tensor:
         """The generator's samples."""
         with self._autocast():
             samples: Tensor = self._generator(z, *cond)
-        functional.check_samples("generator: its output", samples, self._device)
+        checks.samples("generator: its output", samples, self._device)
         return samples
 
     @torch.no_grad()
@@ -158,12 +163,12 @@ class Eager:
             if scale is not None:
                 rounded = (scale / (len(x) // self._pack)).half()  # as in the loss; float16 holds no 65536
                 seeds_like = rounded.expand_as
-            gradients = functional.input_gradient(self.score, x.requires_grad_(), cond, seeds_like, self._pack)
+            gradients = input_gradient(self.score, x.requires_grad_(), cond, seeds_like, self._pack)
             unscaled = gradients.detach()
             weight *= self._share
             if scale is not None:
                 unscaled = unscaled / rounded.float()
-            penalty, cotangent = functional.penalty_cotangent(
+            penalty, cotangent = penalty_cotangent(
                 _packed(unscaled, self._pack), self._constraint.kind, self._constraint.target, weight, self._backend
             )
             if scale is not None:
@@ -193,9 +198,9 @@ class Eager:
             if not fake.requires_grad:
                 raise ValueError(f"generator: {NO_GRAPH}")
             scores = self.score(_noisy(fake.to(dtype or fake.dtype), noise, self._backend), *cond)
-            functional.check_scores("critic", scores, batch, self._pack)
+            checks.scores("critic", scores, batch, self._pack)
             if not scores.requires_grad:
-                raise ValueError(functional.NO_DEPENDENCE)
+                raise ValueError(NO_DEPENDENCE)
             loss = None
             if self._blend:
                 loss, seed = self._objective(None, scores, scale)
@@ -209,7 +214,7 @@ class Eager:
         self, real_scores: Tensor | None, fake_scores: Tensor, scale: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """(statistics of scores, cotangents of them all, flat), of losses whose gradients are no constants."""
-        return functional.objective(
+        return objective(
             real_scores, fake_scores, blend=self._blend, drift=0.0 if real_scores is None else self._drift,
             weight=self._share, scale=scale, backend=self._backend,
         )  # fmt: skip
@@ -233,9 +238,9 @@ class Eager:
         before = real._version, fake._version
         real_scores, fake_scores = self.score(real, *cond), self.score(fake, *cond)
         if (real._version, fake._version) != before:  # another batch than the caller's from then on
-            raise ValueError(functional.WRITES)
-        functional.check_scores("critic", real_scores, len(real), self._pack)
-        functional.check_like("critic: its output", fake_scores, "that for real samples", real_scores, shape=True)
+            raise ValueError(WRITES)
+        checks.scores("critic", real_scores, len(real), self._pack)
+        checks.like("critic: its output", fake_scores, "that for real samples", real_scores, shape=True)
         roots, scores = [real_scores, fake_scores], (real_scores.detach(), fake_scores.detach())
         if constant:
             value = self._share / real_scores.numel()
@@ -306,7 +311,7 @@ class Compiled(Eager):
             networks = self._generator, self._critic
             self._modules = [m for network in networks for m in network.modules()]
             self._compiled_of = self._parts()
-            self._empty = [functional.empty_buffers(network) for network in networks]
+            self._empty = [empty_buffers(network) for network in networks]
             self._forms.clear()
         key = (trace.__name__, shape, *options.values())
         if key not in self._forms:
@@ -342,7 +347,7 @@ class Compiled(Eager):
             self._trace_critic, shapes, state, samples, x, cond, scale, weight=weight
         )
         self._hand_over(state[0], gradients)
-        functional.rebind(self._critic, rebound)
+        rebind_buffers(self._critic, rebound)
         return scores, statistics, None if x is None else penalty
 
     @torch.no_grad()
@@ -361,7 +366,7 @@ class Compiled(Eager):
         )
         self._hand_over(state[0], gradients)
         for module, changed in zip((self._generator, self._critic), rebound, strict=True):
-            functional.rebind(module, changed)
+            rebind_buffers(module, changed)
         return (scores,), loss
 
     def _device_scalar(self, value: float | Tensor, dtype: torch.dtype) -> Tensor:
@@ -392,25 +397,25 @@ class Compiled(Eager):
 
             def forward(samples: Tensor, rest: dict[str, Tensor], cond: tuple[Any, ...] = cond) -> Tensor:
                 with self._autocast():
-                    return functional.call(self._critic, trained, rest, (samples, *cond), self._empty[1])
+                    return call_module(self._critic, trained, rest, (samples, *cond), self._empty[1])
 
             if len(samples) == 1:
                 both = scores_of_both(lambda samples, *cond: forward(samples, rest, cond), *samples, cond, self._pack)
                 real_scores, fake_scores = both[: len(both) // 2], both[len(both) // 2 :]
             else:
                 real_scores, fake_scores = (forward(x, rest) for x in samples)
-                functional.check_scores("critic", real_scores, len(samples[0]), self._pack)
+                checks.scores("critic", real_scores, len(samples[0]), self._pack)
             scores = (real_scores.detach(), fake_scores.detach())
             statistics = reference.score_statistics(real_scores, fake_scores, blend=self._blend, drift=self._drift)
             total, statistics = statistics[3], statistics.detach()
             if x is None:
-                return total * factor, (functional.changed(given, rest), scores, statistics, statistics)
+                return total * factor, (changed_tensors(given, rest), scores, statistics, statistics)
             assert isinstance(self._constraint, GradientPenalty)
-            gradients = functional.traced_input_gradient(forward, x, rest, self._pack, scale)
+            gradients = traced_input_gradient(forward, x, rest, self._pack, scale)
             penalty, _ = reference.penalty_cotangent(
                 _packed(gradients, self._pack), kind=self._constraint.kind, target=self._constraint.target
             )
-            rebound = functional.changed(given, rest)
+            rebound = changed_tensors(given, rest)
             return (total + weight * penalty[0]) * factor, (rebound, scores, statistics, penalty.detach())
 
         gradients, (rebound, scores, statistics, penalty) = grad(loss, has_aux=True)(*state)
@@ -425,12 +430,12 @@ class Compiled(Eager):
         def loss(trained: dict[str, Tensor], given: dict[str, Tensor], critic_state: State) -> tuple[Tensor, Any]:
             rest, critic_rest = dict(given), dict(critic_state[1])
             with self._autocast():
-                fake = functional.call(self._generator, trained, rest, (z, *cond), self._empty[0])
+                fake = call_module(self._generator, trained, rest, (z, *cond), self._empty[0])
                 fake = _noisy(fake.to(dtype or fake.dtype), noise, self._backend)
-                scores = functional.call(self._critic, critic_state[0], critic_rest, (fake, *cond), self._empty[1])
-            functional.check_scores("critic", scores, batch, self._pack)
+                scores = call_module(self._critic, critic_state[0], critic_rest, (fake, *cond), self._empty[1])
+            checks.scores("critic", scores, batch, self._pack)
             total = reference.generator_loss(scores, blend=self._blend)
-            rebound = functional.changed(given, rest), functional.changed(critic_state[1], critic_rest)
+            rebound = changed_tensors(given, rest), changed_tensors(critic_state[1], critic_rest)
             return total * factor, (rebound, scores.detach(), total.detach().reshape(1))
 
         gradients, (rebound, scores, total) = grad(loss, has_aux=True)(*state, critic_state)

@@ -1,0 +1,29 @@
+"""What differentiable launches have in common."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def apply(function: Any, *args: Any) -> Any:
+    """``function.apply(*args)``, which PyTorch leaves untyped."""
+    return function.apply(*args)
+
+
+class Op(torch.autograd.Function):
+    """A differentiable launch. Under torch.func.vmap it launches once for each element of the batch."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        elements = [
+            apply(cls, *(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(elements[0], tuple):
+            return tuple(map(torch.stack, zip(*elements, strict=True))), (0,) * len(elements[0])
+        return torch.stack(elements), 0
+
+
+def differentiable(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

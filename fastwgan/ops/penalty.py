@@ -1,0 +1,224 @@
+"""The gradient penalty, and the critic's input gradient that it is of."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastwgan import checks, reference
+from fastwgan.backend import Backend, kernels, resolve
+from fastwgan.ops.autograd import Op, apply
+from fastwgan.ops.calls import call_module, changed_tensors, empty_buffers, rebind_buffers
+from fastwgan.ops.rectifiers import LinearPieces
+from fastwgan.ops.samples import interpolate
+
+WRITES = "critic: expected a forward pass that writes to neither its input nor its parameters, got one that does"
+NO_DEPENDENCE = "critic: expected scores that depend on its input, got scores that do not"
+
+
+class _Penalty(Op):
+    @staticmethod
+    def forward(gradients: Tensor, kind: str, target: float, differentiable: bool) -> tuple[Tensor, Tensor]:
+        # Wide, as the gradient that comes in may be large (a loss scale) where the cotangent is small.
+        wide = torch.float64 if gradients.dtype == torch.float64 else torch.float32
+        loss, _, cotangent = kernels.penalty.gradient_penalty(
+            gradients, kind, target, 1.0, wide if differentiable else None
+        )
+        return loss, cotangent
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        gradients, ctx.kind, ctx.target, _ = inputs
+        _, cotangent = output
+        ctx.mark_non_differentiable(cotangent)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gradients, cotangent)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None]:
+        if grad is None:
+            return None, None, None, None
+        gradients, cotangent = ctx.saved_tensors
+        # A graph is asked for, and the kernel's cotangent has none; or it has made none, as vmap hides requires_grad.
+        if torch.is_grad_enabled() or cotangent.numel() == 0:
+            wide = torch.float64 if gradients.dtype == torch.float64 else torch.float32
+            cotangent = reference.penalty_cotangent(gradients.to(wide), kind=ctx.kind, target=ctx.target)[1]
+        return (grad * cotangent).to(gradients.dtype), None, None, None
+
+
+def penalty(gradients: Tensor, *, kind: str = "two-sided", target: float = 1.0, backend: Backend = "auto") -> Tensor:
+    """The mean over samples of a function of the gradient's norm n, taken over all of a sample's dimensions.
+
+    Args:
+        gradients: d critic / d input, [N, ...].
+        kind: "two-sided" (n - target)^2, "one-sided" max(n - target, 0)^2, "zero-centered" n^2 or "power" n^6.
+        target: the norm wanted, >= 0; used by the first two kinds.
+        backend: see :mod:`fastwgan.backend`.
+
+    Returns:
+        0-d tensor, float32 or wider; its gradient has the dtype of ``gradients``, and is 0 at n = 0.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+
+    Source: WGAN-GP, arXiv 1704.00028, equation 3; WGAN-LP, 1709.08894; R1, 1801.04406; WGAN-div, 1712.01026.
+
+    >>> penalty(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+    tensor(8.)
+    """
+    checks.tensor("gradients", gradients)
+    if gradients.dim() == 0:
+        raise ValueError("gradients: expected shape [N, ...], got a 0-d tensor")
+    checks.penalty(kind, target)
+    if resolve(backend, gradients.device) == "torch":
+        return reference.penalty(gradients, kind=kind, target=target)
+    differentiable = gradients.requires_grad and torch.is_grad_enabled()
+    loss, _ = apply(_Penalty, gradients, kind, float(target), differentiable)
+    return loss  # type: ignore[no-any-return]
+
+
+def penalty_cotangent(
+    gradients: Tensor, kind: str, target: float, weight: float, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """One launch, no graph: ([mean penalty; mean, least and greatest norm], d(weight * penalty) / d gradients).
+
+    For the trainer.
+    """
+    gradients = gradients.detach()
+    if resolve(backend, gradients.device) == "torch":
+        return reference.penalty_cotangent(gradients, kind=kind, target=target, weight=weight)
+    _, statistics, cotangent = kernels.penalty.gradient_penalty(gradients, kind, target, weight, gradients.dtype)
+    return statistics, cotangent
+
+
+def input_gradient(
+    critic: Callable[..., Tensor],
+    x: Tensor,
+    args: tuple[Any, ...],
+    ones_like: Callable[[Tensor], Tensor] = torch.ones_like,
+    pack: int = 1,
+) -> Tensor:
+    """d sum(critic(x, *args)) / dx, [N, ...], with a graph.
+
+    Raises:
+        ValueError: the critic does not give scores for each of the N samples, writes to ``x``, or its scores do not
+            depend on ``x`` (which is not seen inside torch.compile: the gradient is zero then).
+    """
+    if torch.compiler.is_compiling():
+        given = dict(critic.named_buffers()) if isinstance(critic, nn.Module) else {}
+        buffers = dict(given)
+        empty = empty_buffers(critic) if isinstance(critic, nn.Module) else []
+
+        def forward(x: Tensor, buffers: dict[str, Tensor]) -> Tensor:
+            return call_module(critic, {}, buffers, (x, *args), empty) if buffers or empty else critic(x, *args)  # type: ignore[arg-type]
+
+        gradient = traced_input_gradient(forward, x, buffers, pack)
+        if isinstance(critic, nn.Module):
+            rebind_buffers(critic, changed_tensors(given, buffers))
+        return gradient
+    try:
+        with LinearPieces(), sdpa_kernel(SDPBackend.MATH):  # the other attention kernels have no second derivative
+            scores = critic(x, *args)
+    except RuntimeError as error:
+        if "leaf Variable" in str(error):
+            raise ValueError(WRITES) from error
+        raise
+    checks.scores("critic", scores, len(x), pack)
+    g = None
+    if scores.requires_grad:
+        (g,) = torch.autograd.grad(scores, x, ones_like(scores), create_graph=True, allow_unused=True)
+    if g is None:
+        raise ValueError(NO_DEPENDENCE)
+    return g
+
+
+def traced_input_gradient(
+    forward: Callable[[Tensor, dict[str, Tensor]], Tensor],
+    x: Tensor,
+    buffers: dict[str, Tensor],
+    pack: int = 1,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """d sum(forward(x, buffers)) / dx, [N, ...], inside torch.compile; computed times ``scale``, where there is one.
+
+    Dynamo traces torch.func.grad, and the compiler then differentiates the result as it does any function. What
+    ``forward`` writes to must be an argument of the function that is differentiated: so the buffers are. Those that it
+    rebinds are rebound in ``buffers``.
+    """
+
+    def total(x: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        buffers = dict(given)
+        with LinearPieces(), sdpa_kernel(SDPBackend.MATH):
+            scores = forward(x, buffers)
+        checks.scores("critic", scores, len(x), pack)
+        value = scores.sum() if scale is None else scores.float().sum() * (scale * pack / len(x))
+        return value, changed_tensors(given, buffers)
+
+    gradient: Tensor
+    gradient, rebound = torch.func.grad(total, has_aux=True)(x, buffers)
+    buffers.update(rebound)
+    return gradient if scale is None else gradient / (scale * pack / len(x))
+
+
+def gradient_penalty(
+    critic: Callable[..., Tensor],
+    real: Tensor,
+    fake: Tensor,
+    *,
+    weight: float = 10.0,
+    kind: str = "two-sided",
+    target: float = 1.0,
+    seed: int | None = None,
+    args: tuple[Any, ...] = (),
+    backend: Backend = "auto",
+) -> Tensor:
+    """WGAN-GP's term of the critic's loss: weight * penalty(d critic / dx) at random interpolates x.
+
+    The graph reaches the critic's parameters, not ``real`` or ``fake``, and is built even under ``torch.no_grad``.
+
+    Args:
+        critic: maps samples [N, ...] (and ``args``) to scores [N, ...].
+        real: samples [N, ...].
+        fake: samples; shape, dtype and device as ``real``.
+        weight: lambda, >= 0.
+        kind, target: see :func:`penalty`.
+        seed: the seed of eps, or None to draw anew from PyTorch's CPU generator; inside torch.compile, which cannot
+            read numbers back, from the device's.
+        args: further positional arguments of the critic, such as labels.
+        backend: see :mod:`fastwgan.backend`.
+
+    Returns:
+        0-d tensor, float32 or wider.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range, or the critic's scores do not
+            depend on its input.
+
+    Source: WGAN-GP, arXiv 1704.00028, Algorithm 1, lines 6 and 7.
+
+    >>> gradient_penalty(torch.nn.Linear(2, 1), torch.randn(4, 2), torch.randn(4, 2)).shape
+    torch.Size([])
+    """
+    if not callable(critic):
+        raise TypeError(f"critic: expected a callable, got {type(critic).__name__}")
+    checks.number("weight", weight, minimum=0)
+    checks.penalty(kind, target)
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(f"args: expected a tuple of arguments, got {type(args).__name__}")
+    checks.tensor("real", real)
+    checks.tensor("fake", fake)
+    real, fake = checks.promoted(real, fake)
+    checks.like("real", real, "fake", fake, shape=True)  # before a seed is drawn
+    offset: int | Tensor = 0
+    if seed is None and torch.compiler.is_compiling():
+        seed, offset = 0, torch.randint(2**62, (), device=fake.device)  # anywhere in one stream
+    elif seed is None:
+        seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+    with torch.enable_grad():
+        x = interpolate(real.detach(), fake.detach(), seed=seed, offset=offset, backend=backend)
+        if not torch.compiler.is_compiling():
+            x.requires_grad_()
+        g = input_gradient(critic, x, args)
+        return weight * penalty(g, kind=kind, target=target, backend=backend)

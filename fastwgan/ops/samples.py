@@ -1,0 +1,146 @@
+"""Samples with random numbers that are drawn inside the launch: noise, and interpolates."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastwgan import checks, reference
+from fastwgan.backend import Backend, kernels, resolve
+from fastwgan.ops.autograd import Op, apply
+from fastwgan.ops.layout import same_layout
+
+
+class _Perturb(Op):
+    @staticmethod
+    def forward(x: Tensor, scale: float | Tensor, seed: int, offset: int | Tensor) -> Any:
+        return kernels.perturb.perturb(x, None, scale, seed, offset)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad, None, None, None
+
+
+def perturb(
+    x: Tensor, *, scale: float | Tensor, seed: int, offset: int | Tensor = 0, backend: Backend = "auto"
+) -> Tensor:
+    """x + scale * n with normal numbers n, drawn inside the launch: instance noise, or DRAGAN's points.
+
+    Args:
+        x: samples [N, ...].
+        scale: standard deviation of the noise, >= 0, in the samples' units; a number or a one-element float32 tensor.
+        seed, offset: sample i has the noise of (seed, offset + i); ints in [0, 2^63). ``offset`` may be a one-element
+            int64 tensor on the samples' device, which a CUDA graph reads anew at each replay.
+        backend: see :mod:`fastwgan.backend`.
+
+    Returns:
+        Samples shaped and typed like ``x``, differentiable in it, and laid out like it where that is contiguous or
+        channels_last. The noise goes by the place of an element in memory, so for channels_last it is another than for
+        contiguous samples; all other layouts have that of contiguous ones.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+
+    Source: DRAGAN, arXiv 1705.07215, equation 3; instance noise: arXiv 1701.04862.
+
+    >>> perturb(torch.zeros(2, 3), scale=0.1, seed=0).shape
+    torch.Size([2, 3])
+    """
+    checks.tensor("x", x)
+    if x.dim() == 0:
+        raise ValueError("x: expected shape [N, ...], got a 0-d tensor")
+    checks.seed("seed", seed)
+    offset = checks.offset(offset, x.device)
+    if isinstance(scale, Tensor):
+        if scale.dtype != torch.float32 or scale.numel() != 1 or scale.device != x.device:
+            got = f"{scale.dtype} of shape {tuple(scale.shape)} on {scale.device}"
+            raise ValueError(f"scale: expected one float32 element on {x.device}, got {got}")
+        scale = scale.detach().reshape(())
+    else:
+        checks.number("scale", scale, minimum=0)
+    if resolve(backend, x.device) == "torch":
+        return reference.perturb(x, scale=scale, seed=seed, offset=offset)
+    out: Tensor = apply(_Perturb, x, scale, seed, offset)
+    return out
+
+
+def perturb_both(
+    real: Tensor, fake: Tensor, *, scale: float | Tensor, seed: int, offset: int | Tensor, backend: Backend
+) -> Tensor:
+    """One launch, no graph: real and fake samples with noise, one batch [2 N, ...]. For the trainer."""
+    if not same_layout(real, fake):  # the noise goes by the place in memory, and one batch has one layout
+        real, fake = real.contiguous(), fake.contiguous()
+    if resolve(backend, real.device) == "torch":
+        if real.stride() != fake.stride():  # one order of elements for both, as the kernel has it
+            real, fake = real.contiguous(), fake.contiguous()
+        both = ((real, 2), (fake, 3))
+        return torch.cat(
+            [reference.perturb(x, scale=scale, seed=seed, offset=offset, stream=stream) for x, stream in both]
+        )
+    return kernels.perturb.perturb(real.detach(), fake.detach(), scale, seed, offset)  # type: ignore[no-any-return]
+
+
+class _Interpolate(Op):
+    @staticmethod
+    def forward(real: Tensor, fake: Tensor, seed: int, offset: int | Tensor) -> tuple[Tensor, Tensor]:
+        out, eps = kernels.interpolate.interpolate(real, fake, seed, offset)
+        return out, eps
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, eps = output
+        ctx.mark_non_differentiable(eps)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if grad is None:
+            return None, None, None, None
+        (eps,) = ctx.saved_tensors
+        eps = eps.view(-1, *[1] * (grad.dim() - 1))
+        real_grad = (grad * eps).to(grad.dtype) if ctx.needs_input_grad[0] else None
+        fake_grad = (grad * (1 - eps)).to(grad.dtype) if ctx.needs_input_grad[1] else None
+        return real_grad, fake_grad, None, None
+
+
+def interpolate(
+    real: Tensor, fake: Tensor, *, seed: int, offset: int | Tensor = 0, backend: Backend = "auto"
+) -> Tensor:
+    """fake + eps * (real - fake), with one eps in [0, 1) per sample, drawn inside the launch.
+
+    Args:
+        real: samples [N, ...].
+        fake: samples; shape, dtype and device as ``real``.
+        seed: int in [0, 2^63), the key of the random stream.
+        offset: sample i takes number ``offset + i`` of the stream. An int, or a one-element int64 tensor on the
+            samples' device, which a CUDA graph reads anew at each replay.
+        backend: see :mod:`fastwgan.backend`. eps is bit-identical in both.
+
+    Returns:
+        Interpolates, shape and dtype of ``fake``. Differentiable in ``real`` and ``fake``.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, is empty, or does not match.
+
+    Source: WGAN-GP, arXiv 1704.00028, Algorithm 1, line 6.
+
+    >>> interpolate(torch.ones(2, 1), torch.zeros(2, 1), seed=0).shape
+    torch.Size([2, 1])
+    """
+    checks.tensor("fake", fake)
+    checks.tensor("real", real)
+    real, fake = checks.promoted(real, fake)
+    checks.like("real", real, "fake", fake, shape=True)
+    if fake.dim() == 0:
+        raise ValueError("fake: expected shape [N, ...], got a 0-d tensor")
+    checks.seed("seed", seed)
+    offset = checks.offset(offset, fake.device)
+    if resolve(backend, fake.device) == "torch":
+        return reference.interpolate(real, fake, seed=seed, offset=offset)
+    out, _ = apply(_Interpolate, real, fake, seed, offset)
+    return out  # type: ignore[no-any-return]

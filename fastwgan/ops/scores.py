@@ -1,0 +1,268 @@
+"""Losses of critic scores."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastwgan import checks, reference
+from fastwgan.backend import Backend, kernels, resolve
+from fastwgan.ops.autograd import Op, apply, differentiable
+
+
+def _checked_scores(real_scores: object, fake_scores: object) -> tuple[Tensor, Tensor]:
+    checks.tensor("real_scores", real_scores)
+    checks.tensor("fake_scores", fake_scores)
+    assert isinstance(real_scores, Tensor)
+    assert isinstance(fake_scores, Tensor)
+    real_scores, fake_scores = checks.promoted(real_scores, fake_scores)
+    checks.like("fake_scores", fake_scores, "real_scores", real_scores, shape=False)
+    return real_scores, fake_scores
+
+
+class _LinearLoss(Op):
+    """Take mean(b) - mean(a), the critic's loss on real and fake scores; of a alone -mean(a), the generator's."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor | None) -> Any:
+        return kernels.scores.mean_scores("generator" if b is None else "critic", a, a if b is None else b)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.shapes, ctx.dtype = [x.shape for x in inputs if x is not None], inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        signs = zip((-1, 1), ctx.shapes, strict=False)
+        a, *b = ((grad / (sign * shape.numel())).to(ctx.dtype).expand(shape) for sign, shape in signs)
+        return a, b[0] if b else None
+
+
+class _BlendedLoss(Op):
+    """The loss on scores ``a`` and, for the critic, ``b``: shapes of both, flat in the kernel."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor | None, blend: float, drift: float, differentiable: bool) -> tuple[Tensor, Tensor]:
+        wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+        loss, _, slopes = kernels.objective.objective(a, b, blend, drift, slopes=wide if differentiable else None)
+        return loss, slopes
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        a, b, ctx.blend, ctx.drift, _ = inputs
+        ctx.mark_nondifferentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(a, b, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None, None
+        a, b, slopes = ctx.saved_tensors
+        # A graph is asked for, and the kernel's slopes have none; or it has made none, as vmap hides requires_grad.
+        if torch.is_grad_enabled() or slopes.numel() == 0:
+            parts = [reference.score_slopes(a, -1, blend=ctx.blend, drift=ctx.drift, weight=1.0)]
+            if b is not None:
+                parts.append(reference.score_slopes(b, 1, blend=ctx.blend, drift=0.0, weight=1.0))
+        else:
+            parts = list(torch.split(slopes, [a.numel(), slopes.numel() - a.numel()]))
+        grads = [
+            (grad * part.view(x.shape)).to(x.dtype) for x, part in zip((a, b), parts, strict=False) if x is not None
+        ]
+        return grads[0], grads[1] if b is not None else None, None, None, None
+
+
+class _WassersteinLoss(Op):
+    @staticmethod
+    def forward(y_true: Tensor, y_pred: Tensor) -> Any:
+        return kernels.scores.mean_scores("labels", y_true, y_pred)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        y_true, y_pred = ctx.saved_tensors
+        grad = grad / y_pred.numel()  # float32 or wider, as 1 / N may be too small for float16
+        needs_true, needs_pred = ctx.needs_input_grad
+        of_true = (grad * y_pred.to(grad.dtype)).to(y_true.dtype) if needs_true else None
+        return of_true, (grad * y_true.to(grad.dtype)).to(y_pred.dtype) if needs_pred else None
+
+
+class _HingeCriticLoss(Op):
+    @staticmethod
+    def forward(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        on_real, on_fake, _ = kernels.scores.mean_scores("hinge", real, fake)
+        return on_real, on_fake
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, real_grad: Tensor, fake_grad: Tensor) -> tuple[Tensor, Tensor]:
+        real, fake = ctx.saved_tensors
+        # Not "real < 1": a NaN score has a slope, so that it shows in the gradients as in the loss.
+        real_grad, fake_grad = (real_grad / -real.numel()).to(real.dtype), (fake_grad / fake.numel()).to(fake.dtype)
+        return ~(real >= 1) * real_grad, ~(fake <= -1) * fake_grad
+
+
+def critic_loss(
+    real_scores: Tensor, fake_scores: Tensor, *, blend: float = 0.0, drift: float = 0.0, backend: Backend = "auto"
+) -> Tensor:
+    """The critic's loss, mean(fake_scores) - mean(real_scores): minus the Wasserstein estimate.
+
+    Args:
+        real_scores: D(real), any shape, e.g. [N], [N, 1] or [N, 1, H, W].
+        fake_scores: D(fake), any shape; dtype and device as ``real_scores``.
+        blend: alpha in [0, 1], the share of the GAN's loss, mean(softplus(fake)) + mean(softplus(-real)), in it.
+        drift: what mean(real_scores^2) is added with, which keeps scores near zero; >= 0, in 1 / score.
+        backend: see :mod:`fastwgan.backend`.
+
+    Returns:
+        0-d tensor, float32 or wider; its gradients have the scores' dtype.
+
+    Raises:
+        TypeError, ValueError: an argument is not a floating tensor, is empty, or they do not match.
+
+    Source: WGAN, arXiv 1701.07875, Algorithm 1, line 5 (which ascends; this is to be descended). The GAN's loss:
+    arXiv 1406.2661; the drift term: arXiv 1710.10196, appendix A.1.
+
+    >>> critic_loss(torch.tensor([3.0, 1.0]), torch.tensor([0.5]))
+    tensor(-1.5000)
+    >>> critic_loss(torch.tensor([3.0, 1.0]), torch.tensor([0.5]), drift=0.1)
+    tensor(-1.)
+    """
+    real_scores, fake_scores = _checked_scores(real_scores, fake_scores)
+    checks.blend(blend, drift)
+    if resolve(backend, real_scores.device) == "torch":
+        return reference.critic_loss(real_scores, fake_scores, blend=blend, drift=drift)
+    loss: Tensor
+    if blend or drift:
+        loss, _ = apply(_BlendedLoss, real_scores, fake_scores, blend, drift, differentiable(real_scores, fake_scores))
+    else:
+        loss = apply(_LinearLoss, real_scores, fake_scores)
+    return loss
+
+
+def generator_loss(fake_scores: Tensor, *, blend: float = 0.0, backend: Backend = "auto") -> Tensor:
+    """The generator's loss, -mean(fake_scores).
+
+    Args:
+        fake_scores: D(G(z)), any shape.
+        blend: alpha in [0, 1], the share of the GAN's non-saturating loss, mean(softplus(-fake)), in it.
+        backend: see :mod:`fastwgan.backend`.
+
+    Returns:
+        0-d tensor, float32 or wider; its gradients have the scores' dtype.
+
+    Raises:
+        TypeError, ValueError: ``fake_scores`` is not a floating tensor or is empty.
+
+    Source: WGAN, arXiv 1701.07875, Algorithm 1, line 10; the GAN's, arXiv 1406.2661, section 3.
+
+    >>> generator_loss(torch.tensor([3.0, 1.0]))
+    tensor(-2.)
+    """
+    checks.tensor("fake_scores", fake_scores)
+    checks.blend(blend)
+    if resolve(backend, fake_scores.device) == "torch":
+        return reference.generator_loss(fake_scores, blend=blend)
+    loss: Tensor
+    if blend:
+        loss, _ = apply(_BlendedLoss, fake_scores, None, blend, 0.0, differentiable(fake_scores))
+    else:
+        loss = apply(_LinearLoss, fake_scores, None)
+    return loss
+
+
+def wasserstein_loss(y_true: Tensor, y_pred: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """mean(y_true * y_pred), the label form that Keras code uses.
+
+    With labels -1 for real and +1 for fake, and as many of each, twice this is :func:`critic_loss`.
+
+    Args:
+        y_true: labels, usually +1 and -1, shape as ``y_pred``: [N] against [N, 1] is an error, not a broadcast.
+        y_pred: scores, any shape; dtype and device as ``y_true``.
+        backend: see :mod:`fastwgan.backend`.
+
+    Returns:
+        0-d tensor, float32 or wider; its gradients have the scores' dtype.
+
+    Raises:
+        TypeError, ValueError: an argument is not a floating tensor, is empty, or they do not match.
+
+    Source: WGAN, arXiv 1701.07875, Algorithm 1, lines 5 and 10, with the sign moved into a label.
+
+    >>> wasserstein_loss(torch.tensor([-1.0, 1.0]), torch.tensor([3.0, 1.0]))
+    tensor(-1.)
+    """
+    checks.tensor("y_pred", y_pred)
+    checks.tensor("y_true", y_true)
+    y_true, y_pred = checks.promoted(y_true, y_pred)
+    checks.like("y_true", y_true, "y_pred", y_pred, shape=True)
+    if resolve(backend, y_pred.device) == "torch":
+        return reference.wasserstein_loss(y_true, y_pred)
+    loss: Tensor = apply(_WassersteinLoss, y_true, y_pred)
+    return loss
+
+
+def hinge_critic_loss(real_scores: Tensor, fake_scores: Tensor, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
+    """The hinge form's two halves, (mean(relu(1 - real_scores)), mean(relu(1 + fake_scores))).
+
+    Args:
+        real_scores: D(real), any shape.
+        fake_scores: D(fake), any shape; dtype and device as ``real_scores``.
+        backend: see :mod:`fastwgan.backend`.
+
+    Returns:
+        Two 0-d tensors, float32 or wider; their gradients have the scores' dtype. The critic minimises their sum.
+
+    Raises:
+        TypeError, ValueError: an argument is not a floating tensor, is empty, or they do not match.
+
+    Source: Lim and Ye, Geometric GAN, arXiv 1705.02894.
+
+    >>> hinge_critic_loss(torch.tensor([3.0, 0.0]), torch.tensor([-0.5]))
+    (tensor(0.5000), tensor(0.5000))
+    """
+    real_scores, fake_scores = _checked_scores(real_scores, fake_scores)
+    if resolve(backend, real_scores.device) == "torch":
+        return reference.hinge_critic_loss(real_scores, fake_scores)
+    real, fake = apply(_HingeCriticLoss, real_scores, fake_scores)
+    return real, fake
+
+
+def score_statistics(real_scores: Tensor, fake_scores: Tensor, backend: Backend) -> Tensor:
+    """One launch, no graph: [mean real, mean fake, Wasserstein estimate, its negative]. For the trainer."""
+    real_scores, fake_scores = real_scores.detach(), fake_scores.detach()
+    if resolve(backend, real_scores.device) == "torch":
+        return reference.score_statistics(real_scores, fake_scores)
+    *_, statistics = kernels.scores.mean_scores("critic", real_scores, fake_scores)
+    return statistics  # type: ignore[no-any-return]
+
+
+def objective(
+    real_scores: Tensor | None, fake_scores: Tensor, *, blend: float, drift: float, weight: float,
+    scale: Tensor | None, backend: Backend,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One launch, no graph: (:func:`score_statistics`' four, or [the generator's loss]; weight * scale * d loss / d
+    scores, flat, of real scores first, in the scores' dtype). For the trainer.
+    """
+    scores = [x.detach() for x in (real_scores, fake_scores) if x is not None]
+    if resolve(backend, fake_scores.device) == "triton":
+        a, b = (*scores, None)[:2]
+        _, statistics, slopes = kernels.objective.objective(a, b, blend, drift, weight, scale, fake_scores.dtype)
+        return statistics, slopes
+    if real_scores is None:
+        statistics = reference.generator_loss(fake_scores.detach(), blend=blend).reshape(1)
+    else:
+        statistics = reference.score_statistics(*scores, blend=blend, drift=drift)
+    factor = weight if scale is None else weight * scale
+    signs, drifts = (-1, 1), (drift, 0.0)
+    slopes = [
+        reference.score_slopes(x, sign, blend=blend, drift=own, weight=factor).reshape(-1)
+        for x, sign, own in zip(scores, signs, drifts, strict=False)
+    ]
+    return statistics, torch.cat(slopes).to(fake_scores.dtype)
