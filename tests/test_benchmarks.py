@@ -17,7 +17,7 @@ from test_graphs import Recorded
 from torch import nn
 
 from fastwgan import GradientPenalty, Trainer, bench, bench_ops
-from fastwgan.cli import main as cli
+from fastwgan import cli
 from fastwgan.engine import arguments, graphs
 
 sys.path.insert(0, str(Path(__file__).parent.parent))

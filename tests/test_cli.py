@@ -20,7 +20,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
 from fastwgan import checkpoint, data
-from fastwgan.cli import main as cli
+from fastwgan import cli
 from fastwgan.cli import runs
 
 ENV = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
