@@ -199,10 +199,10 @@ def replayed(trainer: Trainer, device: torch.device) -> Record:
     Raises:
         RuntimeError: one of the two has not been captured.
     """
-    assert trainer._graphs is not None
-    found = {key[0]: graph.replay for key, graph in trainer._graphs._graphs.items() if graph.replay is not None}
+    assert trainer._steps.graphs is not None
+    found = {key[0]: graph.replay for key, graph in trainer._steps.graphs._graphs.items() if graph.replay is not None}
     figures: Record = {}
-    for name, work in (("replay", trainer._critic_work), ("iteration_replay", trainer._iteration_work)):
+    for name, work in (("replay", trainer._steps._critic_step), ("iteration_replay", trainer._steps._iteration)):
         if work.__name__ not in found:
             raise RuntimeError(f"{work.__name__}: expected a graph of it after {WARM_UP} calls, got none")
         replay = found[work.__name__]

@@ -317,7 +317,7 @@ def _trainer(own_class: bool = False, **options: Any) -> Implementation:
         )  # fmt: skip
         return Step(
             lambda: trainer.critic_step(setting.real),
-            random=(trainer._latent_random,),
+            random=(trainer._steps.latents.stream,),
             is_graph=options["cuda_graph"] and setting.on_gpu,
         )
 

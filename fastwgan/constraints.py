@@ -1,22 +1,108 @@
-"""How the critic is kept Lipschitz: WGAN's weight clipping, a bound on norms, or WGAN-GP's gradient penalty."""
+"""The ways to keep the critic Lipschitz: WGAN's weight clipping, a bound on norms, WGAN-GP's gradient penalty.
 
-from collections.abc import Iterable
+A constraint knows what it asks of a critic step, and a trainer knows no constraint: it asks :class:`Constraint`.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastwgan import checks
+from fastwgan.backend import Backend, resolve
+from fastwgan.ops.samples import interpolate, perturb
+from fastwgan.ops.weights import Share, clip_and_count_, combine_shares, project_and_count_
+from fastwgan.optim import Adam, Gated, RMSprop
+from fastwgan.optim.base import Together
 
-__all__ = ["GradientPenalty", "NormClip", "WeightClip"]
+__all__ = ["Constraint", "GradientPenalty", "NormClip", "Penalised", "WeightClip"]
 
 
-class Clip:
-    """What :class:`WeightClip` and :class:`NormClip` share: a bound, and parameters that are left alone."""
+class Penalised(NamedTuple):
+    """The points [N, ...] at which the critic's gradient is penalised, and which penalty that is."""
 
+    x: Tensor
+    weight: float
+    kind: str
+    target: float
+
+
+class Draw(NamedTuple):
+    """A place in a random stream: the seed, and the index at which the numbers begin."""
+
+    seed: int
+    offset: int | Tensor
+
+
+class Constraint:
+    """The base of all constraints, which asks for nothing.
+
+    Attributes:
+        bounds_weights: whether it holds weights to a bound after each update.
+        exclude: parameters that it leaves alone.
+    """
+
+    bounds_weights = False
+    exclude: tuple[str | type[nn.Module], ...] = ()
+
+    def default_optimizer(self, parameters: list[nn.Parameter], backend: Backend) -> Gated:
+        """Return the optimizer of the constraint's paper: of the critic or of the generator."""
+        return RMSprop(parameters, lr=5e-5, backend=backend)
+
+    def check(self, critic: nn.Module, optimizer: torch.optim.Optimizer | None) -> str | None:
+        """Return advice on a critic and the optimizer that it is given, or None.
+
+        Raises:
+            TypeError, ValueError: they cannot be used.
+        """
+        return None
+
+    def penalty_weight(self, iteration: int) -> float:
+        """Return the penalty's weight in a critic step; 0 for a step without a penalty."""
+        return 0.0
+
+    def random_numbers(self, batch: int, pack: int) -> int:
+        """Return how many indices of the random stream :meth:`points` uses."""
+        return 0
+
+    def points(self, real: Tensor, fake: Tensor, weight: float, draw: Draw, pack: int, backend: Backend) -> Penalised:
+        """Return the points that are penalised between, or at, real and fake samples [N, ...]."""
+        raise NotImplementedError
+
+    def prepare(self, held: Sequence[Tensor], backend: Backend) -> None:
+        """Raise ValueError unless the parameters to be held can be bounded."""
+
+    def fuse_into(self, together: Together, held: Iterable[Tensor]) -> Together:
+        """Return what the optimizer's launch does, with what it can do of the bound."""
+        return together
+
+    def apply_(
+        self, held: Sequence[Tensor], done: Collection[int], shares: list[Share], gate: Tensor, backend: Backend
+    ) -> Tensor | None:
+        """Hold parameters to the bound, in place, unless the gate says no.
+
+        Args:
+            held: the parameters.
+            done: the ids of those that the optimizer's launch has held.
+            shares: of weights on the bound that it has counted.
+            gate: [2] float32: 1 to leave the weights alone, else 0.
+            backend: see :mod:`fastwgan.backend`.
+
+        Returns:
+            The share on the bound, 0-d, or None where nothing has one.
+        """
+        return None
+
+
+class Clip(Constraint):
+    """A bound on weights after each update, with parameters that are left alone."""
+
+    bounds_weights = True
     bound: float
-    exclude: tuple[str | type[nn.Module], ...]
 
     def __post_init__(self) -> None:
         checks.number("bound", self.bound, minimum=0, exclusive=True)
@@ -53,6 +139,18 @@ class Clip:
             excluded.update(matched)
         return excluded
 
+    def check(self, critic: nn.Module, optimizer: torch.optim.Optimizer | None) -> str | None:
+        for p in self.clipped(critic):
+            checks.parameter("critic", p)
+            checks.bound("bound", self.bound, p.dtype)
+        groups = [] if optimizer is None else optimizer.param_groups
+        if max((float(max(g.get("momentum", 0), g.get("betas", (0,))[0])) for g in groups), default=0.0) > 0:
+            return (
+                f"{type(self).__name__} with a critic optimizer that has momentum: training becomes unstable "
+                "(arXiv 1701.07875, section 4); RMSprop without momentum is the usual choice"
+            )
+        return None
+
 
 @dataclass(frozen=True)
 class WeightClip(Clip):
@@ -75,6 +173,24 @@ class WeightClip(Clip):
 
     bound: float = 0.01
     exclude: tuple[str | type[nn.Module], ...] = ()
+
+    def check(self, critic: nn.Module, optimizer: torch.optim.Optimizer | None) -> str | None:
+        for group in optimizer.param_groups if isinstance(optimizer, Gated) else ():
+            if group.get("clip") not in (None, self.bound):
+                got = f"its clip {group['clip']} contradicts the constraint's {self.bound}"
+                raise ValueError(f"critic_optimizer: {got}")
+        return super().check(critic, optimizer)
+
+    def fuse_into(self, together: Together, held: Iterable[Tensor]) -> Together:
+        return together._replace(bound=self.bound, bounded={id(p) for p in held})
+
+    def apply_(
+        self, held: Sequence[Tensor], done: Collection[int], shares: list[Share], gate: Tensor, backend: Backend
+    ) -> Tensor | None:
+        rest = [p for p in held if id(p) not in done]
+        clamped = clip_and_count_(rest, self.bound, backend, gate) if rest else None
+        combined = combine_shares(shares if clamped is None else [*shares, clamped])
+        return None if combined is None else combined[0]
 
 
 @dataclass(frozen=True)
@@ -107,9 +223,19 @@ class NormClip(Clip):
         super().__post_init__()
         checks.per(self.per)
 
+    def prepare(self, held: Sequence[Tensor], backend: Backend) -> None:
+        if held and resolve(backend, held[0].device) == "triton":
+            checks.refuse_overlap(held)
+
+    def apply_(
+        self, held: Sequence[Tensor], done: Collection[int], shares: list[Share], gate: Tensor, backend: Backend
+    ) -> Tensor | None:
+        projected = project_and_count_(held, self.bound, self.per, backend, gate)
+        return None if projected is None else projected[0]
+
 
 @dataclass(frozen=True)
-class GradientPenalty:
+class GradientPenalty(Constraint):
     """Add weight * penalty(d critic / dx) to the critic's loss.
 
     Args:
@@ -145,7 +271,31 @@ class GradientPenalty:
         if self.at not in ("interpolates", "real", "fake", "perturbed"):
             raise ValueError(f"at: expected 'interpolates', 'real', 'fake' or 'perturbed', got {self.at!r}")
         checks.number("noise", self.noise, minimum=0, exclusive=True)
-        if isinstance(self.every, bool) or not isinstance(self.every, int):
-            raise TypeError(f"every: expected an int, got {type(self.every).__name__}")
-        if self.every < 1:
-            raise ValueError(f"every: expected an int >= 1, got {self.every}")
+        checks.count("every", self.every)
+
+    def default_optimizer(self, parameters: list[nn.Parameter], backend: Backend) -> Gated:
+        return Adam(parameters, lr=1e-4, betas=(0.0, 0.9), backend=backend)
+
+    def check(self, critic: nn.Module, optimizer: torch.optim.Optimizer | None) -> str | None:
+        if not any(isinstance(m, _BatchNorm) for m in critic.modules()):
+            return None
+        return (
+            "GradientPenalty with a critic that has BatchNorm: the penalty takes each sample's gradient by itself, "
+            "which BatchNorm mixes (arXiv 1704.00028, section 4); LayerNorm is the usual choice"
+        )
+
+    def penalty_weight(self, iteration: int) -> float:
+        return 0.0 if iteration % self.every else self.weight * self.every
+
+    def random_numbers(self, batch: int, pack: int) -> int:
+        return {"interpolates": batch // pack, "perturbed": batch}.get(self.at, 0)
+
+    def points(self, real: Tensor, fake: Tensor, weight: float, draw: Draw, pack: int, backend: Backend) -> Penalised:
+        if self.at == "interpolates":
+            pairs = (x if pack == 1 else x.reshape(-1, pack, *x.shape[1:]) for x in (real.detach(), fake))
+            x = interpolate(*pairs, seed=draw.seed, offset=draw.offset, backend=backend).view(real.shape)
+        elif self.at == "perturbed":
+            x = perturb(real.detach(), scale=self.noise, seed=draw.seed, offset=draw.offset, backend=backend)
+        else:
+            x = real if self.at == "real" else fake
+        return Penalised(x.detach(), weight, self.kind, self.target)

@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, relu
 
+from fastwgan import checks
+
 __all__ = [
+    "InstanceNoise",
     "ctgan_critic",
     "ctgan_generator",
     "dcgan_critic",
@@ -17,6 +21,36 @@ __all__ = [
     "resnet_critic",
     "resnet_generator",
 ]
+
+
+class InstanceNoise(nn.Module):
+    """A critic that is shown samples with Gaussian noise while it trains, and samples as they are in evaluation.
+
+    Args:
+        critic: maps samples [N, ...] (and conditions) to scores.
+        scale: standard deviation of the noise, >= 0, in the samples' units. It is kept in the buffer ``scale``, for
+            noise that decays: ``critic.scale.fill_(0.1)``.
+
+    Source: arXiv 1701.04862, section 3.
+
+    >>> InstanceNoise(mlp([2, 8, 1]), 0.1)(torch.zeros(4, 2)).shape
+    torch.Size([4, 1])
+    """
+
+    scale: Tensor
+
+    def __init__(self, critic: nn.Module, scale: float) -> None:
+        super().__init__()
+        value = checks.number("scale", scale, minimum=0)
+        device = next((p.device for p in critic.parameters()), None)
+        self.critic = critic
+        self.register_buffer("scale", torch.full((), value, device=device))
+
+    def forward(self, x: Tensor, *cond: Any) -> Tensor:
+        if self.training:
+            x = x + self.scale * torch.randn_like(x)
+        scores: Tensor = self.critic(x, *cond)
+        return scores
 
 
 def mlp(

@@ -7,8 +7,7 @@ leaves the networks' own kernels and a handful of launches. Nothing in a step wa
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
@@ -19,21 +18,18 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fastwgan import checkpoint, checks
 from fastwgan.backend import Backend, resolve
-from fastwgan.constraints import Clip, GradientPenalty, NormClip, WeightClip
-from fastwgan.engine import graphs, passes, structure
-from fastwgan.engine.arguments import check_arguments, kept_apart, momentum, shapes, take_over
-from fastwgan.engine.guard import PATIENCE, Guard
-from fastwgan.engine.player import Player, default_optimizer, evaluating
-from fastwgan.engine.ranks import Ranks, unwrapped
+from fastwgan.constraints import Constraint, WeightClip
+from fastwgan.engine import graphs
+from fastwgan.engine.latents import Latent
+from fastwgan.engine.player import Settled
+from fastwgan.engine.ranks import Ranks, shapes, unwrapped
+from fastwgan.engine.settings import REMOVED, Settings, check_networks, check_optimizer, check_scheduler
+from fastwgan.engine.steps import Steps
 from fastwgan.metrics import Metrics
-from fastwgan.ops.samples import interpolate, perturb, perturb_both
-from fastwgan.streams import process_streams, random_kept, set_process_streams, stream_seed
+from fastwgan.streams import random_kept
+from fastwgan.training.fit import fit
 
 __all__ = ["Trainer", "warmup_schedule"]
-
-MOST_CAPTURED = 8  # critic steps in a graph of a whole iteration, which bounds the time that its capture takes
-
-Latent = int | Callable[[int, torch.device], Any]
 
 
 def warmup_schedule(generator_iteration: int) -> int:
@@ -85,16 +81,13 @@ class Trainer:
         blend: alpha in [0, 1]: the losses are alpha times the non-saturating GAN's and 1 - alpha times WGAN's; see
             :func:`fastwgan.functional.critic_loss`.
         drift: what the critic's loss has mean(D(real)^2) added with, which keeps its scores near zero; >= 0.
-        instance_noise: standard deviation of Gaussian noise on all that the critic is shown, in the samples' units, or
-            a callable of the critic iteration for one that decays. The penalty's points are of noisy samples then.
         pack: how many samples, one after the other in the batch, the critic gives one score for. The penalty is then
             of a pack.
         nonfinite: what to do about gradients that are infinite or NaN. They never enter a weight or an optimizer's
             state: such a step is left out whole. "raise" raises FloatingPointError at the first, "skip" after
-            ``max_skipped`` in a row; so does "raise" with float16, where steps are left out to find a loss scale. On a
+            20 in a row; so does "raise" with float16, where steps are left out to find a loss scale. On a
             GPU the host does not wait for the verdict, so the error comes some steps late. What a forward pass itself
             writes to, as BatchNorm to its running averages, is written to all the same.
-        max_skipped: see ``nonfinite``.
 
     Under ``torch.distributed``, initialised before the trainer is made, every process makes the same trainer, takes the
     same steps, and gives its own part of each batch, all of one size, in the order of ranks.
@@ -131,7 +124,7 @@ class Trainer:
         critic: nn.Module,
         *,
         latent: Latent,
-        constraint: WeightClip | NormClip | GradientPenalty = WeightClip(),  # noqa: B008 - it is frozen
+        constraint: Constraint = WeightClip(),  # noqa: B008 - it is frozen
         critic_optimizer: torch.optim.Optimizer | None = None,
         generator_optimizer: torch.optim.Optimizer | None = None,
         critic_scheduler: LRScheduler | None = None,
@@ -146,147 +139,80 @@ class Trainer:
         ema: float | None = None,
         blend: float = 0.0,
         drift: float = 0.0,
-        instance_noise: float | Callable[[int], float] = 0.0,
         pack: int = 1,
         nonfinite: str = "raise",
-        max_skipped: int = PATIENCE,
+        **removed: object,
     ) -> None:
+        checks.removed(removed, REMOVED)
         checks.refuse_inference_mode()
         generator, critic = unwrapped("generator", generator), unwrapped("critic", critic)
-        settings = {
-            "latent": latent, "constraint": constraint, "critic_optimizer": critic_optimizer,
-            "generator_optimizer": generator_optimizer, "n_critic": n_critic, "amp": amp, "cuda_graph": cuda_graph,
-            "independent_samples": independent_samples, "compile": compile, "ema": ema, "blend": blend, "drift": drift,
-            "instance_noise": instance_noise, "pack": pack, "nonfinite": nonfinite, "max_skipped": max_skipped,
-        }  # fmt: skip
-        check_arguments(
-            generator, critic, seed=seed, critic_scheduler=critic_scheduler, generator_scheduler=generator_scheduler,
-            **settings,
+        settings = Settings(
+            latent, constraint, n_critic, seed, backend, amp, cuda_graph, independent_samples, compile, ema, blend,
+            drift, pack, nonfinite,
         )  # fmt: skip
-        self.generator, self.critic = generator, critic
-        self.constraint = constraint
-        self.device = next(critic.parameters()).device
+        self.device = check_networks(generator, critic, amp)
+        for name, module, optimizer, scheduler in (
+            ("critic", critic, critic_optimizer, critic_scheduler),
+            ("generator", generator, generator_optimizer, generator_scheduler),
+        ):
+            if optimizer is not None:
+                check_optimizer(f"{name}_optimizer", optimizer, module)
+            check_scheduler(f"{name}_scheduler", scheduler, optimizer)
+        advice = constraint.check(critic, critic_optimizer)
+        if cuda_graph is True and (problem := graphs.device_problem(self.device)):
+            raise RuntimeError(f"cuda_graph: True was asked for, but {problem}")
         resolve(backend, self.device)
-        self.backend: Backend = backend
-        self.latent = latent
-        self.n_critic = n_critic
-        self.last_checkpoint: str | None = None
-        self._amp, self.pack, self._instance_noise = amp, pack, instance_noise
-        self.ranks = Ranks(self.device)
-        self.rank, self.world = self.ranks.rank, self.ranks.world
-        self.ranks.agree(shapes("generator", generator) | shapes("critic", critic) | settings)
-        self.ranks.broadcast_([x for m in (generator, critic) for x in (*m.parameters(), *m.buffers())])
-        self.seed = seed = self.ranks.same(seed, self.device)
-        self.critic_iterations = 0
-        self.generator_iterations = 0
-        self._critic_steps_due = 0  # taken since the last generator step
-        self._eps_offset = 0  # numbers of the eps stream used up
-        self._latent_random = torch.Generator(self.device).manual_seed(stream_seed(seed, 0))
-        self._sample_random = torch.Generator(self.device).manual_seed(stream_seed(seed, 1))
-        self._independent_samples = independent_samples
-        self._one_forward: bool | None = None  # whether real and fake samples shared a pass in the last step
-        self._shown = 0, False  # how many dimensions they had, and whether there were conditions
-        kind = passes.Compiled if compile else passes.Eager
-        self._passes = kind(
-            generator, critic, constraint, backend, amp=amp, pack=pack, blend=float(blend), drift=float(drift),
-            share=1 / self.world,
-        )  # fmt: skip
-        limit = 0 if nonfinite == "raise" and amp != torch.float16 else max_skipped - 1
-        # Of real samples, as last seen; or as the critic will most likely have them.
-        self._sample_dtype = next(p.dtype for p in critic.parameters() if p.is_floating_point())
 
-        def player(name: str, optimizer: torch.optim.Optimizer | None, **options: Any) -> Player:
-            module = getattr(self, name)
-            guard = Guard(name, module, backend, limit=limit, scaled=amp == torch.float16)
-            default = optimizer is None
-            given = take_over(optimizer, backend) if optimizer else default_optimizer(constraint, module, backend)
-            return Player(name, module, given, guard, self.ranks, backend, default=default, **options)
-
-        clip = constraint if isinstance(constraint, Clip) else None
-        self._critic = player("critic", critic_optimizer, clip=clip)
-        self._generator = player("generator", generator_optimizer, ema=ema)
+        self.generator, self.critic, self.constraint = generator, critic, constraint
+        self.backend, self.n_critic, self.pack = backend, n_critic, pack
         self.critic_scheduler, self.generator_scheduler = critic_scheduler, generator_scheduler
-        self._cuda_graph = cuda_graph
-        self._graphs = self._make_graphs()
-        if clip is not None:
-            if momentum(self.critic_optimizer) > 0:
-                warnings.warn(
-                    f"{type(constraint).__name__} with a critic optimizer that has momentum: training becomes unstable "
-                    "(arXiv 1701.07875, section 4); RMSprop without momentum is the usual choice",
-                    stacklevel=2,
-                )
-        elif structure.has_batchnorm(critic):
-            warnings.warn(
-                "GradientPenalty with a critic that has BatchNorm: the penalty takes each sample's gradient by "
-                "itself, which BatchNorm mixes (arXiv 1704.00028, section 4); LayerNorm is the usual choice",
-                stacklevel=2,
-            )
+        self.critic_iterations = self.generator_iterations = 0
+        self.last_checkpoint: str | None = None
+        self.ranks = ranks = Ranks(self.device)
+        self.rank, self.world = ranks.rank, ranks.world
+        optimizers = {"critic_optimizer": critic_optimizer, "generator_optimizer": generator_optimizer}
+        ranks.agree(shapes("generator", generator) | shapes("critic", critic) | vars(settings) | optimizers)
+        ranks.broadcast_([x for m in (generator, critic) for x in (*m.parameters(), *m.buffers())])
+        self._critic_steps_due = 0  # taken since the last generator step
+        self._steps = Steps(generator, critic, critic_optimizer, generator_optimizer, settings, ranks, self.device)
+        if advice is not None:
+            warnings.warn(advice, stacklevel=2)
 
     def __repr__(self) -> str:
         return (
             f"Trainer(constraint={self.constraint!r}, optimizers={self._optimizer_names()}, device={self.device}, "
-            f"backend={resolve(self.backend, self.device)!r}, cuda_graph={self._graphs is not None}; "
+            f"backend={resolve(self.backend, self.device)!r}, cuda_graph={self._steps.graphs is not None}; "
             f"{self.critic_iterations} critic steps, {self.generator_iterations} generator steps; "
-            f"{self._passes_taken()})"
+            f"{self._steps.sharing})"
         )
-
-    def _passes_taken(self) -> str:
-        """Return whether real and fake samples shared a pass of the critic in the last step, and why."""
-        if self._one_forward is None:
-            return "a first critic step will tell whether real and fake samples share a pass of the critic"
-        ndim, conditional = self._shown
-        if self._one_forward:
-            why = "independent_samples=True says so" if self._independent_samples else "its layers keep samples apart"
-            return f"real and fake samples share a pass of the critic, as {why}"
-        each = "real and fake samples have a pass of the critic each, as "
-        if self._independent_samples:
-            return f"{each}there are conditions that are neither tensors nor constants"
-        reason = "there are conditions" if conditional else structure.doubt(self.critic, ndim)
-        return (
-            f"{each}{reason or 'its layers mixed samples in the last step'}; with independent_samples=True, your word "
-            "that no score depends on another sample, they share one"
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy is made of. Graphs are made anew; hooks would be lost with PyTorch's own copies."""
-        hooks = [player.hooks() for player in (self._critic, self._generator)]
-        return self.__dict__ | {"_graphs": self._graphs is not None, "hooks": hooks}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        hooks = state.pop("hooks")
-        self.__dict__.update(state)
-        for player, own in zip((self._critic, self._generator), hooks, strict=True):
-            player.hook(own)
-        self._graphs = self._make_graphs() if state["_graphs"] else None
-
-    def _make_graphs(self) -> graphs.Graphs | None:
-        self._device_offset = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._device_noise = torch.zeros((), device=self.device)
-        players = (self._critic, self._generator)
-        return graphs.made(self._cuda_graph, self.device, self._latent_random, players, self.ranks, self.backend)
 
     @property
     def critic_optimizer(self) -> torch.optim.Optimizer:
         """Return the critic's optimizer: ours in place of a plain torch RMSprop or Adam."""
-        return self._critic.optimizer
+        return self._steps.critic.optimizer
 
     @critic_optimizer.setter
     def critic_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        self._critic.assign(optimizer)
+        self._steps.critic.assign(optimizer)
 
     @property
     def generator_optimizer(self) -> torch.optim.Optimizer:
         """Return the generator's optimizer: ours in place of a plain torch RMSprop or Adam."""
-        return self._generator.optimizer
+        return self._steps.generator.optimizer
 
     @generator_optimizer.setter
     def generator_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        self._generator.assign(optimizer)
+        self._steps.generator.assign(optimizer)
 
     @property
     def ema(self) -> float | None:
         """Return the decay of the running average, or None."""
-        return self._generator.ema
+        return self._steps.generator.ema
+
+    @property
+    def seed(self) -> int:
+        """Return the seed of the random streams, which a checkpoint brings along."""
+        return self._steps.latents.seed
 
     # Steps
 
@@ -305,7 +231,10 @@ class Trainer:
             TypeError, ValueError: ``real`` or a network's output cannot be used. No weight is changed then.
         """
         self._check_real(real)
-        return self._critic_step(real, cond)
+        weight = self.constraint.penalty_weight(self.critic_iterations)
+        metrics = self._critic_step_done(self._steps.take_critic_step(weight, real, cond), weight)
+        self._steps.critic.guard.watch(self.last_checkpoint)
+        return metrics
 
     def _check_real(self, real: Tensor) -> None:
         checks.refuse_inference_mode()
@@ -313,23 +242,15 @@ class Trainer:
         if len(real) % self.pack:
             raise ValueError(f"real: expected a multiple of pack={self.pack} samples, got {len(real)}")
 
-    def _critic_step(self, real: Tensor, cond: tuple[Any, ...]) -> Metrics:
-        weight = self._penalty_weight(self.critic_iterations)
-        with self._undone_if_refused():
-            outputs = self._run(self._critic_work, weight, real, self._given_latents(len(real)), *cond)
-        metrics = self._critic_step_done(outputs, len(real), weight)
-        self._critic.guard.watch(self.last_checkpoint)
-        return metrics
-
-    def _critic_step_done(self, outputs: tuple[Tensor | None, ...], batch: int, weight: float) -> Metrics:
-        scores, penalty, nonfinite, saturation = outputs
-        assert nonfinite is not None
+    def _critic_step_done(self, found: Settled, weight: float) -> Metrics:
         self.critic_iterations += 1
         self._critic_steps_due += 1
-        self._eps_offset += self._numbers(batch, weight)
         if self.critic_scheduler is not None:
             self.critic_scheduler.step()
-        return Metrics(scores=scores, penalty=penalty, weight=weight, saturation=saturation, nonfinite=(nonfinite,))
+        return Metrics(
+            scores=found.scores, penalty=found.penalty, weight=weight, saturation=found.saturation,
+            nonfinite=(found.nonfinite,),
+        )  # fmt: skip
 
     def generator_step(self, batch_size: int, *cond: Any) -> Metrics:
         """Update the generator once.
@@ -348,23 +269,16 @@ class Trainer:
         checks.count("batch_size", batch_size)
         if batch_size % self.pack:
             raise ValueError(f"batch_size: expected a multiple of pack={self.pack}, got {batch_size}")
-        with self._undone_if_refused():
-            z = self._given_latents(batch_size)
-            outputs = self._run(self._generator_work, batch_size, self._sample_dtype, z, *cond)
-        metrics = self._generator_step_done(outputs, batch_size)
-        self._generator.guard.watch(self.last_checkpoint)
+        metrics = self._generator_step_done(self._steps.take_generator_step(batch_size, cond))
+        self._steps.generator.guard.watch(self.last_checkpoint)
         return metrics
 
-    def _generator_step_done(self, outputs: tuple[Tensor | None, ...], batch: int) -> Metrics:
-        loss, nonfinite = outputs
-        assert loss is not None
-        assert nonfinite is not None
+    def _generator_step_done(self, found: Settled) -> Metrics:
         self.generator_iterations += 1
-        self._eps_offset += self._numbers(batch, 0.0)
         self._critic_steps_due = 0
         if self.generator_scheduler is not None:
             self.generator_scheduler.step()
-        return Metrics(generator_loss=loss[0], nonfinite=(nonfinite,))
+        return Metrics(generator_loss=found.scores[0], nonfinite=(found.nonfinite,))
 
     def step(self, real: Tensor, *cond: Any) -> Metrics:
         """A critic step, and then a generator step if ``n_critic`` critic steps have been taken since the last.
@@ -374,8 +288,8 @@ class Trainer:
         self._check_real(real)
         left = self._critic_steps_left()
         if left <= 1:
-            self._generator.check()  # before the critic is changed
-        metrics = self._critic_step(real, cond)
+            self._steps.generator.check()  # before the critic is changed
+        metrics = self.critic_step(real, *cond)
         if left <= 1:
             metrics.include(self.generator_step(len(real), *cond))
         return metrics
@@ -408,21 +322,14 @@ class Trainer:
             if not part:
                 raise ValueError("batches: expected real samples and their conditions, got an empty tuple")
             self._check_real(part[0])
-        self._generator.check()  # before the critic is changed
-        uneven = len({(real.shape, real.dtype) for real, *_ in parts}) > 1  # then one may not fit, and the others do
-        changing = self.critic_scheduler is not None or callable(self._instance_noise)
-        if self._graphs is None or callable(self.latent) or changing or uneven or len(parts) > MOST_CAPTURED:
+        self._steps.generator.check()  # before the critic is changed
+        weights = tuple(self.constraint.penalty_weight(self.critic_iterations + i) for i in range(len(parts)))
+        found = None if self.critic_scheduler is not None else self._steps.take_iteration(weights, parts)
+        if found is None:
             return [self.step(*part) for part in parts]
-
-        sizes = tuple(len(part) for part in parts)
-        weights = tuple(self._penalty_weight(self.critic_iterations + i) for i in range(len(parts)))
-        with self._undone_if_refused():
-            outputs = iter(self._run(self._iteration_work, weights, sizes, *(x for part in parts for x in part)))
-        metrics = []
-        for weight, (real, *_) in zip(weights, parts, strict=True):
-            metrics.append(self._critic_step_done(tuple(islice(outputs, 4)), len(real), weight))
-        metrics[-1].include(self._generator_step_done(tuple(outputs), len(parts[-1][0])))
-        for player in (self._critic, self._generator):
+        metrics = [self._critic_step_done(each, weight) for each, weight in zip(found, weights, strict=False)]
+        metrics[-1].include(self._generator_step_done(found[-1]))
+        for player in self._steps.players:
             player.guard.watch(self.last_checkpoint)
         return metrics
 
@@ -434,13 +341,11 @@ class Trainer:
         Raises:
             FloatingPointError: they were not.
         """
-        for player in (self._critic, self._generator):
+        for player in self._steps.players:
             player.guard.watch(self.last_checkpoint, wait=True)
 
     def fit(self, batches: Iterable[Any], steps: int, **options: Any) -> int:
-        """Call :meth:`step` on ``steps`` batches; see :func:`fastwgan.training.fit.fit` for options and result."""
-        from fastwgan.training.fit import fit  # the loop stands above the trainer
-
+        """Call :meth:`step` on ``steps`` batches; see :func:`fastwgan.training.fit` for options and result."""
         return fit(self, batches, steps, **options)
 
     @torch.no_grad()
@@ -464,220 +369,39 @@ class Trainer:
             raise ValueError("ema: expected a trainer that was made with ema=, got one without")
         if seed is not None:
             checks.seed("seed", seed)
-        with self._undone_if_refused(), evaluating(self.generator), random_kept(self.device):
-            random = self._sample_random
-            if seed is None:
-                seed = int(torch.randint(2**62, (), generator=random, device=self.device))
-            else:
-                random = torch.Generator(self.device).manual_seed(seed)
-            if self.device.type == "cuda":
-                torch.cuda.default_generators[self.device.index].manual_seed(seed)
-            torch.default_generator.manual_seed(seed)
-            z = self._given_latents(n) if callable(self.latent) else self._normal(n, random)
-            fake: Tensor
-            fake = functional_call(self.generator, self.averages(), (z, *cond)) if ema else self.generator(z, *cond)
-            return fake
+        with self._steps.latents.undone_if_refused(), self._steps.generator.evaluating(), random_kept(self.device):
+            z = self._steps.latents.of_sample(n, seed)
+            if not ema:
+                return self.generator(z, *cond)  # type: ignore[no-any-return]
+            return functional_call(self.generator, self.averages(), (z, *cond))  # type: ignore[no-any-return]
 
     def averages(self) -> dict[str, Tensor]:
-        """The running averages of the generator's weights by name, in the weights' dtypes; empty without ``ema``."""
+        """Return the averages of the generator's weights by name, in the weights' dtypes; none without ``ema``."""
         weights = dict(self.generator.named_parameters())
-        return {name: x.to(weights[name].dtype) for name, x in self._generator.named_averages().items()}
-
-    # Inside a step
-
-    @contextmanager
-    def _undone_if_refused(self) -> Iterator[None]:
-        """Give back the latents that a step which raises has drawn."""
-        dtype = self._sample_dtype
-        streams = []
-        if self.device.type == "cpu" or not torch.cuda.is_current_stream_capturing():  # then they cannot be read
-            streams = [(random, random.get_state()) for random in (self._latent_random, self._sample_random)]
-        try:
-            yield
-        except BaseException:
-            self._sample_dtype = dtype
-            for random, state in streams:
-                random.set_state(state)
-            raise
-
-    def _run(self, work: Callable[..., tuple[Tensor | None, ...]], *args: Any) -> tuple[Tensor | None, ...]:
-        """Return what the device's part of a step gives, replayed from a graph where there is one."""
-        self.ranks.check_current()
-        for player in (self._critic, self._generator):
-            player.share()
-        # What was made in inference mode no graph could keep.
-        args = tuple(x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in args)
-        if self._graphs is None:
-            return work(*args)
-        self._device_offset.fill_(self._eps_offset)
-        if self._instance_noise:
-            self._device_noise.fill_(self._noise_scale())
-        return self._graphs.run(work, *args)
-
-    def _critic_work(self, weight: float, real: Tensor, z: Any, *cond: Any) -> tuple[Tensor | None, ...]:
-        """Return the device's part of a critic step: (score statistics, penalty statistics, nonfinite, saturation)."""
-        parameters = self._critic.prepare()
-        if not callable(self.latent):
-            z = self._draw(len(real))
-        self._shown = real.dim(), bool(cond)
-        known = not cond and structure.layers(self.critic, real.dim()) is not None
-        self._one_forward = together = known or (self._independent_samples and kept_apart(self.critic, real, cond))
-        fake = self._passes.generate(z, cond)
-        if self._amp is not None:
-            real = real.float()
-        self._sample_dtype = real.dtype
-        if real.dtype == next(self.critic.parameters()).dtype:  # else it is real samples that do not fit
-            fake = fake.to(real.dtype)
-        checks.like("generator: its output", fake, "real", real, shape=True)
-        noise = self._noise(len(real))
-        if noise is not None:
-            scale, seed, offset = noise
-            both = perturb_both(real, fake, scale=scale, seed=seed, offset=offset, backend=self.backend)
-            real, fake = both.tensor_split(2)
-        x = self._penalised(real, fake) if weight else None
-        if noise is None and (together or structure.may_write(self.critic)):
-            both = torch.cat((real, fake))
-            real, fake = both.tensor_split(2)  # a copy: the caller's batch stays as it is
-        samples = (both,) if together else (real, fake)
-        scored, scores, penalty = self._passes.critic(
-            parameters, samples, x, cond, weight=weight, known=known, scale=self._critic.guard.scale
-        )
-        scores, penalty, nonfinite = self._critic.settle(scored, scores, penalty)
-        return scores, penalty, nonfinite, self._critic.update()
-
-    def _generator_work(self, batch: int, dtype: torch.dtype | None, z: Any, *cond: Any) -> tuple[Tensor | None, ...]:
-        """The device's part of a generator step: ([loss], nonfinite)."""
-        if not callable(self.latent):
-            z = self._draw(batch)
-        parameters = self._generator.prepare()
-        scored, loss = self._passes.generator(
-            parameters, z, cond, batch, dtype, self._generator.guard.scale, self._noise(batch)
-        )
-        loss, _, nonfinite = self._generator.settle(scored, loss, None)
-        self._generator.update()
-        return loss, nonfinite
-
-    def _iteration_work(
-        self, weights: tuple[float, ...], sizes: tuple[int, ...], *flat: Any
-    ) -> tuple[Tensor | None, ...]:
-        """The device's part of a whole iteration: what its critic steps and then its generator step return."""
-        rest = iter(flat)
-        parts = [tuple(islice(rest, size)) for size in sizes]
-        outputs: list[Tensor | None] = []
-        for weight, (real, *cond) in zip(weights, parts, strict=True):
-            outputs += self._critic_work(weight, real, None, *cond)
-            self._device_offset += self._numbers(len(real), weight)
-        _, *cond = parts[-1]
-        return *outputs, *self._generator_work(len(parts[-1][0]), self._sample_dtype, None, *cond)
-
-    def _penalty_weight(self, iteration: int) -> float:
-        """What the penalty is multiplied by in a critic step; 0 where there is none."""
-        constraint = self.constraint
-        if not isinstance(constraint, GradientPenalty) or iteration % constraint.every:
-            return 0.0
-        return constraint.weight * constraint.every
-
-    def _numbers(self, batch: int, weight: float) -> int:
-        """How many indices of the streams of eps and noise a step uses up; ``weight`` is the penalty's."""
-        if self._instance_noise:
-            return batch * self.world
-        if not weight or not isinstance(self.constraint, GradientPenalty):
-            return 0
-        return {"interpolates": batch // self.pack, "perturbed": batch}.get(self.constraint.at, 0) * self.world
-
-    def _noise_scale(self) -> float:
-        """Standard deviation of the instance noise of this step."""
-        if not callable(self._instance_noise):
-            return self._instance_noise
-        scale = self._instance_noise(self.critic_iterations)
-        return checks.number("instance_noise: its result", scale, minimum=0)
-
-    def _noise(self, batch: int) -> passes.Noise | None:
-        """The instance noise of a step, or None."""
-        if not self._instance_noise:
-            return None
-        scale = self._noise_scale() if self._graphs is None else self._device_noise
-        return scale, self.seed, self._offset(batch)
-
-    def _offset(self, count: int) -> int | Tensor:
-        """Where this rank's ``count`` indices of the streams of eps and noise begin."""
-        offset = self._eps_offset if self._graphs is None else self._device_offset
-        return offset + self.rank * count if self.rank else offset
+        return {name: x.to(weights[name].dtype) for name, x in self._steps.generator.named_averages().items()}
 
     def _critic_steps_left(self) -> int:
-        """Critic steps until the next generator step, this one included."""
+        """Return how many critic steps are left until the next generator step, the one to come included."""
         due = self.n_critic
         if callable(due):
             due = checks.count("n_critic: its result", due(self.generator_iterations))
         return max(1, due - self._critic_steps_due)
 
-    # Latents
-
-    def _given_latents(self, n: int) -> Any:
-        """The caller's latents; None where they are drawn in the step."""
-        if not callable(self.latent):
-            return None
-        z = self.latent(n, self.device)
-        if isinstance(z, Tensor) and z.device != self.device:
-            raise ValueError(f"latent: its result: expected a tensor on {self.device}, got one on {z.device}")
-        return z
-
-    def _normal(self, n: int, random: torch.Generator) -> Tensor:
-        assert isinstance(self.latent, int)
-        dtype = next(self.generator.parameters()).dtype
-        return torch.randn(n, self.latent, generator=random, device=self.device, dtype=dtype)
-
-    def _draw(self, n: int) -> Tensor:
-        """Return the next n latents; with several ranks this one's of what all draw."""
-        return self._normal(n * self.world, self._latent_random)[self.rank * n : (self.rank + 1) * n]
-
-    def _penalised(self, real: Tensor, fake: Tensor) -> Tensor:
-        """The points at which the input gradient is taken."""
-        assert isinstance(self.constraint, GradientPenalty)
-        if self.constraint.at == "interpolates":
-            pairs = (x if self.pack == 1 else x.reshape(-1, self.pack, *x.shape[1:]) for x in (real.detach(), fake))
-            offset = self._offset(len(real) // self.pack)
-            x = interpolate(*pairs, seed=self.seed, offset=offset, backend=self.backend).view(real.shape)
-        elif self.constraint.at == "perturbed":
-            x = perturb(
-                real.detach(), scale=self.constraint.noise, seed=self.seed, offset=self._offset(len(real)),
-                backend=self.backend,
-            )  # fmt: skip
-        else:
-            x = real if self.constraint.at == "real" else fake
-        return x.detach()
-
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a bit-identical continuation needs, as a copy that later steps do not change.
+        """Return everything that a bit-identical continuation needs, as a copy that later steps do not change.
 
         With several ranks, what is a rank's own (random streams of the process) is this one's only; :meth:`save` and
         :meth:`fit` have all ranks'.
         """
-        players = (self._generator, self._critic)
         schedulers = (self.generator_scheduler, self.critic_scheduler)
-        state = {
-            "generator": self.generator.state_dict(),
-            "critic": self.critic.state_dict(),
-            "generator_optimizer": self._generator.optimizer_state(),
-            "critic_optimizer": self._critic.optimizer_state(),
+        state = self._steps.state_dict() | {
             "critic_iterations": self.critic_iterations,
             "generator_iterations": self.generator_iterations,
             "critic_steps_due": self._critic_steps_due,
-            "seed": self.seed,
-            "eps_offset": self._eps_offset,
             "optimizers": self._optimizer_names(),
             "schedulers": [None if scheduler is None else scheduler.state_dict() for scheduler in schedulers],
-            "guards": [player.guard.state_dict() for player in players],
-            "ema": None if self.ema is None else self._generator.named_averages(),
-            "random": {
-                "device": self.device.type,
-                "latent": self._latent_random.get_state(),
-                "sample": self._sample_random.get_state(),
-            },
-            "world": self.world,
-            "ranks": {self.rank: process_streams(self.device)},
         }
         return copy.deepcopy(state)
 
@@ -724,58 +448,13 @@ class Trainer:
         return [type(optimizer).__name__ for optimizer in (self.generator_optimizer, self.critic_optimizer)]
 
     def _restore(self, state: dict[str, Any]) -> None:
-        if self._graphs is not None:
-            self._graphs.forget()
-        self.generator.load_state_dict(state["generator"])
-        self.critic.load_state_dict(state["critic"])
-        for player in (self._generator, self._critic):
-            player.follow()
-            groups = player.optimizer.param_groups
-            clips = [group.get("clip") for group in groups]
-            kept = copy.deepcopy(state[f"{player.name}_optimizer"])
-            player.optimizer.load_state_dict(player.widened(kept))
-            for group, clip in zip(groups, clips, strict=True):
-                if "clip" in group:
-                    group["clip"] = clip  # the constraint is the trainer's, not the checkpoint's
+        self._steps.load_state_dict(state)
         self.critic_iterations = int(state["critic_iterations"])
         self.generator_iterations = int(state["generator_iterations"])
         self._critic_steps_due = int(state["critic_steps_due"])
-        self.seed = int(state["seed"])
-        self._eps_offset = int(state["eps_offset"])
         for scheduler, kept in zip((self.generator_scheduler, self.critic_scheduler), state["schedulers"], strict=True):
             if scheduler is not None and kept is not None:
                 scheduler.load_state_dict(copy.deepcopy(kept))
-        for player, kept in zip((self._generator, self._critic), state["guards"], strict=True):
-            player.guard.load_state_dict(kept)
-        weights = dict(self.generator.named_parameters())
-        for name, average in self._generator.named_averages().items():
-            average.copy_(weights[name].detach() if state["ema"] is None else state["ema"][name])
-        self._restore_streams(state)
-
-    def _restore_streams(self, state: dict[str, Any]) -> None:
-        random, own = state["random"], state["ranks"].get(self.rank)
-        if random["device"] != self.device.type:
-            warnings.warn(
-                f"state_dict: saved on {random['device']} and loaded on {self.device.type}, whose random numbers "
-                "differ: training goes on with fresh random streams",
-                stacklevel=5,
-            )
-            return
-        self._latent_random.set_state(random["latent"].cpu())
-        self._sample_random.set_state(random["sample"].cpu())
-        if own is None or state["world"] != self.world:
-            warnings.warn(
-                f"state_dict: saved by {state['world']} processes, has the random streams of ranks "
-                f"{sorted(state['ranks'])}; those of rank {self.rank} of {self.world} go on as they are",
-                stacklevel=5,
-            )
-            return
-        set_process_streams(own, self.device)
-        if own.get("fakes") is not None:
-            warnings.warn(
-                "state_dict: has fake samples that were made ahead, as an older version did; they are made anew",
-                stacklevel=5,
-            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to ``path``, whole or not at all. All ranks have to call it; rank 0 writes.

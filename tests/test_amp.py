@@ -13,6 +13,7 @@ from test_trainer import assert_same_state, quietly, weights
 from torch import nn
 
 from fastwgan import Adam, GradientPenalty, RMSprop, Trainer, WeightClip, functional, models, reference
+from fastwgan.engine import player
 
 F16, BF16, F64 = torch.float16, torch.bfloat16, torch.float64
 CONSTRAINTS = {"clip": WeightClip(1e3), "penalty": GradientPenalty()}  # SGD's step is to tell the gradient
@@ -96,7 +97,7 @@ def step_gradients(critic, real, fake, constraint, amp, backend, scale=64.0, **o
         backend=backend, **options,
     )  # fmt: skip
     if amp == F16:
-        trainer._critic.guard.scale.fill_(scale)
+        trainer._steps.critic.guard.scale.fill_(scale)
     metrics = trainer.critic_step(real)
     assert metrics.nonfinite == 0
     used = torch.cat(
@@ -263,21 +264,21 @@ def scaled_trainer(backend, constraint="penalty", device="cpu", **options):
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 def test_an_overflow_halves_the_scale_and_leaves_the_step_out(constraint, backend, device):
     trainer, real = scaled_trainer(backend, constraint, device), torch.randn(8, 10, device=device)
-    trainer._critic.guard.scale.fill_(64.0)
+    trainer._steps.critic.guard.scale.fill_(64.0)
     assert trainer.critic_step(real).nonfinite == 0
-    trainer._critic.guard.scale.fill_(2.0**24)
+    trainer._steps.critic.guard.scale.fill_(2.0**24)
     before, skipped = trainer.state_dict(), 0
     while trainer.critic_step(real).nonfinite:
         skipped += 1
         after = trainer.state_dict()
-        assert trainer._critic.guard.scale == 2.0 ** (24 - skipped)
+        assert trainer._steps.critic.guard.scale == 2.0 ** (24 - skipped)
         assert_same_state(after["critic"], before["critic"])
         assert_same_state(after["critic_optimizer"], before["critic_optimizer"])
         assert after["critic_iterations"] == 1 + skipped
         assert after["eps_offset"] == 8 * (1 + skipped) * (constraint == "penalty")
     assert 4 < skipped < 15
     assert not torch.equal(weights(trainer.critic), torch.cat([x.flatten() for x in before["critic"].values()]))
-    assert trainer._generator.guard.scale == 65536
+    assert trainer._steps.generator.guard.scale == 65536
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
@@ -285,11 +286,9 @@ def test_gradients_of_other_objectives_are_scaled_and_no_more(constraint, backen
     """Whatever the scale, the same step to half precision."""
     steps = []
     for scale in (1.0, 1024.0):
-        trainer = scaled_trainer(
-            backend, constraint, device, blend=0.5, drift=0.1, instance_noise=0.25, nonfinite="skip"
-        )
+        trainer = scaled_trainer(backend, constraint, device, blend=0.5, drift=0.1, nonfinite="skip")
         start = torch.cat((weights(trainer.critic), weights(trainer.generator)))
-        for guard in (trainer._critic.guard, trainer._generator.guard):
+        for guard in (trainer._steps.critic.guard, trainer._steps.generator.guard):
             guard.scale.fill_(scale)
         for _ in range(2):
             metrics = trainer.step(torch.linspace(-1, 1, 80, device=device).view(8, 10))
@@ -301,9 +300,10 @@ def test_gradients_of_other_objectives_are_scaled_and_no_more(constraint, backen
     assert (steps[0] - steps[1]).norm() <= 0.02 * steps[1].norm()
 
 
-def test_a_scale_that_comes_down_for_too_long_raises(backend, device):
-    trainer, real = scaled_trainer(backend, device=device, max_skipped=5), torch.randn(8, 10, device=device)
-    trainer._critic.guard.scale.fill_(2.0**60)
+def test_a_scale_that_comes_down_for_too_long_raises(backend, device, monkeypatch):
+    monkeypatch.setattr(player, "PATIENCE", 5)
+    trainer, real = scaled_trainer(backend, device=device), torch.randn(8, 10, device=device)
+    trainer._steps.critic.guard.scale.fill_(2.0**60)
     with pytest.raises(FloatingPointError, match="^critic: 5 steps in a row up to 5"):
         until_it_raises(trainer.critic_step, real)
 
@@ -327,12 +327,12 @@ def test_the_run_is_the_textbooks_with_a_gradscaler(optimizer, backend):
     trainer.latent = lambda n, d: kept.append(next(z)) or kept[-1]
     other = kind(critic.parameters(), **options)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=2000)
-    trainer._critic.guard._scale.copy_(torch.tensor([2.0**22, 0]))
+    trainer._steps.critic.guard._scale.copy_(torch.tensor([2.0**22, 0]))
     scales = []
     for i in range(12):
         if i == 8:  # shortly before it grows
             scaler.load_state_dict(scaler.state_dict() | {"_growth_tracker": 1999})
-            trainer._critic.guard._scale[1] = 1999
+            trainer._steps.critic.guard._scale[1] = 1999
         real = torch.randn(8, 10)
         trainer.critic_step(real)
         other.zero_grad()
@@ -347,7 +347,7 @@ def test_the_run_is_the_textbooks_with_a_gradscaler(optimizer, backend):
             for p in critic.parameters():
                 p.clamp_(-0.01, 0.01)
         scales.append(scaler.get_scale())
-        assert trainer._critic.guard.scale == scales[-1]
+        assert trainer._steps.critic.guard.scale == scales[-1]
         if len(set(scales)) > 1 and scales[-1] == scales[-2]:
             mine, textbook = weights(trainer.critic), weights(critic)
             assert (mine - textbook).norm() <= 2e-3 * textbook.norm()
@@ -360,7 +360,7 @@ def test_resuming_is_bit_identical(backend, tmp_path):
 
     def start():
         trainer = scaled_trainer(backend, ema=0.9)
-        trainer._critic.guard._scale.copy_(torch.tensor([2.0**16, 1997]))
+        trainer._steps.critic.guard._scale.copy_(torch.tensor([2.0**16, 1997]))
         return trainer
 
     data = torch.randn(6, 8, 10)
@@ -385,13 +385,13 @@ def test_graphed_steps(constraint, amp, graphed):  # noqa: F811
         trainer, shape = made(graphed, cuda_graph, constraint=constraint, n_critic=1, amp=amp, ema=0.5)
         scales = []
         if amp == F16:
-            trainer._critic.guard.scale.fill_(64.0)
+            trainer._steps.critic.guard.scale.fill_(64.0)
         for i, real in enumerate(batches(graphed, shape, 10)):
             if amp == F16 and i in (7, 8):
-                trainer._critic.guard._scale.copy_(torch.tensor([2.0**40, 3] if i == 7 else [64.0, 1999]))
+                trainer._steps.critic.guard._scale.copy_(torch.tensor([2.0**40, 3] if i == 7 else [64.0, 1999]))
             metrics = trainer.step(real)
             assert (metrics.nonfinite > 0) == (amp == F16 and i == 7)
-            scales.append(1.0 if amp == BF16 else trainer._critic.guard.scale.item())
+            scales.append(1.0 if amp == BF16 else trainer._steps.critic.guard.scale.item())
         runs.append((trainer, scales))
     (eager, expected), (trainer, actual) = runs
     assert Recorded.made == 2
@@ -415,7 +415,7 @@ def test_compiled_steps(constraint, amp):
             generator_optimizer=optimizers[0], critic_optimizer=optimizers[1],
         )  # fmt: skip
         if amp == F16:
-            trainer._critic.guard.scale.fill_(64.0)
+            trainer._steps.critic.guard.scale.fill_(64.0)
         metrics = trainer.step(torch.randn(8, 10, generator=torch.Generator().manual_seed(1)))
         assert metrics.nonfinite == 0
         runs.append((metrics.as_dict(), [torch.cat([p.grad.flatten() for p in m.parameters()]) for m in networks]))
@@ -429,10 +429,10 @@ def test_compiled_steps(constraint, amp):
 @pytest.mark.usefixtures("traced_only")
 def test_a_compiled_steps_overflow():
     trainer = scaled_trainer("torch", compile=True)
-    trainer._critic.guard.scale.fill_(2.0**32)
+    trainer._steps.critic.guard.scale.fill_(2.0**32)
     before, real = weights(trainer.critic), torch.randn(8, 10)
     assert trainer.critic_step(real).nonfinite > 0
-    assert trainer._critic.guard.scale == 2.0**31
+    assert trainer._steps.critic.guard.scale == 2.0**31
     assert torch.equal(weights(trainer.critic), before)
 
 

@@ -16,9 +16,8 @@ from test_bench import tiny
 from test_graphs import Recorded
 from torch import nn
 
-from fastwgan import GradientPenalty, Trainer, bench, bench_ops
-from fastwgan import cli
-from fastwgan.engine import arguments, graphs
+from fastwgan import GradientPenalty, Trainer, bench, bench_ops, cli
+from fastwgan.engine import graphs
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import gpu, profiling, report, summary, tune
@@ -221,7 +220,7 @@ def test_a_graphs_figures(monkeypatch):
         return 1.0
 
     monkeypatch.setattr(graphs, "Capture", Recorded)
-    monkeypatch.setattr(arguments, "device_problem", lambda device: None)
+    monkeypatch.setattr(graphs, "device_problem", lambda device: None)
     monkeypatch.setitem(profiling.WORKLOADS, "tiny", tiny(GradientPenalty()))
     monkeypatch.setattr(
         profiling.bench, "setting", partial(lambda make, w, _, dtype: make(w, CPU, dtype), bench.setting)
@@ -242,7 +241,9 @@ def test_a_graphs_figures(monkeypatch):
 
 
 def test_a_step_that_was_not_captured_is_no_figure():
-    trainer = SimpleNamespace(_graphs=SimpleNamespace(_graphs={}), _critic_work=gpu.main, _iteration_work=gpu.main)
+    trainer = SimpleNamespace(
+        _steps=SimpleNamespace(graphs=SimpleNamespace(_graphs={}), _critic_step=gpu.main, _iteration=gpu.main)
+    )
     with pytest.raises(RuntimeError, match="^main: expected a graph"):
         profiling.replayed(trainer, CPU)
 

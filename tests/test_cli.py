@@ -19,8 +19,7 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
-from fastwgan import checkpoint, data
-from fastwgan import cli
+from fastwgan import checkpoint, cli, data
 from fastwgan.cli import runs
 
 ENV = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

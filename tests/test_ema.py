@@ -104,7 +104,7 @@ def test_half_precision_weights_have_float32_averages(optimizer, backend, device
         trainer.step(torch.randn(8, 10, device=device).bfloat16())
         expected.follow(trainer.generator)
     for name, p in trainer.generator.named_parameters():
-        average = trainer._generator.averages[p]
+        average = trainer._steps.generator.averages[p]
         assert average.dtype == F32
         assert (average - expected.values[name]).abs().max() <= 1e-6
         assert trainer.averages()[name].dtype == torch.bfloat16
@@ -319,7 +319,7 @@ def test_in_graphs(graphed):  # noqa: F811
             trainer.step(real)
             expected.follow(trainer.generator)
         for name, p in trainer.generator.named_parameters():  # read after the fact, as .grad is a graph's own
-            assert (trainer._generator.averages[p] - expected.values[name]).abs().max() <= 1e-5
+            assert (trainer._steps.generator.averages[p] - expected.values[name]).abs().max() <= 1e-5
         runs.append(trainer)
     assert Recorded.made == 2
     for (name, a), e in zip(runs[1].averages().items(), runs[0].averages().values(), strict=True):

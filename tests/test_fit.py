@@ -41,7 +41,7 @@ def test_batches_start_again_and_may_be_short(trainer):
     loader = DataLoader(torch.randn(10, 10), batch_size=4)  # 4, 4, 2
     assert trainer.fit(loader, 7) == 7
     assert trainer.critic_iterations == 7
-    assert trainer._eps_offset == 4 + 4 + 2 + 4 + 4 + 2 + 4
+    assert trainer._steps.latents.used == 4 + 4 + 2 + 4 + 4 + 2 + 4
 
 
 def test_tuples_carry_conditions(trainer):

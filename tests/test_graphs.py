@@ -17,7 +17,7 @@ from test_trainer import CONSTRAINTS, PAIRS, assert_same_state, quietly, weights
 from torch import nn
 
 from fastwgan import GradientPenalty, RMSprop, Trainer, WeightClip, models
-from fastwgan.engine import arguments, graphs, structure
+from fastwgan.engine import graphs, structure
 
 CUDA = torch.device("cuda", 0)
 
@@ -62,7 +62,7 @@ def graphed(device, monkeypatch):
     Recorded.made = 0
     if device.type == "cpu":
         monkeypatch.setattr(graphs, "Capture", Recorded)
-        monkeypatch.setattr(arguments, "device_problem", lambda device: None)
+        monkeypatch.setattr(graphs, "device_problem", lambda device: None)
     else:
         capture = graphs.Capture.capture
 
@@ -124,19 +124,19 @@ def test_graphed_steps_are_the_eager_ones(constraint, pair, graphed):
             assert a[name] == pytest.approx(e[name], rel=1e-4, abs=1e-5), name
     assert [m.as_dict() for m in metrics] == actual, "metrics are those of their own step"
     assert trainer.state_dict()["eps_offset"] == eager.state_dict()["eps_offset"]
-    assert torch.equal(trainer._latent_random.get_state(), eager._latent_random.get_state())
+    assert torch.equal(trainer._steps.latents.stream.get_state(), eager._steps.latents.stream.get_state())
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {"blend": 0.3, "drift": 0.01, "constraint": GradientPenalty()},
-        {"instance_noise": lambda iteration: 0.3 / (1 + iteration), "constraint": WeightClip(0.05)},
-        {"instance_noise": 0.1, "constraint": GradientPenalty(at="perturbed")},
+        {"drift": 0.1, "constraint": WeightClip(0.05)},
+        {"constraint": GradientPenalty(at="perturbed")},
     ],
 )
 def test_other_objectives_in_graphs(options, graphed):
-    """New noise in each replay, of the scale that is asked for by then, in steps and in whole iterations."""
+    """The same losses, and new noise in each replay, in steps and in whole iterations."""
     runs = []
     for cuda_graph in (False, True):
         trainer, shape = made(graphed, cuda_graph, **options)
@@ -146,7 +146,7 @@ def test_other_objectives_in_graphs(options, graphed):
             metrics += trainer.iteration(data[i : i + 2])
         runs.append((trainer, [m.as_dict() for m in metrics]))
     (eager, expected), (trainer, actual) = runs
-    assert Recorded.made == (2 if callable(options.get("instance_noise")) else 3)
+    assert Recorded.made == 3
     assert_close_weights(trainer, eager, 1e-6)
     for a, e in zip(actual, expected, strict=True):
         for name in e:
@@ -201,19 +201,19 @@ def test_an_iteration_is_one_graph(constraint, kind, graphed, monkeypatch):
         trainer = Trainer(
             generator, critic, latent=6, n_critic=2, constraint=constraint, backend="triton", cuda_graph=cuda_graph
         )
-        samples, passes = trainer._passes.samples, []
+        samples, passes = trainer._steps.passes.samples, []
 
         def counted(z, samples=samples, passes=passes):
             passes.append(len(z))
             return samples(z)
 
         if cuda_graph and not replays:
-            trainer._graphs.run = lambda work, *args: work(*args)
+            trainer._steps.graphs.run = lambda work, *args: work(*args)
         metrics, captured = [], Recorded.made
         data = batches(graphed, (10,), 16)
         for i in range(0, 16, 2):
             if i == 14:  # no hook, for which a graph is made anew
-                trainer._passes.samples = counted
+                trainer._steps.passes.samples = counted
             metrics += trainer.iteration(data[i : i + 2])
         assert Recorded.made - captured == replays
         assert passes == ([] if replays else [8, 8, 8])
@@ -292,7 +292,7 @@ def test_ever_new_batch_sizes_leave_a_graph_what_it_reads(graphed):
         trainer.step(real)
     for size in range(1, 80):
         if size != 8:
-            trainer._passes._constant(torch.empty(size, device=graphed), 1 / size)
+            trainer._steps.passes._constant(torch.empty(size, device=graphed), 1 / size)
     assert trainer.step(real).wasserstein.isfinite()
     assert Recorded.made == 1
 
@@ -455,7 +455,7 @@ def test_a_step_that_cannot_be_captured_says_why_once_and_goes_on(graphed, monke
 def test_what_waits_in_a_warm_up_is_known_before_a_capture(graphed, monkeypatch):
     """The step that is found to wait is taken and counted; the next one says why it cannot be captured."""
     trainer, shape = made(graphed, True, n_critic=100)
-    kind, warm_up = type(trainer._graphs._capture), type(trainer._graphs._capture).warm_up
+    kind, warm_up = type(trainer._steps.graphs._capture), type(trainer._steps.graphs._capture).warm_up
     monkeypatch.setattr(kind, "warm_up", lambda self, work: (warm_up(self, work)[0], "it waits"))
     *data, last = batches(graphed, shape, graphs.WARM_UP + 2)  # the first makes the optimizer's state
     for real in data:
@@ -508,12 +508,12 @@ def test_a_replay_allocates_its_copied_outputs_alone(graphed):
     *data, last = batches(graphed, shape, 8)
     for real in data:
         trainer.critic_step(real)
-    before = trainer._latent_random.get_state()
+    before = trainer._steps.latents.stream.get_state()
     with Live() as live:
         metrics = trainer.critic_step(last)
     assert live.peak == 9 * 4  # four score statistics, four of the penalty, one of the gradients
     assert metrics.penalty.isfinite()
-    assert not torch.equal(trainer._latent_random.get_state(), before)
+    assert not torch.equal(trainer._steps.latents.stream.get_state(), before)
 
 
 def test_a_hook_added_later_is_called(graphed):
@@ -665,9 +665,9 @@ def test_all_steps_of_a_trainer_with_graphs_run_on_one_stream(graphed, monkeypat
     assert steps(1, 8) > 1
     hook.remove()
     monkeypatch.setattr(graphs, "GRAPHS", 8)
-    monkeypatch.setattr(trainer._graphs._capture, "capture", lambda work: 1 / 0)
+    monkeypatch.setattr(trainer._steps.graphs._capture, "capture", lambda work: 1 / 0)
     quietly(steps, 6, 10)
-    assert trainer._graphs._refused
+    assert trainer._steps.graphs._refused
     assert current_stream(graphed) == outside != streams[0][0]
 
 
@@ -821,7 +821,7 @@ def test_a_copy_makes_its_own_graphs(how, graphed):
         trainer.step(real)
     assert Recorded.made == captured + 2
     assert_close_weights(copied, trainer, 1e-6)
-    assert torch.equal(copied._latent_random.get_state(), trainer._latent_random.get_state())
+    assert torch.equal(copied._steps.latents.stream.get_state(), trainer._steps.latents.stream.get_state())
 
 
 def test_graphs_follow_a_network_that_grows(graphed):

@@ -14,6 +14,7 @@ from torch import nn
 
 from fastwgan import Adam, GradientPenalty, RMSprop, Trainer, WeightClip, models, reference
 from fastwgan.backend import kernels
+from fastwgan.engine import player
 from fastwgan.engine.guard import Guard
 
 BAD = [math.nan, math.inf, -math.inf]
@@ -300,7 +301,7 @@ def test_a_bad_gradient_changes_nothing_and_training_goes_on_without(optimizer, 
                 for name in names:
                     getattr(trainer, name).load_state_dict(before[name])
                 for name, value in (before["ema"] or {}).items():
-                    trainer._generator.averages[dict(trainer.generator.named_parameters())[name]].copy_(value)
+                    trainer._steps.generator.averages[dict(trainer.generator.named_parameters())[name]].copy_(value)
             else:
                 assert not torch.equal(weights(getattr(trainer, names[0])), flat(before[names[0]]))
         runs.append(changeable(trainer) | {"count": (trainer.critic_iterations, trainer.generator_iterations)})
@@ -381,8 +382,9 @@ def until_it_raises(step, *args):
             torch.cuda.synchronize()  # by now the host could know
 
 
-def test_skipping_raises_after_so_many_in_a_row_and_not_before(backend, device):
-    trainer = trainer_with(device, backend, "penalty", max_skipped=3, cuda_graph=False)  # which would keep the spot
+def test_skipping_raises_after_so_many_in_a_row_and_not_before(backend, device, monkeypatch):
+    monkeypatch.setattr(player, "PATIENCE", 3)
+    trainer = trainer_with(device, backend, "penalty", cuda_graph=False)  # which would keep the spot
     spot, real = Planted(trainer.critic[1].weight), torch.randn(8, 10, device=device)
     for bad in "bbgbbgbb":
         spot.on = bad == "b"
@@ -400,8 +402,9 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def test_each_network_has_its_own_count(backend, device):
-    trainer = trainer_with(device, backend, "clip", max_skipped=2)
+def test_each_network_has_its_own_count(backend, device, monkeypatch):
+    monkeypatch.setattr(player, "PATIENCE", 2)
+    trainer = trainer_with(device, backend, "clip")
     spots = [Planted(m[1].weight) for m in (trainer.critic, trainer.generator)]
     spots[0].on = spots[1].on = True
     real = torch.randn(8, 10, device=device)
@@ -469,13 +472,12 @@ def test_a_skipped_first_step_of_another_optimizer_is_no_schedulers_fault(backen
 
 
 @pytest.mark.parametrize("constraint", [WeightClip(0.05), GradientPenalty()])
-def test_in_graphs(constraint, graphed):  # noqa: F811
+def test_in_graphs(constraint, graphed, monkeypatch):  # noqa: F811
     """Replays leave bad steps out as steps without graphs do, and the host hears of them."""
+    monkeypatch.setattr(player, "PATIENCE", 3)
     runs = []
     for cuda_graph in (False, True):
-        trainer, shape = made(
-            graphed, cuda_graph, constraint=constraint, n_critic=1, ema=0.5, nonfinite="skip", max_skipped=3
-        )
+        trainer, shape = made(graphed, cuda_graph, constraint=constraint, n_critic=1, ema=0.5, nonfinite="skip")
         data = batches(graphed, shape, 12)
         for i in (3, 7, 8, 10):
             data[i][2, 3] = math.nan
@@ -501,8 +503,9 @@ def test_in_graphs(constraint, graphed):  # noqa: F811
         until_it_raises(trainer.critic_step, data[3])
 
 
-def test_the_tally_goes_on_after_a_load(backend, device, tmp_path):
-    first, second = (trainer_with(device, backend, max_skipped=3) for _ in range(2))
+def test_the_tally_goes_on_after_a_load(backend, device, tmp_path, monkeypatch):
+    monkeypatch.setattr(player, "PATIENCE", 3)
+    first, second = (trainer_with(device, backend) for _ in range(2))
     bad = torch.full((8, 10), math.nan, device=device)
     for _ in range(2):
         first.critic_step(bad)
@@ -517,25 +520,24 @@ def test_a_state_without_a_scale_loads_where_there_is_one_and_back(backend, devi
     plain, scaled = trainer_with(device, backend), trainer_with(device, backend, amp=F16)
     real = torch.randn(8, 10, device=device)
     plain.critic_step(real)
-    scaled._critic.guard.scale.fill_(512.0)
+    scaled._steps.critic.guard.scale.fill_(512.0)
     state = copy.deepcopy(scaled.state_dict())
     scaled.load_state_dict(plain.state_dict())
-    assert scaled._critic.guard.scale == 512
+    assert scaled._steps.critic.guard.scale == 512
     assert torch.equal(weights(scaled.critic), weights(plain.critic))
     plain.load_state_dict(state)
     plain.critic_step(real)
-    assert plain._critic.guard.gate.tolist() == [0, 1]
+    assert plain._steps.critic.guard.gate.tolist() == [0, 1]
     other = trainer_with(device, backend, amp=F16)
     other.load_state_dict(state)
-    assert other._critic.guard.scale == 512
+    assert other._steps.critic.guard.scale == 512
 
 
 @pytest.mark.parametrize(
     ("options", "error", "name"),
     [
         ({"nonfinite": "ignore"}, ValueError, "nonfinite"),
-        ({"max_skipped": 0}, ValueError, "max_skipped"),
-        ({"max_skipped": 2.0}, TypeError, "max_skipped"),
+        ({"max_skipped": 3}, TypeError, "max_skipped: was removed; leave it out"),
     ],
 )
 def test_bad_arguments_are_named(options, error, name):

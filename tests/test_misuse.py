@@ -461,7 +461,7 @@ MAKING = [
     ),
     case("critic-inference", lambda: {"critic": in_inference_mode(critic)},
          ValueError, "critic: expected .*inference mode"),
-    # latent, n_critic, seed, pack, max_skipped
+    # latent, n_critic, seed, pack
     *(
         case(f"{name}-{value}", lambda name=name, value=value: {name: value}, error, f"{name}: expected {what}.* got ")
         for name, what, values in (
@@ -470,7 +470,6 @@ MAKING = [
             ("n_critic", "an int", ((0, ValueError), (-5, ValueError), (2.5, TypeError), ("5", TypeError))),
             ("seed", "an int", ((-1, ValueError), (2**63, ValueError), (1.5, TypeError), (True, TypeError))),
             ("pack", "an int", ((0, ValueError), (1.5, TypeError), (None, TypeError))),
-            ("max_skipped", "an int", ((0, ValueError), (2.5, TypeError))),
             ("nonfinite", "'raise' or 'skip'", (("ignore", ValueError), (None, ValueError), (True, ValueError))),
             ("backend", "'auto', 'triton' or 'torch'", (("cuda", ValueError), (None, ValueError), (0, ValueError))),
             ("amp", "None, torch.bfloat16", (("bf16", ValueError), (True, ValueError), (torch.float64, ValueError))),
@@ -481,7 +480,6 @@ MAKING = [
             ("blend", "a (finite )?number", ((1.5, ValueError), (-0.1, ValueError), ("1", TypeError))),
             ("drift", "a finite number", ((-0.1, ValueError), (float("inf"), ValueError))),
             ("drift", "a number", ((None, TypeError), (True, TypeError))),
-            ("instance_noise", "a (finite )?number", ((-0.1, ValueError), ("1", TypeError), (None, TypeError))),
             ("compile", "a bool", (("yes", TypeError), (1, TypeError), (None, TypeError))),
             ("cuda_graph", "'auto', True or False", (("yes", ValueError), (1, ValueError), (None, ValueError))),
             (

@@ -523,7 +523,7 @@ def test_loading_into_the_callers_optimizer_afterwards_takes_effect(constraint, 
     second.critic.load_state_dict(saved[1])
     optimizer.load_state_dict(saved[0])
     assert second.critic_optimizer.param_groups[0]["lr"] == 0.003
-    second._eps_offset = 24 if constraint == "penalty" else 0
+    second._steps.latents.used = 24 if constraint == "penalty" else 0
     second.critic_step(real)
     if constraint == "clip":
         assert weights(second.critic).abs().max() <= 0.02

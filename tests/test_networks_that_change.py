@@ -118,7 +118,7 @@ def test_a_generator_that_grows_has_averages_of_its_new_weights():
     del generator[1]
     trainer.step(torch.randn(N, 2))
     assert trainer.averages().keys() == {"0.weight", "0.bias"} == trainer.state_dict()["ema"].keys()
-    assert set(trainer._generator.averages) == set(generator.parameters())
+    assert set(trainer._steps.generator.averages) == set(generator.parameters())
 
 
 @pytest.mark.parametrize("given", [False, True])
@@ -260,7 +260,7 @@ def test_networks_that_become_double_have_double_averages():
     trainer = Trainer(generator, critic, latent=3, n_critic=1, ema=0.5)
     trainer.step(torch.randn(N, 2))
     generator.double(), critic.double()
-    before = trainer._generator.averages[generator.weight].double()
+    before = trainer._steps.generator.averages[generator.weight].double()
     trainer.step(torch.randn(N, 2, dtype=F64))
     torch.testing.assert_close(trainer.averages()["weight"], (before + generator.weight.detach()) / 2)
 

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from launches import count_kernels, ours
-from test_trainer import PAIRS, assert_same_state, quietly, weights
+from test_trainer import PAIRS, quietly, weights
 from torch import nn
 
 from fastwgan import GradientPenalty, Trainer, WeightClip, functional, reference
@@ -23,13 +23,10 @@ OPTIONS = {
     "the GAN": {"constraint": PENALTY, "blend": 1.0},
     "drift": {"constraint": PENALTY, "drift": 0.05},
     "drift beside a clip": {"constraint": CLIP, "drift": 0.05},
-    "all": {"constraint": PENALTY, "blend": 0.3, "drift": 0.05, "instance_noise": 0.25},
-    "noise": {"constraint": CLIP, "instance_noise": 0.25},
-    "noise and a penalty": {"constraint": PENALTY, "instance_noise": 0.25},
-    "noise that ends": {"constraint": PENALTY, "instance_noise": lambda iteration: max(0.0, 0.25 - 0.125 * iteration)},
-    "lazy, with noise": {"constraint": GradientPenalty(every=2), "instance_noise": 0.25},
+    "all": {"constraint": PENALTY, "blend": 0.3, "drift": 0.05},
+    "lazy": {"constraint": GradientPenalty(every=2)},
     "DRAGAN": {"constraint": GradientPenalty(at="perturbed", noise=0.25)},
-    "DRAGAN with noise": {"constraint": GradientPenalty(at="perturbed"), "instance_noise": 0.25, "drift": 0.05},
+    "lazy DRAGAN with drift": {"constraint": GradientPenalty(at="perturbed", every=2), "drift": 0.05},
     "WGAN-LP": {"constraint": GradientPenalty(kind="one-sided", target=0.1)},
     "R1": {"constraint": GradientPenalty(5.0, kind="zero-centered", at="real")},
     "R2": {"constraint": GradientPenalty(5.0, kind="zero-centered", at="fake")},
@@ -41,11 +38,9 @@ STEPS, BATCH, N_CRITIC, SEED = 5, 8, 2, 3
 class PlainLoop:
     """What a trainer with these options does, as one would write it down."""
 
-    def __init__(self, generator, critic, zs, *, constraint, blend=0.0, drift=0.0, instance_noise=0.0):
+    def __init__(self, generator, critic, zs, *, constraint, blend=0.0, drift=0.0):
         self.generator, self.critic, self.zs, self.constraint = generator, critic, zs, constraint
         self.blend, self.drift = blend, drift
-        self.noise = instance_noise if callable(instance_noise) else lambda _: instance_noise
-        self.noisy = bool(instance_noise)
         self.iteration = self.offset = 0
         if isinstance(constraint, WeightClip):
             kind = functools.partial(torch.optim.RMSprop, lr=5e-5)
@@ -80,11 +75,8 @@ class PlainLoop:
 
     def step(self, real):
         z = next(self.zs)
-        scale = self.noise(self.iteration)
         with torch.no_grad():
             fake = self.generator(z)
-        if self.noisy:
-            real, fake = self.add_noise(real, 2, scale), self.add_noise(fake, 3, scale)
         on_real, on_fake = self.critic(real), self.critic(fake)
         wgan, gan = on_fake.mean() - on_real.mean(), self.gan(on_fake).mean() + self.gan(-on_real).mean()
         loss = self.blend * gan + (1 - self.blend) * wgan + self.drift * (on_real**2).mean()
@@ -96,15 +88,12 @@ class PlainLoop:
             for p in self.critic.parameters():
                 p.data.clamp_(-self.constraint.bound, self.constraint.bound)
         uses = penalised and self.constraint.at in ("interpolates", "perturbed")
-        self.offset += len(real) if self.noisy or uses else 0
+        self.offset += len(real) if uses else 0
         self.iteration += 1
         return loss, self.generator_step() if self.iteration % N_CRITIC == 0 else None
 
     def generator_step(self):
         fake = self.generator(next(self.zs))
-        if self.noisy:
-            fake = self.add_noise(fake, 1, self.noise(self.iteration))
-            self.offset += len(fake)
         scores = self.critic(fake)
         loss = self.blend * self.gan(-scores).mean() - (1 - self.blend) * scores.mean()
         self.update(self.generator, loss)
@@ -335,30 +324,3 @@ def test_noise_in_a_compiled_function():
     compiled = torch.compile(perturb, fullgraph=True, backend="aot_eager")
     for scale in (0.1, 0.2, 0.3):
         torch.testing.assert_close(compiled(scale), perturb(scale))
-
-
-def test_a_compiled_steps_noise_is_not_copied_from_the_host(monkeypatch):
-    """Such a copy waits for a GPU; a launch that fills does not."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    copies = []
-    for noise in (0.0, 0.1):
-        generator, critic, _, latent = PAIRS["mlp"]()
-        trainer = Trainer(generator, critic, latent=latent, instance_noise=noise, compile=True, backend="torch")
-        trainer.generator_step(4)  # compiles
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, acc_events=True) as profile:  # else 2.11 warns
-            trainer.generator_step(4)
-        copies.append(sum(event.name == "aten::lift_fresh" for event in profile.events()))  # tensors of Python numbers
-    assert copies[0] == copies[1]
-
-
-def test_a_scale_has_to_be_a_number_that_can_be_used():
-    generator, critic, shape, latent = PAIRS["mlp"]()
-    trainer = Trainer(generator, critic, latent=latent, instance_noise=lambda i: -0.1 if i else 0.1)
-    real = torch.randn(4, *shape, dtype=F64)
-    trainer.critic_step(real)
-    before = copy.deepcopy(trainer.state_dict())
-    with pytest.raises(ValueError, match="^instance_noise: its result: expected a finite number >= 0, got -0.1"):
-        trainer.critic_step(real)
-    assert_same_state(trainer.state_dict(), before)

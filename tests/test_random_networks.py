@@ -192,7 +192,6 @@ class Case:
             "backend": self.backend, "constraint": self.constraint, "pack": self.pack,
             "ema": draw("ema", None, 0.0, 0.9), "n_critic": draw("n_critic", 1, 2, 3, lambda i: 1 + i % 3),
             "drift": draw("drift", 0.0, 0.0, 0.01), "blend": draw("blend", 0.0, 0.0, 0.5, 1.0),
-            "instance_noise": draw("instance_noise", 0.0, 0.0, 0.0, 0.25),
             "independent_samples": keeps_apart and self.cond != "matrix" and draw("independent_samples", False, True),
         }  # fmt: skip
 
@@ -386,9 +385,7 @@ class Loop:
     def critic_step(self, z, real, cond):
         with torch.no_grad():
             fake = self.generator(z, *cond)
-        noise, used = self.options["instance_noise"], 0
-        if noise:
-            real, fake = self.noisy(real, noise, 2), self.noisy(fake, noise, 3)
+        used = 0
         real_scores, fake_scores = self.critic(real, *cond), self.critic(fake, *cond)
         loss = self.blended(fake_scores) + self.blended(-real_scores)
         loss = loss + self.options["drift"] * real_scores.square().mean()
@@ -401,7 +398,7 @@ class Loop:
         if not isinstance(self.constraint, GradientPenalty):
             self.clip(self.constraint)
         self.steps, self.taken = self.steps + 1, self.taken + 1
-        self.offset += len(real) if noise else used
+        self.offset += used
         return metrics | {"critic_loss": loss}
 
     def clip(self, clip):
@@ -420,8 +417,6 @@ class Loop:
         for p in self.generator.parameters():
             self.ema.setdefault(p, p.detach().clone())
         fake = self.generator(z, *cond)
-        if noise := self.options["instance_noise"]:
-            fake, self.offset = self.noisy(fake, noise, 1), self.offset + n
         loss = self.blended(-self.critic(fake, *cond))
         self.update("generator", loss)
         decay = self.options["ema"] or 0.0

@@ -184,7 +184,6 @@ EQUAL = {  # name: (how far the weights may be from those of one process, what t
     "partial": (1e-12, partial_pair, {"constraint": CLIP}),
     "blend, drift": (1e-12, mlp_pair, {"constraint": PENALTY, "blend": 0.3, "drift": 0.05}),
     "norms": (1e-12, mlp_pair, {"constraint": NormClip(0.5)}),
-    "noise": (1e-12, mlp_pair, {"constraint": CLIP, "instance_noise": 0.25}),
     "perturbed": (1e-12, packed_pair, {"constraint": GradientPenalty(at="perturbed"), "pack": 2}),
     "sgd": (1e-12, partial_pair, {"constraint": PENALTY, "critic_optimizer": "SGD"}),
     "expanded": (1e-12, expanded_pair, {"constraint": CLIP}),

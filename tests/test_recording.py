@@ -290,7 +290,7 @@ def test_a_critic_step_replays(recording):
         real = torch.randn(4, 3)
         for _ in range(3):
             trainer.critic_step(real)
-        graph = recording([trainer._latent_random])
+        graph = recording([trainer._steps.latents.stream])
         if graphed:
             metrics = captured(graph, partial(trainer.critic_step, real))
         for _ in range(3):

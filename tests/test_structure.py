@@ -13,7 +13,7 @@ from torch.nn.modules import module as hooks
 from torch.nn.utils import parametrizations
 
 from fastwgan import GradientPenalty, Trainer, models
-from fastwgan.engine import passes, structure
+from fastwgan.engine import eager, structure
 
 N, F64, BOTH, DIMS = 4, torch.float64, (False, True), range(-6, 6)
 MODES = ("linear", "bilinear", "trilinear", "bicubic", "area", "nearest-exact")
@@ -261,8 +261,8 @@ class HandsOn(nn.Module):
 @pytest.fixture
 def taken(monkeypatch):
     """The lengths of the batches that the critic is given, in order."""
-    score, lengths = passes.Eager.score, []
-    monkeypatch.setattr(passes.Eager, "score", lambda self, x, *cond: lengths.append(len(x)) or score(self, x, *cond))
+    score, lengths = eager.Eager.score, []
+    monkeypatch.setattr(eager.Eager, "score", lambda self, x, *cond: lengths.append(len(x)) or score(self, x, *cond))
     return lengths
 
 
@@ -281,7 +281,7 @@ def assert_step(trainer, taken, *cond, shared, twin=None):
     taken.clear()
     metrics = quietly(trainer.critic_step, real, *cond)
     assert taken == ([2 * N] if shared else [N, N])
-    assert trainer._one_forward is shared
+    assert trainer._steps.sharing.together is shared
     torch.testing.assert_close([metrics.real_score, metrics.fake_score], scores, rtol=1e-9, atol=1e-12)
 
 

@@ -233,7 +233,7 @@ def test_each_critic_step_draws_its_own_latents(device):
     generator.register_forward_hook(lambda m, args, output: passes.append(args[0].clone()))
     trainer = Trainer(generator, models.mlp([10, 8, 1]).to(device), latent=6, n_critic=3, cuda_graph=False)
     random = torch.Generator(device)
-    random.set_state(trainer._latent_random.get_state())
+    random.set_state(trainer._steps.latents.stream.get_state())
     for batch in (4, 4, 8, 5):
         passes.clear()
         trainer.step(torch.randn(batch, 10, device=device))

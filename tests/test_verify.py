@@ -17,7 +17,7 @@ from torch import nn
 import fastwgan
 from fastwgan import GradientPenalty, NormClip, Trainer, WeightClip, cli, models, reference
 from fastwgan.backend import kernels
-from fastwgan.engine import passes, structure
+from fastwgan.engine import eager, structure
 from fastwgan.ops import rectifiers
 from fastwgan.streams import process_streams
 from fastwgan.verification import command
@@ -464,11 +464,11 @@ def looking(original):
 ELSEWHERE = {  # a fault: (form, backend, what holds it, its name, what makes a fault of it, (step, op))
     "one norm for the batch": ("penalty", "triton", kernels.penalty, "gradient_penalty", one_norm,
                                ("critic", "penalty")),
-    "seeds of the wrong sign": ("clip", "triton", passes.Eager, "_seed", negated, ("critic", "scores")),
+    "seeds of the wrong sign": ("clip", "triton", eager.Eager, "_seed", negated, ("critic", "scores")),
     "penalty's weight off": ("penalty", "triton", Trainer, "_penalty_weight", lighter, ("critic", "penalty")),
     "a rectifier's slope off": ("penalty", "triton", rectifiers._Rectify, "backward", slanted,
                                 ("critic", "input gradient")),
-    "generator's gradient off": ("clip", "triton", passes.Eager, "generator", biased, ("generator", "backward")),
+    "generator's gradient off": ("clip", "triton", eager.Eager, "generator", biased, ("generator", "backward")),
     "torch: one eps for the batch": ("penalty", "torch", reference, "interpolate", one_eps, ("critic", "interpolate")),
     "torch: cotangent times 1.001": ("penalty", "torch", reference, "penalty_cotangent", stretched,
                                      ("critic", "penalty")),
@@ -478,7 +478,7 @@ ELSEWHERE = {  # a fault: (form, backend, what holds it, its name, what makes a 
     "torch: norms 1% narrow": ("norm clip", "torch", reference, "clip_norms_", tighter, ("critic", "project")),
     "torch: one noise for the batch": ("noise", "torch", reference, "perturb", one_noise, ("critic", "perturb")),
     "torch: drift on fake scores": ("drift", "torch", reference, "score_slopes", drifting, ("critic", "objective")),
-    "torch: blend ignored": ("blend", "torch", passes, "objective", unblended, ("generator", "objective")),
+    "torch: blend ignored": ("blend", "torch", eager, "objective", unblended, ("generator", "objective")),
     "torch: bound 1% narrow": ("clip", "torch", reference, "clip_weights_", tighter, ("critic", "clamp")),
 }  # fmt: skip
 

@@ -284,7 +284,7 @@ def test_gradients_that_share_memory_are_unscaled_once(optimizer, options):
             critic_optimizer=optimizer(critic.parameters(), lr=0.01, **options), nonfinite="skip",
         )  # fmt: skip
         if amp:
-            trainer._critic.guard._scale[0] = 64.0
+            trainer._steps.critic.guard._scale[0] = 64.0
         trainer.critic_step(torch.randn(N, 2, generator=torch.Generator().manual_seed(1)))
         runs.append(critic.a.grad)
     torch.testing.assert_close(*runs, rtol=0.02, atol=0.02)

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastwgan.backend import Backend, kernels, resolve
-from fastwgan.engine import arguments, structure
+from fastwgan.backend import kernels, resolve
+from fastwgan.engine import structure
 from fastwgan.engine.player import Player
 from fastwgan.engine.ranks import Ranks
+from fastwgan.engine.settings import Settings
+from fastwgan.optim.adopt import has_hooks
 
 __all__ = ["Graphs", "capturing", "made"]
 
@@ -216,31 +218,36 @@ class _Graph:
         )
 
 
+def device_problem(device: torch.device) -> str | None:
+    """Return why there can be no CUDA graph on ``device``, or None."""
+    return None if device.type == "cuda" else f"the networks are on {device}"
+
+
 def made(
-    wanted: bool | str, device: torch.device, latents: torch.Generator, players: Sequence[Player], ranks: Ranks,
-    backend: Backend,
-) -> "Graphs | None":  # fmt: skip
+    settings: Settings, device: torch.device, latents: torch.Generator, players: Sequence[Player], ranks: Ranks
+) -> "Graphs | None":
     """Return the graphs of a trainer's steps, or None where they are not wanted or cannot be.
 
     Raises:
         RuntimeError: they are wanted and cannot be.
     """
-    if wanted is False:
+    if settings.cuda_graph is False:
         return None
-    problem = arguments.device_problem(device)
+    problem = device_problem(device)
     for player in players:
         name, optimizer = f"{player.name}_optimizer", player.gated
         if optimizer is None:
             problem = problem or f"{name} is {type(player.optimizer).__name__}; only RMSprop and Adam can be captured"
-        elif resolve(optimizer.backend, device) == "torch" or resolve(backend, device) == "torch":
+        elif "torch" in (resolve(optimizer.backend, device), resolve(settings.backend, device)):
             problem = problem or "the torch backend passes learning rates as numbers, which a graph would keep"
-        elif arguments.has_hooks(optimizer):
+        elif has_hooks(optimizer):
             problem = problem or f"{name} has step hooks, which a graph would not call"
     if ranks.world > 1 and (carrier := ranks.backend(device)) != "nccl":
         problem = problem or f"{carrier} cannot be captured"
+    required = settings.cuda_graph is True
     if problem is None:
-        return Graphs(device, [latents], players, required=wanted is True)
-    if wanted is True:
+        return Graphs(device, [latents], players, required=required)
+    if required:
         raise RuntimeError(f"cuda_graph: True was asked for, but {problem}")
     if device.type == "cuda":
         warnings.warn(f"cuda_graph: steps run without CUDA graphs, as {problem}", stacklevel=4)
@@ -282,7 +289,6 @@ class Graphs:
         for optimizer in self._optimizers:
             for state in optimizer.state.values():
                 tensors += state.values()
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
         return (
             [id(x) for x in parts],
             [x.data_ptr() for x in tensors],
@@ -291,10 +297,7 @@ class Graphs:
             [attributes.now() for attributes in self._attributes],
             [*map(structure.hooks, modules), structure.hooked_everywhere()],
             [(*(x._backward_hooks or ()), *(x._post_accumulate_grad_hooks or ())) for x in tensors],
-            [
-                ([id(p) for p in g["params"]], g.get("momentum", 0) > 0, g.get("centered"), g.get("clip") is None)
-                for g in groups
-            ],
+            [player.gated.capture_key() for player in self._players if player.gated is not None],
         )
 
     def _follow_changes(self) -> None:
@@ -346,7 +349,7 @@ class Graphs:
         """
         optimizers = [player.optimizer for player in self._players]
         replaced = any(mine is not theirs for mine, theirs in zip(optimizers, self._optimizers, strict=True))
-        if replaced or any(map(arguments.has_hooks, optimizers)):
+        if replaced or any(map(has_hooks, optimizers)):
             return self.run_uncaptured(work, *args)
         key = None
         if not self._refused:

@@ -1,27 +1,45 @@
-"""One network in training, with its optimizer, guard and running averages, and an update of it.
+"""One network in training, with its optimizer, guard, bound and running averages. It settles its own step.
 
 A network may change while it trains: layers come and go, are frozen and unfrozen, and a user adds parameter groups. So
 each step looks at its parameters anew.
 """
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastwgan import checks
-from fastwgan.backend import DTYPES, Backend, resolve
-from fastwgan.constraints import Clip, GradientPenalty, NormClip, WeightClip
-from fastwgan.engine.arguments import Called, check_optimizer, follow_loads, take_over
-from fastwgan.engine.guard import Guard
+from fastwgan.backend import DTYPES, wide
+from fastwgan.constraints import Constraint
+from fastwgan.engine.eager import Passed
+from fastwgan.engine.guard import PATIENCE, Guard
 from fastwgan.engine.ranks import Ranks, refuse_uneven
+from fastwgan.engine.settings import Settings, check_optimizer
 from fastwgan.ops.scores import score_statistics
-from fastwgan.ops.weights import clip_and_count_, combine_shares, project_and_count_
-from fastwgan.optim import Adam, RMSprop
+from fastwgan.optim import Gated
+from fastwgan.optim.adopt import MarksStepTaken, adopt, follow_loads
+from fastwgan.optim.base import Together
 
-__all__ = ["Player", "default_optimizer", "evaluating"]
+__all__ = ["Player", "Settled"]
+
+
+class Settled(NamedTuple):
+    """The results of a step that is done, on the device.
+
+    Attributes:
+        scores: statistics of the scores, [mean real, mean fake, Wasserstein estimate, loss] or [loss].
+        penalty: [mean penalty; mean, least and greatest norm], or None.
+        nonfinite: how many elements of the gradients were not finite, 0-d.
+        saturation: the share of weights on their bound, 0-d, or None.
+    """
+
+    scores: Tensor
+    penalty: Tensor | None
+    nonfinite: Tensor
+    saturation: Tensor | None
 
 
 def _trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
@@ -29,98 +47,79 @@ def _trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     return [p for p in parameters if p.requires_grad or (p.dtype in DTYPES and p.layout == torch.strided)]
 
 
-def _wide_dtype(p: Tensor) -> torch.dtype:
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
-
-
-def _wide(p: Tensor) -> Tensor:
-    return p.detach().to(_wide_dtype(p), copy=True)
-
-
-def default_optimizer(constraint: Clip | GradientPenalty, module: nn.Module, backend: Backend) -> RMSprop | Adam:
-    """Return the paper's optimizer for a constraint, over all of a network's parameters."""
-    if isinstance(constraint, Clip):
-        return RMSprop(_trainable(module.parameters()), lr=5e-5, backend=backend)
-    return Adam(_trainable(module.parameters()), lr=1e-4, betas=(0.0, 0.9), backend=backend)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode; afterwards each submodule is back in its own."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes:  # outer ones first; by train(), which a module may have overridden
-            if m.training != training:
-                m.train(training)
+def _wide_copy(p: Tensor) -> Tensor:
+    return p.detach().to(wide(p.dtype), copy=True)
 
 
 class Player:
-    """One of the two networks.
+    """The generator or the critic.
 
     Args:
         name: "generator" or "critic".
         module: the network.
-        optimizer: of it.
-        guard: of its gradients.
-        ranks: that train it.
-        backend: see :mod:`fastwgan.backend`.
-        default: whether the optimizer is the trainer's choice, which has all of the network's parameters.
+        optimizer: the user's, or None for the constraint's default.
+        settings, ranks: the trainer's.
         ema: the decay of running averages of its weights, or None.
-        clip: what its weights are held to after an update, or None.
+        constraint: what its weights are held to, or None.
 
     Attributes:
-        averages: of each parameter, in the precision that updates are computed in.
+        optimizer: the optimizer: ours in place of a plain torch RMSprop or Adam.
+        averages: the running average of each parameter, in the precision that updates are computed in.
     """
 
     def __init__(
-        self, name: str, module: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard, ranks: Ranks,
-        backend: Backend, *, default: bool, ema: float | None = None, clip: Clip | None = None,
+        self, name: str, module: nn.Module, optimizer: torch.optim.Optimizer | None, settings: Settings, ranks: Ranks,
+        *, ema: float | None = None, constraint: Constraint | None = None,
     ) -> None:  # fmt: skip
-        self.name, self.module, self.guard = name, module, guard
-        self.ema, self.averages = ema, dict[Tensor, Tensor]()
-        self._ranks, self._backend, self._clip = ranks, backend, clip
-        self._clipped: list[nn.Parameter] = []
+        self.name, self.module, self.ema = name, module, ema
+        self.averages: dict[Tensor, Tensor] = {}
+        self._ranks, self._backend = ranks, settings.backend
+        scaled = settings.amp == torch.float16  # whose loss scale finds its range by steps that are left out
+        limit = 0 if settings.nonfinite == "raise" and not scaled else PATIENCE - 1
+        self.guard = Guard(name, module, self._backend, limit=limit, scaled=scaled)
+        self._constraint = constraint if constraint is not None and constraint.bounds_weights else None
+        self._held: list[nn.Parameter] = []
         self._excluded: set[nn.Parameter] = set()
         self._left: dict[Any, Any] = {}  # states of parameters that have left, until a step is taken without them
         # What all ranks have the same of.
         self._shared: set[Any] = set() if ranks.world == 1 else {*module.modules(), *module.parameters()}
-        self.replace(optimizer, default=default)
-        self.follow()
+        if optimizer is None:
+            default = settings.constraint.default_optimizer(_trainable(module.parameters()), self._backend)
+            self._replace(default, default=True)
+        else:
+            self._replace(adopt(optimizer, self._backend))
+        self._follow()
 
     def assign(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take an optimizer of the user's."""
+        """Take another optimizer of the user's. It may leave out any of the parameters that can be trained by now."""
         check_optimizer(f"{self.name}_optimizer", optimizer, self.module)
-        self.replace(take_over(optimizer, self._backend))
+        self._replace(adopt(optimizer, self._backend))
 
-    def replace(self, optimizer: torch.optim.Optimizer, *, default: bool = False) -> None:
-        """Take another optimizer. It may leave out any of the parameters that can be trained by now."""
+    def _replace(self, optimizer: torch.optim.Optimizer, *, default: bool = False) -> None:
         self.optimizer, self._default = optimizer, default
         self._known = set() if default else {p for p in self.module.parameters() if p.requires_grad}
         self._listed = _trainable(self.module.parameters())
 
-    def _held(self) -> set[int]:
-        return {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-
     @property
-    def gated(self) -> RMSprop | Adam | None:
+    def gated(self) -> Gated | None:
         """Return the optimizer if its step obeys the guard's gate on the device."""
-        return self.optimizer if isinstance(self.optimizer, (RMSprop, Adam)) else None
+        return self.optimizer if isinstance(self.optimizer, Gated) else None
 
-    def hooks(self) -> list[Any]:
-        """Return the step hooks of the optimizer, and the hooks of each parameter that has some."""
-        parameters = [
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy, with the hooks that PyTorch's own copies lose."""
+        hooked = [
             (p, [*(p._backward_hooks or {}).values()], [*(p._post_accumulate_grad_hooks or {}).values()])
             for p in self.module.parameters()
+            if p._backward_hooks or p._post_accumulate_grad_hooks
         ]
-        hooked = [part for part in parameters if part[1] or part[2]]
-        return [self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks, hooked]
+        optimizer = self.optimizer
+        hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks, hooked)
+        return self.__dict__ | {"hooks": hooks}
 
-    def hook(self, hooks: list[Any]) -> None:
-        """Put hooks on the optimizer and the parameters of a copy."""
-        self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks, hooked = hooks
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        before, after, hooked = state.pop("hooks")
+        self.__dict__.update(state)
+        self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks = before, after
         for p, own, accumulated in hooked:
             p._backward_hooks = p._post_accumulate_grad_hooks = None
             frozen = not p.requires_grad
@@ -130,9 +129,21 @@ class Player:
             for hook in accumulated:
                 p.register_post_accumulate_grad_hook(hook)
             p.requires_grad_(not frozen)
-        for hook in self.optimizer._optimizer_step_post_hooks.values():
-            if isinstance(hook, Called):
+        for hook in after.values():
+            if isinstance(hook, MarksStepTaken):
                 follow_loads(hook.optimizer, self.optimizer)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Put the network into evaluation mode; afterwards each of its modules is back in its own."""
+        modes = [(m, m.training) for m in self.module.modules()]
+        self.module.eval()
+        try:
+            yield
+        finally:
+            for m, training in modes:  # outer ones first; by train(), which a module may have overridden
+                if m.training != training:
+                    m.train(training)
 
     # Before the passes
 
@@ -157,8 +168,10 @@ class Player:
         trained = [p for p in self.module.parameters() if p.requires_grad]
         if not trained:
             raise ValueError(f"{self.name}: expected trainable parameters, got none")
-        new = [] if self._default else [p for p in trained if p not in self._known]
-        held = self._held() if new else set()
+        if self._default:
+            return trained
+        new = [p for p in trained if p not in self._known]
+        held = self._held_by_optimizer() if new else set()
         if lacks := {p for p in new if id(p) not in held}:
             names = ", ".join(name for name, p in self.module.named_parameters() if p in lacks)
             raise ValueError(
@@ -166,20 +179,19 @@ class Player:
                 f"{names}: add them by trainer.{self.name}_optimizer.add_param_group, or freeze them by "
                 "requires_grad_(False)"
             )
-        if not self._default:
-            self._known = {p for p in self.module.parameters() if p.requires_grad or p in self._known}
+        self._known = {p for p in self.module.parameters() if p.requires_grad or p in self._known}
         return trained
 
     def prepare(self) -> list[nn.Parameter]:
         """Take up changes of the network, and drop all gradients; return the parameters to be trained.
 
         Raises:
-            ValueError: as :meth:`check`; or with NormClip on a GPU, two parameters are over one memory.
+            ValueError: as :meth:`check`, or where the parameters cannot be held to their bound.
         """
         trained = self.check()
-        self.follow()
-        if isinstance(self._clip, NormClip) and resolve(self._backend, self.guard.gate.device) == "triton":
-            checks.refuse_overlap(self._clipped)
+        self._follow()
+        if self._constraint is not None:
+            self._constraint.prepare(self._held, self._backend)
         for p in self.module.parameters():
             p.grad = None
         for group in self.optimizer.param_groups:  # parameters that have left the network, too
@@ -187,65 +199,56 @@ class Player:
                 p.grad = None
         return trained
 
-    def follow(self) -> None:
-        """Give a default optimizer, the clip and the averages the parameters that the network has now."""
+    def _held_by_optimizer(self) -> set[int]:
+        return {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+
+    def _follow(self) -> None:
+        """Give a default optimizer, the bound and the averages the parameters that the network has now."""
         parameters = list(self.module.parameters())
-        if self._default:
-            before, self._listed = self._listed, _trainable(parameters)
-            if list(map(id, before)) != list(map(id, self._listed)):
-                first, *others = self.optimizer.param_groups
-                out = {p for group in others for p in group["params"]} | (set(before) - set(first["params"]))
-                first["params"][:] = [p for p in self._listed if p not in out]
-                self._move(self.optimizer.state, self._left)
-        if self._clip is not None:
-            if self._clip.exclude:  # by the names that parameters come with, which may be others' later
-                now, seen = self._clip.excluded(self.module), {*self._clipped, *self._excluded}
+        self._follow_by_default(parameters)
+        if self._constraint is not None:
+            if self._constraint.exclude:  # by the names that parameters come with, which may be others' later
+                now, seen = self._constraint.excluded(self.module), {*self._held, *self._excluded}
                 self._excluded = {p for p in parameters if p in (self._excluded if p in seen else now)}
-            self._clipped = [p for p in parameters if p not in self._excluded]
+            self._held = [p for p in parameters if p not in self._excluded]
         if self.ema is not None:
             for p in filter(torch.is_floating_point, parameters):
                 average = self.averages.get(p)
                 if average is None or average.shape != p.shape or average.device != p.device:
-                    self.averages[p] = _wide(p)
-                elif average.dtype != _wide_dtype(p):
-                    self.averages[p] = average.to(_wide_dtype(p))
+                    self.averages[p] = _wide_copy(p)
+                elif average.dtype != wide(p.dtype):
+                    self.averages[p] = average.to(wide(p.dtype))
 
-    def _move(self, state: dict[Any, Any], left: dict[Any, Any]) -> None:
-        """Put aside the state of parameters that have left the optimizer, and take back that of those that are back."""
-        held = self._held()
+    def _follow_by_default(self, parameters: list[nn.Parameter]) -> None:
+        """Give a default optimizer the network's parameters, but those that the user took out or gave to a group."""
+        before, self._listed = self._listed, _trainable(parameters)
+        if not self._default or list(map(id, before)) == list(map(id, self._listed)):
+            return
+        first, *others = self.optimizer.param_groups
+        out = {p for group in others for p in group["params"]} | (set(before) - set(first["params"]))
+        first["params"][:] = [p for p in self._listed if p not in out]
+        held, state, left = self._held_by_optimizer(), self.optimizer.state, self._left
         for p in [p for p in state if id(p) not in held]:
             left[p] = state.pop(p)
         for p in [p for p in left if id(p) in held]:
             state[p] = left.pop(p)
 
-    def optimizer_state(self) -> dict[str, Any]:
-        """Return the optimizer's state, of the network as it is; the optimizer follows when a step is taken."""
-        if not self._default:
-            return self.optimizer.state_dict()
-        first, kept = self.optimizer.param_groups[0], (self._left.copy(), self._listed, self.averages.copy())
-        params, state = list(first["params"]), dict(self.optimizer.state)
-        self.follow()
-        result = self.optimizer.state_dict()
-        self._left, self._listed, self.averages = kept
-        first["params"][:] = params
-        self.optimizer.state.clear()
-        self.optimizer.state.update(state)
-        return result
-
     # After the passes
 
-    def settle(
-        self, scores: tuple[Tensor, ...], known: Tensor | None, penalty: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Add up what the ranks have, and set the guard's gate: (score statistics, penalty statistics, nonfinite).
+    def settle(self, found: Passed) -> Settled:
+        """Finish a step whose gradients are there: add up the ranks, set the guard's gate, update, bound, average."""
+        scores, penalty, nonfinite = self._measured(*found)
+        return Settled(scores, penalty, nonfinite, self._updated())
 
-        ``known`` are the score statistics, if the passes have taken some.
-        """
+    def _measured(
+        self, scores: tuple[Tensor, ...], known: Tensor | None, penalty: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return (score statistics, penalty statistics, nonfinite) of all ranks, and set the guard's gate."""
         guard = self.guard
         guard.dense = self.gated is not None or self._ranks.world > 1
         if self._ranks.world == 1:
             statistics, nonfinite = guard.check(scores if known is None else ())
-            return statistics if known is None else known, penalty, nonfinite
+            return known if statistics is None else statistics, penalty, nonfinite  # type: ignore[return-value]
         own = known
         if own is None:
             own = score_statistics(scores[0], scores[-1], self._backend)
@@ -258,36 +261,34 @@ class Player:
             used[i] = 0
         parts = (own.new_full((1,), scores[-1].numel()), used, own, *([] if penalty is None else [penalty]))
         gradients = guard.gradients()
-        sizes, counts, own, *rest = torch.split(
-            self._ranks.sum_(gradients, torch.cat(parts)), [len(part) for part in parts], dim=1
-        )  # fmt: skip
+        table = self._ranks.sum_(gradients, torch.cat(parts))
+        sizes, counts, own, *rest = torch.split(table, [len(part) for part in parts], dim=1)
         refuse_uneven("real" if len(scores) == 2 else "batch_size", sizes, gradients)
         for i in without:
             if not counts[:, i].any():  # nobody has: an optimizer is not to take zeros for its gradient
                 trained[i].grad = None
-        statistics = own.mean(0)
         if rest:
             means, least, greatest = rest[0][:, :2].mean(0), rest[0][:, 2].amin(), rest[0][:, 3].amax()
             penalty = torch.cat((means, least[None], greatest[None]))
         _, nonfinite = guard.check()
-        return statistics, penalty, nonfinite
+        return own.mean(0), penalty, nonfinite
 
-    def update(self) -> Tensor | None:
-        """Take a step of the optimizer, hold the weights to their bound, and average them, unless the gate says no.
+    def _together(self) -> Together:
+        """Return what the optimizer's launch does beside the update."""
+        together = Together(gate=self.guard.gate, averages=self.averages, decay=self.ema or 0.0)
+        return together if self._constraint is None else self._constraint.fuse_into(together, self._held)
 
-        Returns:
-            The share of weights on their bound, 0-d, or None where they have none.
-        """
-        averaged: set[Tensor] = set()
+    def _updated(self) -> Tensor | None:
+        """Update, bound and average the weights, unless the gate says no; return the share on their bound, or None."""
+        shares, bounded, averaged = [], set[int](), set[Tensor]()
         if self.gated is not None:
-            with self._in_charge():
-                self.gated.step()
+            shares, bounded = self.gated.step_gated(self._together())
             if self.averages:
                 averaged = {p for group in self.gated.param_groups for p in group["params"] if p.grad is not None}
         else:
             skip, factor = self.guard.gate.tolist()  # any optimizer may come, so the host has to know
             if skip:
-                Called(self.optimizer)()
+                MarksStepTaken(self.optimizer)()
             else:
                 if factor != 1:  # not in place, as two gradients may share memory
                     for p in self.guard.trained():
@@ -302,44 +303,14 @@ class Player:
             present = set(self.module.parameters())
             for gone in [x for x in self.averages if x not in present]:
                 del self.averages[gone]
-        return None if self._clip is None else self._hold(self._clip)
+        if self._constraint is None:
+            return None
+        return self._constraint.apply_(self._held, bounded, shares, self.guard.gate, self._backend)
 
     def refresh(self) -> None:
         """Have a step that a CUDA graph replays use the optimizer's present numbers."""
         if self.gated is not None:
-            with self._in_charge():
-                self.gated.refresh()
-
-    @contextmanager
-    def _in_charge(self) -> Iterator[None]:
-        """Have the optimizer, which is the caller's too, obey the gate, keep the averages and clamp the weights."""
-        optimizer, clip = self.gated, self._clip
-        assert optimizer is not None
-        optimizer.gate, optimizer.averages, optimizer.decay = self.guard.gate, self.averages, self.ema or 0.0
-        if isinstance(clip, WeightClip):
-            optimizer.clamp = clip.bound, {id(p) for p in self._clipped}
-        try:
-            yield
-        finally:
-            optimizer.gate, optimizer.averages, optimizer.clamp = None, {}, None
-
-    def _hold(self, clip: Clip) -> Tensor | None:
-        """Clamp what the optimizer's launch did not, or project; return the share on bound."""
-        held, gate = self._clipped, self.guard.gate
-        if isinstance(clip, NormClip):
-            projected = project_and_count_(held, clip.bound, clip.per, self._backend, gate)
-            return None if projected is None else projected[0]
-        shares, fused = [], set[int]()
-        if self.gated is not None:
-            shares, ids = list(self.gated.shares), {id(p) for p in held}
-            groups = [group["params"] for group in self.gated.param_groups]
-            groups = [params for params in groups if ids.issuperset(map(id, params))]
-            fused = {id(p) for params in groups for p in params if p.grad is not None}
-        apart = [p for p in held if id(p) not in fused]
-        if apart and (share := clip_and_count_(apart, clip.bound, self._backend, gate)) is not None:
-            shares.append(share)
-        combined = combine_shares(shares)
-        return None if combined is None else combined[0]
+            self.gated.refresh(self._together())
 
     # State
 
@@ -348,9 +319,33 @@ class Player:
         if self.ema is None:
             return {}
         floating = ((name, p) for name, p in self.module.named_parameters() if p.is_floating_point())
-        return {name: self.averages[p] if p in self.averages else _wide(p) for name, p in floating}
+        return {name: self.averages[p] if p in self.averages else _wide_copy(p) for name, p in floating}
 
-    def widened(self, state: dict[str, Any]) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of the parts, of the network as it is."""
+        self._follow_by_default(list(self.module.parameters()))
+        return {
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "guard": self.guard.state_dict(),
+            "averages": None if self.ema is None else self.named_averages(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up states of the parts; without averages among them these begin with the weights."""
+        self.module.load_state_dict(state["module"])
+        self._follow()
+        clips = [group.get("clip") for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(self._widened(copy.deepcopy(state["optimizer"])))
+        for group, clip in zip(self.optimizer.param_groups, clips, strict=True):
+            if "clip" in group:
+                group["clip"] = clip  # the constraint is the trainer's, not the checkpoint's
+        self.guard.load_state_dict(state["guard"])
+        weights = dict(self.module.named_parameters())
+        for name, average in self.named_averages().items():
+            average.copy_(weights[name].detach() if state["averages"] is None else state["averages"][name])
+
+    def _widened(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return an optimizer's state for all parameters; an older default had those alone that were trained."""
         trained = [i for i, p in enumerate(self.optimizer.param_groups[0]["params"]) if p.requires_grad]
         group = state["param_groups"][0]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Ranks", "refuse_uneven", "unwrapped"]
+__all__ = ["Ranks", "refuse_uneven", "shapes", "unwrapped"]
 
 
 def _place() -> tuple[int, int]:
@@ -89,10 +89,6 @@ class Ranks:
         value = torch.tensor(int(condition), device=device)
         dist.all_reduce(value, dist.ReduceOp.MIN)
         return bool(value)
-
-    def any(self, condition: bool, device: torch.device) -> bool:
-        """Whether a condition holds on some rank."""
-        return not self.all(not condition, device)
 
     def gather(self, content: Any) -> list[Any]:
         """What each rank has, which has to be picklable, on all ranks."""
@@ -170,3 +166,9 @@ def unwrapped(name: str, module: object) -> nn.Module:
     if any(isinstance(m, DistributedDataParallel) for m in network.modules()):
         raise ValueError(f"{name}: expected a plain network, got one with DistributedDataParallel inside: pass its own")
     return network
+
+
+def shapes(name: str, module: nn.Module) -> dict[str, object]:
+    """Return the shapes of a module's parameters and buffers, with their dtypes and whether they are trained."""
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return {f"{name}.{key}": (tuple(x.shape), x.dtype, x.requires_grad) for key, x in tensors}

@@ -138,12 +138,15 @@ for _n in (1, 2, 3):
         _RULES |= {getattr(nn, f"{name}{_n}d"): _rule(_n + 2) for name in _names.split()}
 
 
+_CONTAINERS = (nn.Sequential, models.InstanceNoise)  # whose parts work one after the other
+
+
 def class_code(kind: Any) -> tuple[Any, ...]:
     """Return what a module of a kind runs."""
     return kind.__call__, kind._call_impl, kind.forward, getattr(kind, "_conv_forward", None)
 
 
-_CODE: dict[Any, tuple[Any, ...]] = {kind: class_code(kind) for kind in (nn.Sequential, *_RULES)}
+_CODE: dict[Any, tuple[Any, ...]] = {kind: class_code(kind) for kind in (*_CONTAINERS, *_RULES)}
 
 
 def _home(function: Any) -> str:
@@ -187,7 +190,11 @@ def _output_rank(m: nn.Module, rank: int, found: list[nn.Module]) -> int:
         raise _UnknownError(kind.__name__, "is not among the layers known to keep samples apart")
     if class_code(kind) != _CODE[kind] or not _untouched(m):
         raise _UnknownError(kind.__name__, "has hooks, or is patched or compiled")
-    if kind is nn.Sequential:
+    if kind is models.InstanceNoise:
+        found.append(m)
+        if m._modules.keys() != {"critic"}:
+            raise _UnknownError(kind.__name__, "has other parts than its critic")
+    if kind in _CONTAINERS:
         for child in m._modules.values():
             rank = _output_rank(child, rank, found)  # type: ignore[arg-type]  # None is no known layer
         return rank

@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from fastwgan import checkpoint, checks
-from fastwgan.engine.passes import is_batched
 from fastwgan.streams import stream_seed
-from fastwgan.trainer import Trainer
 from fastwgan.training.health import Health, HealthWarning
 from fastwgan.training.logs import CSVLog, Interval, Progress, TensorBoardLog
 
@@ -25,7 +23,7 @@ __all__ = ["fit"]
 
 GRID = 5  # the random stream of the sample grids' latents; the trainer and the command line take those before
 
-Callback = Callable[[Trainer, dict[str, float]], object]
+Callback = Callable[[Any, dict[str, float]], object]
 
 
 @contextmanager
@@ -107,11 +105,11 @@ def _whole_packs(parts: list[Any], pack: int) -> list[Any] | None:
     n = len(parts[0]) if pack > 1 and isinstance(parts[0], Tensor) and parts[0].dim() else 0
     if n % pack == 0:
         return parts
-    return [x[: n - n % pack] if is_batched(x, n) else x for x in parts] if n > pack else None
+    return [x[: n - n % pack] if checks.is_batched(x, n) else x for x in parts] if n > pack else None
 
 
 def fit(
-    trainer: Trainer,
+    trainer: Any,
     batches: Iterable[Any],
     steps: int,
     *,
@@ -249,7 +247,7 @@ def fit(
         def ended() -> bool:
             if trainer.world > 1 and trainer.critic_iterations % log_every:
                 return False
-            return trainer.ranks.any(stop.is_set(), trainer.device)
+            return not trainer.ranks.all(not stop.is_set(), trainer.device)
 
         stream = _endless(batches)
         while done < steps and not ended():

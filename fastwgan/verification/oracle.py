@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastwgan import reference
 from fastwgan.constraints import GradientPenalty, NormClip, WeightClip
-from fastwgan.engine.passes import scores_of_both
+from fastwgan.engine.eager import scores_of_both
 from fastwgan.verification.observed import Observed
 
 __all__ = ["Constraint", "Pass", "Step", "critic_pass", "generator_pass", "means", "to_dtype"]

@@ -442,7 +442,6 @@ def _verified(
     trainer = Trainer(
         *ours, latent=latent, independent_samples=known, constraint=step.constraint, seed=step.seed, backend=backend,
         cuda_graph=False, pack=step.pack, nonfinite="skip", blend=step.blend, drift=step.drift,
-        instance_noise=step.noise,
     )  # fmt: skip
     _check_networks(template, step, latent)
     exact.double()

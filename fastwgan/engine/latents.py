@@ -1,0 +1,145 @@
+"""The random numbers of a trainer: latents, and its place in the stream of eps."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastwgan.constraints import Draw
+from fastwgan.engine.ranks import Ranks
+from fastwgan.streams import process_streams, set_process_streams, stream_seed
+
+__all__ = ["Latent", "Latents"]
+
+Latent = int | Callable[[int, torch.device], Any]
+TRAINING, SAMPLING = 0, 1  # the streams of the seed that training and sampling draw latents from
+
+
+class Latents:
+    """Latents and places in the stream of eps. With several ranks, each has its part of what one process would draw.
+
+    Args:
+        latent: width of the latents, or the caller's function that makes them.
+        generator: the network that they are for.
+        ranks, device, seed: the trainer's.
+
+    Attributes:
+        seed: the seed of all streams.
+        used: how many numbers of the stream of eps are used up.
+        stream: the random stream of the latents.
+    """
+
+    def __init__(self, latent: Latent, generator: nn.Module, ranks: Ranks, device: torch.device, seed: int) -> None:
+        self._latent, self._generator, self._ranks, self._device = latent, generator, ranks, device
+        self.seed, self.used = seed, 0
+        self.stream = torch.Generator(device).manual_seed(stream_seed(seed, TRAINING))
+        self._sampling = torch.Generator(device).manual_seed(stream_seed(seed, SAMPLING))
+        self._place: Tensor | None = None  # on the device, for steps that a graph replays
+
+    def given(self, n: int) -> Any:
+        """Return the caller's n latents, or None where they are drawn in the step."""
+        if not callable(self._latent):
+            return None
+        z = self._latent(n, self._device)
+        if isinstance(z, Tensor) and z.device != self._device:
+            raise ValueError(f"latent: its result: expected a tensor on {self._device}, got one on {z.device}")
+        return z
+
+    def of_step(self, n: int, given: Any) -> Any:
+        """Return the n latents of a step: those given, or the next ones of the stream."""
+        if callable(self._latent):
+            return given
+        world, rank = self._ranks.world, self._ranks.rank
+        return self._normal(n * world, self.stream)[rank * n : (rank + 1) * n]
+
+    def of_sample(self, n: int, seed: int | None) -> Any:
+        """Return n latents to sample with, PyTorch's global streams seeded for what the generator draws."""
+        random = self._sampling
+        if seed is None:
+            seed = int(torch.randint(2**62, (), generator=random, device=self._device))
+        else:
+            random = torch.Generator(self._device).manual_seed(seed)
+        if self._device.type == "cuda":
+            torch.cuda.default_generators[self._device.index].manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        return self.given(n) if callable(self._latent) else self._normal(n, random)
+
+    def _normal(self, n: int, random: torch.Generator) -> Tensor:
+        assert isinstance(self._latent, int)
+        dtype = next(self._generator.parameters()).dtype
+        return torch.randn(n, self._latent, generator=random, device=self._device, dtype=dtype)
+
+    # The stream of eps
+
+    def place_on_device(self) -> None:
+        """Have steps that a graph replays find their place in the stream of eps."""
+        if self._place is None:
+            self._place = torch.zeros((), dtype=torch.int64, device=self._device)
+        self._place.fill_(self.used)
+
+    def draw(self, count: int) -> Draw:
+        """Return where this rank's next ``count`` numbers of the stream of eps begin."""
+        place = self.used if self._place is None else self._place
+        return Draw(self.seed, place + self._ranks.rank * count if self._ranks.rank else place)
+
+    def go_on(self, count: int) -> None:
+        """Go on by ``count`` numbers on the device, from a step to the next one in a graph."""
+        if self._place is not None and count:
+            self._place += count
+
+    # State
+
+    @contextmanager
+    def undone_if_refused(self) -> Iterator[None]:
+        """Give back the latents that a step which raises has drawn."""
+        streams = []
+        if self._device.type == "cpu" or not torch.cuda.is_current_stream_capturing():  # then they cannot be read
+            streams = [(random, random.get_state()) for random in (self.stream, self._sampling)]
+        try:
+            yield
+        except BaseException:
+            for random, state in streams:
+                random.set_state(state)
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where all streams stand, the process's own included."""
+        return {
+            "seed": self.seed,
+            "eps_offset": self.used,
+            "random": {
+                "device": self._device.type, "latent": self.stream.get_state(), "sample": self._sampling.get_state()
+            },
+            "world": self._ranks.world,
+            "ranks": {self._ranks.rank: process_streams(self._device)},
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there; warn where that cannot be."""
+        self.seed, self.used = int(state["seed"]), int(state["eps_offset"])
+        random, own = state["random"], state["ranks"].get(self._ranks.rank)
+        if random["device"] != self._device.type:
+            warnings.warn(
+                f"state_dict: saved on {random['device']} and loaded on {self._device.type}, whose random numbers "
+                "differ: training goes on with fresh random streams",
+                stacklevel=6,
+            )
+            return
+        self.stream.set_state(random["latent"].cpu())
+        self._sampling.set_state(random["sample"].cpu())
+        if own is None or state["world"] != self._ranks.world:
+            warnings.warn(
+                f"state_dict: saved by {state['world']} processes, has the random streams of ranks "
+                f"{sorted(state['ranks'])}; those of rank {self._ranks.rank} of {self._ranks.world} go on as they are",
+                stacklevel=6,
+            )
+            return
+        set_process_streams(own, self._device)
+        if own.get("fakes") is not None:
+            warnings.warn(
+                "state_dict: has fake samples that were made ahead, as an older version did; they are made anew",
+                stacklevel=6,
+            )

@@ -1,0 +1,110 @@
+"""The options of a Trainer, and what it is given: checked before anything of the caller's is changed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from fastwgan import checks
+from fastwgan.backend import DTYPES, Backend
+from fastwgan.constraints import Constraint
+from fastwgan.engine.latents import Latent
+
+__all__ = ["REMOVED", "Settings", "check_networks", "check_optimizer", "check_scheduler"]
+
+REMOVED = {
+    "instance_noise": "wrap the critic: fastwgan.models.InstanceNoise(critic, scale)",
+    "max_skipped": "leave it out: a step that is left out 20 times in a row raises",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of a :class:`fastwgan.Trainer`, by its arguments' names."""
+
+    latent: Latent
+    constraint: Constraint
+    n_critic: int | Callable[[int], int]
+    seed: int
+    backend: Backend
+    amp: torch.dtype | None
+    cuda_graph: bool | str
+    independent_samples: bool
+    compile: bool
+    ema: float | None
+    blend: float
+    drift: float
+    pack: int
+    nonfinite: str
+
+    def __post_init__(self) -> None:
+        for name in ("compile", "independent_samples"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+        if not (isinstance(self.cuda_graph, bool) or self.cuda_graph == "auto"):
+            raise ValueError(f"cuda_graph: expected 'auto', True or False, got {self.cuda_graph!r}")
+        if not callable(self.latent):
+            if isinstance(self.latent, bool) or not isinstance(self.latent, int):
+                raise TypeError(f"latent: expected an int or a callable, got {type(self.latent).__name__}")
+            checks.count("latent", self.latent)
+        if not isinstance(self.constraint, Constraint):
+            got = type(self.constraint).__name__
+            raise TypeError(f"constraint: expected WeightClip, NormClip or GradientPenalty, got {got}")
+        if not callable(self.n_critic):
+            checks.count("n_critic", self.n_critic)
+        checks.seed("seed", self.seed)
+        checks.blend(self.blend, self.drift)
+        checks.count("pack", self.pack)
+        if self.nonfinite not in ("raise", "skip"):
+            raise ValueError(f"nonfinite: expected 'raise' or 'skip', got {self.nonfinite!r}")
+        if self.ema is not None and checks.number("ema", self.ema, minimum=0) >= 1:
+            raise ValueError(f"ema: expected a number in [0, 1), got {self.ema}")
+        if self.amp not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"amp: expected None, torch.bfloat16 or torch.float16, got {self.amp!r}")
+
+
+def check_networks(generator: nn.Module, critic: nn.Module, amp: torch.dtype | None) -> torch.device:
+    """Return the device of both networks, or raise unless they can be trained together."""
+    for name, module in (("generator", generator), ("critic", critic)):
+        if not any(p.requires_grad for p in module.parameters()):
+            raise ValueError(f"{name}: expected trainable parameters, got none")
+        for of, p in module.named_parameters():
+            if p.requires_grad and p.dtype not in DTYPES:
+                expected = "parameters of float16, bfloat16, float32 or float64"
+                raise TypeError(f"{name}: expected {expected}, got {p.dtype} in {of}")
+            if p.is_inference():
+                raise ValueError(f"{name}: expected parameters made outside of inference mode, got {of} made in it")
+    parameters: list[Tensor] = [*generator.parameters(), *critic.parameters()]
+    if {id(p) for p in generator.parameters()} & {id(p) for p in critic.parameters()}:
+        raise ValueError("critic: expected parameters of its own, got some that are the generator's too")
+    if len(devices := {p.device for p in parameters}) > 1:
+        raise ValueError(f"critic: expected all parameters of both networks on one device, got {devices}")
+    dtypes = {p.dtype for p in parameters if p.is_floating_point()}
+    if amp is not None and dtypes != {torch.float32}:
+        got = ", ".join(sorted(map(str, dtypes)))
+        raise ValueError(f"amp: expected networks whose parameters are float32, got {got}")
+    return devices.pop()
+
+
+def check_optimizer(name: str, optimizer: object, module: nn.Module) -> None:
+    """Raise unless an optimizer can train a network."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"{name}: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(f"{name}: expected an optimizer that steps on given gradients, got LBFGS")
+    own = {id(p) for p in module.parameters()}
+    if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(f"{name}: expected parameters of its own network only, got others")
+
+
+def check_scheduler(name: str, scheduler: object, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise unless a scheduler is None, or of the given optimizer."""
+    if scheduler is None:
+        return
+    if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
+        got = type(scheduler).__name__
+        raise TypeError(f"{name}: expected a torch.optim.lr_scheduler that takes steps without a metric, got {got}")
+    if optimizer is None or scheduler.optimizer is not optimizer:
+        raise ValueError(f"{name}: expected a scheduler of {name.replace('scheduler', 'optimizer')}, got another's")

@@ -1,0 +1,67 @@
+"""How real and fake samples go through the critic: as one batch where no score depends on another sample, or apart."""
+
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastwgan.engine import structure
+
+__all__ = ["Sharing"]
+
+
+class Sharing:
+    """The decision, made anew in each step, and its reason.
+
+    Args:
+        critic: the critic.
+        independent: the user's word that no score depends on another sample.
+
+    Attributes:
+        known: whether the critic's layers were known to keep samples apart in the last step.
+        together: whether the samples shared a pass in the last step; None before it.
+    """
+
+    def __init__(self, critic: nn.Module, independent: bool) -> None:
+        self._critic, self._independent = critic, independent
+        self.known, self.together = False, None
+        self._ndim, self._conditional = 0, False  # of the last step
+
+    def batch(self, real: Tensor, fake: Tensor, cond: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """Return both as one batch for one pass, or as two; copies where a pass may write to the caller's samples."""
+        if self._independent:
+            self._refuse_untrue(real, cond)
+        self._ndim, self._conditional = real.dim(), bool(cond)
+        self.known = not cond and structure.layers(self._critic, real.dim()) is not None
+        plain = all(isinstance(c, (Tensor, bool, int, float, str, NoneType)) for c in cond)
+        self.together = self.known or (self._independent and plain)
+        if not self.together and not structure.may_write(self._critic):
+            return real, fake
+        both = torch.cat((real, fake))
+        return (both,) if self.together else both.tensor_split(2)
+
+    def _refuse_untrue(self, real: Tensor, cond: tuple[Any, ...]) -> None:
+        """Raise ValueError where the user's word cannot be true."""
+        if structure.has_batchnorm(self._critic, training=True):
+            got = "BatchNorm in training mode"
+            raise ValueError(f"independent_samples: expected no layer that mixes samples, got {got}")
+        for c in cond:
+            if isinstance(c, Tensor) and c.dim() and len(c) != len(real):
+                got = f"one of shape {tuple(c.shape)} for {len(real)} samples"
+                raise ValueError(f"independent_samples: expected conditions with a row for each sample, got {got}")
+
+    def __str__(self) -> str:
+        if self.together is None:
+            return "a first critic step will tell whether real and fake samples share a pass of the critic"
+        if self.together:
+            why = "independent_samples=True says so" if self._independent else "its layers keep samples apart"
+            return f"real and fake samples share a pass of the critic, as {why}"
+        each = "real and fake samples have a pass of the critic each, as "
+        if self._independent:
+            return f"{each}there are conditions that are neither tensors nor constants"
+        reason = "there are conditions" if self._conditional else structure.doubt(self._critic, self._ndim)
+        return (
+            f"{each}{reason or 'its layers mixed samples in the last step'}; with independent_samples=True, your word "
+            "that no score depends on another sample, they share one"
+        )
