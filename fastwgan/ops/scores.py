@@ -50,7 +50,7 @@ class _BlendedLoss(Op):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         a, b, ctx.blend, ctx.drift, _ = inputs
-        ctx.mark_nondifferentiable(output[1])
+        ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(a, b, output[1])
 
