@@ -1,7 +1,7 @@
 """Which implementation runs an op: Triton kernels or the plain-PyTorch reference."""
 
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -30,8 +30,20 @@ for _function in (
         _function(torch.zeros(1, dtype=_dtype, device="cpu"))
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that arithmetic on a floating ``dtype`` runs in: float64 stays, all else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_backend(backend: object) -> Backend:
+    """Return ``backend`` if it is one of the three words, or raise."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend: expected 'auto', 'triton' or 'torch', got {backend!r}")
+    return backend  # type: ignore[return-value]
+
+
 def triton_problem(device: torch.device) -> str | None:
-    """Why Triton cannot run on ``device``, or None if it can."""
+    """Return why Triton cannot run on ``device``, or None if it can."""
     if torch.compiler.is_compiling():
         return "inside torch.compile the ops are plain PyTorch, for the compiler to fuse"
     if _import_problem is not None:
@@ -44,7 +56,7 @@ def triton_problem(device: torch.device) -> str | None:
 
 
 def resolve(backend: str, device: torch.device) -> Literal["triton", "torch"]:
-    """The implementation that ``backend`` asks for on ``device``.
+    """Return the implementation that ``backend`` asks for on ``device``.
 
     ``auto`` takes Triton wherever it can run; only ``auto`` falls back.
 
@@ -52,10 +64,8 @@ def resolve(backend: str, device: torch.device) -> Literal["triton", "torch"]:
         ValueError: ``backend`` is not one of the three words.
         RuntimeError: ``backend="triton"`` cannot be met; the message says why.
     """
-    if backend == "torch":
+    if backend != "auto" and check_backend(backend) == "torch":
         return "torch"
-    if backend not in ("auto", "triton"):
-        raise ValueError(f"backend: expected 'auto', 'triton' or 'torch', got {backend!r}")
     problem = triton_problem(device)
     if problem is None:
         return "triton"

@@ -13,6 +13,7 @@ from fastwgan import functional, reference
 from fastwgan.engine.guard import Guard
 from fastwgan.ops.penalty import penalty_cotangent
 from fastwgan.ops.scores import objective, score_statistics
+from fastwgan.optim.base import Together
 
 __all__ = ["BATCH", "OPS", "Builder", "Case", "Made"]
 
@@ -121,9 +122,10 @@ def _averaged_builders(case: Case, device: torch.device) -> dict[str, Builder]:
     def ours() -> Made:
         parameters = _parameters(case, device)
         optimizer = fastwgan.Adam(parameters, LR, BETAS)
-        optimizer.averages, optimizer.decay = {p: p.detach().clone() for p in parameters}, DECAY
+        averages: dict[Tensor, Tensor] = {p: p.detach().clone() for p in parameters}
+        together = Together(averages=averages, decay=DECAY)
         weights = [p.detach() for p in parameters]
-        return Made(optimizer.step, lambda: [*weights, *optimizer.averages.values()])
+        return Made(lambda: optimizer.step_gated(together), lambda: [*weights, *averages.values()])
 
     return {"fused": fused, "fastwgan": ours}
 

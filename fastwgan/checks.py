@@ -1,4 +1,4 @@
-"""Checks of arguments. Each raises an error that names the argument, or returns the argument as what it is."""
+"""Checks of arguments. Each returns the argument as what it is, or raises an error that names it."""
 
 import math
 from collections.abc import Sequence
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fastwgan.backend import DTYPES
-
-PENALTY_KINDS = ("two-sided", "one-sided", "zero-centered", "power")
+from fastwgan.reference import PENALTY_KINDS
 
 
 def tensor(name: str, x: object) -> Tensor:
@@ -54,7 +53,7 @@ def promoted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def number(name: str, value: object, *, minimum: float, exclusive: bool = False) -> float:
-    """``value`` as a finite float not below ``minimum`` (above it where ``exclusive``), or an error naming it."""
+    """Return ``value`` as a finite float not below ``minimum`` (above it where ``exclusive``), or raise."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not minimum <= value < math.inf or (exclusive and value == minimum):
@@ -77,50 +76,51 @@ def refuse_inference_mode() -> None:
         raise RuntimeError("torch.inference_mode: expected a call outside of it (no_grad is fine), got one inside")
 
 
-def penalty(kind: object, target: object) -> None:
-    """Raise unless ``kind`` is one of PENALTY_KINDS and ``target`` a finite number >= 0."""
-    if kind not in PENALTY_KINDS:
+def penalty(kind: object, target: object) -> tuple[str, float]:
+    """Return ``kind`` and ``target`` if they are one of PENALTY_KINDS and a finite number >= 0, or raise."""
+    if not isinstance(kind, str) or kind not in PENALTY_KINDS:
         raise ValueError(f"kind: expected one of {', '.join(map(repr, PENALTY_KINDS))}, got {kind!r}")
-    number("target", target, minimum=0)
+    return kind, number("target", target, minimum=0)
 
 
-def seed(name: str, seed: object) -> None:
-    """Raise unless ``seed`` is an int in [0, 2^63)."""
+def seed(name: str, seed: object) -> int:
+    """Return ``seed`` if it is an int in [0, 2^63), or raise."""
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"{name}: expected an int, got {type(seed).__name__}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"{name}: expected an int in [0, 2**63), got {seed}")
+    return seed
 
 
 def offset(offset: object, device: torch.device) -> int | Tensor:
-    """``offset`` as an int or a 0-d tensor, or an error naming it."""
+    """Return ``offset`` as an int or a 0-d tensor, or raise."""
     if not isinstance(offset, Tensor):
-        seed("offset", offset)
-        return offset  # type: ignore[return-value]
+        return seed("offset", offset)
     if offset.dtype != torch.int64 or offset.numel() != 1 or offset.device != device:
         got = f"{offset.dtype} {tuple(offset.shape)} on {offset.device}"
         raise ValueError(f"offset: expected one int64 element on {device}, got {got}")
     return offset.reshape(())
 
 
-def blend(blend: object, drift: object = 0.0) -> None:
-    """Raise unless ``blend`` is a number in [0, 1] and ``drift`` a finite one >= 0."""
-    if number("blend", blend, minimum=0) > 1:
+def blend(blend: object, drift: object = 0.0) -> tuple[float, float]:
+    """Return ``blend`` and ``drift`` if they are a number in [0, 1] and a finite one >= 0, or raise."""
+    share = number("blend", blend, minimum=0)
+    if share > 1:
         raise ValueError(f"blend: expected a number in [0, 1], got {blend}")
-    number("drift", drift, minimum=0)
+    return share, number("drift", drift, minimum=0)
 
 
-def scores(name: str, scores: object, batch: int, pack: int = 1) -> None:
-    """Raise unless ``scores`` is a floating tensor with one entry, along its first dimension, to ``pack`` samples."""
-    tensor(f"{name}: its output", scores)
-    assert isinstance(scores, Tensor)
+def scores(name: str, scores: object, batch: int, pack: int = 1) -> Tensor:
+    """Return ``scores`` if it is a floating tensor with an entry, along its first dimension, to ``pack`` samples."""
+    scores = tensor(f"{name}: its output", scores)
     if scores.dim() == 0 or len(scores) * pack != batch:
         packs = f" for {batch} samples in packs of {pack}" if pack > 1 else ""
         raise ValueError(f"{name}: its output: expected shape [{batch // pack}, ...]{packs}, got {tuple(scores.shape)}")
+    return scores
 
 
-def parameter(name: str, p: object) -> None:
-    """Raise unless ``p`` can be updated in place by a kernel: dense layout or sliced, floating, not expanded."""
+def parameter(name: str, p: object) -> Tensor:
+    """Return ``p`` if a kernel can update it in place, or raise: dense or sliced, floating, not expanded."""
     if not isinstance(p, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(p).__name__}")
     if p.dtype not in DTYPES:
@@ -131,6 +131,7 @@ def parameter(name: str, p: object) -> None:
         raise ValueError(f"{name}: expected each element to have its own memory, got an expanded tensor")
     if p.is_neg():
         raise ValueError(f"{name}: expected a tensor that is stored as it is, got a lazily negated view")
+    return p
 
 
 def refuse_overlap(parameters: Sequence[Tensor]) -> None:
@@ -156,14 +157,15 @@ def refuse_overlap(parameters: Sequence[Tensor]) -> None:
 
 @lru_cache
 def bound(name: str, bound: object, dtype: torch.dtype) -> float:
-    """``bound`` as ``dtype`` holds it, or an error naming it unless it is a number > 0 that ``dtype`` can hold."""
+    """Return ``bound``, a number > 0, as ``dtype`` holds it, or raise where that cannot be."""
     value = number(name, bound, minimum=0, exclusive=True)
     if value > torch.finfo(dtype).max:
         raise ValueError(f"{name}: expected a number that {dtype} can hold, got {bound}")
     return torch.tensor(value, dtype=dtype, device="cpu").item()
 
 
-def per(per: object) -> None:
-    """Raise unless ``per`` is "row" or "tensor"."""
+def per(per: object) -> str:
+    """Return ``per`` if it is "row" or "tensor", or raise."""
     if per not in ("row", "tensor"):
         raise ValueError(f"per: expected 'row' or 'tensor', got {per!r}")
+    return per

@@ -10,22 +10,25 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastwgan.backend import wide
+
 POWER = 6  # WGAN-div's exponent, arXiv 1712.01026
 STREAM = 0x57474150  # Philox's last word for uniform numbers
+GROWTH_INTERVAL = 2000  # steps after which a loss scale is doubled, if it has served them all
+LEAST_SCALE, MOST_SCALE = 1.0, 2.0**24  # beyond these it is not the scale that is wrong
 
 
 def _wide(x: Tensor) -> Tensor:
-    """x in the dtype that arithmetic runs in: float32 for half precision, else its own."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    """Return x in the dtype that arithmetic runs in."""
+    return x.to(wide(x.dtype))
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """[N] values shaped to broadcast over ``like`` [N, ...]."""
+    """Return [N] values shaped to broadcast over ``like`` [N, ...]."""
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
@@ -33,7 +36,7 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 
 def critic_loss(real_scores: Tensor, fake_scores: Tensor, *, blend: float = 0.0, drift: float = 0.0) -> Tensor:
-    """mean(fake_scores) - mean(real_scores), which the critic minimises. WGAN, Algorithm 1, line 5, negated.
+    """Return mean(fake_scores) - mean(real_scores), which the critic minimises. WGAN, Algorithm 1, line 5, negated.
 
     With ``blend`` that share of it is the GAN's loss, mean(log(1 + exp(fake))) + mean(log(1 + exp(-real))), of
     arXiv 1406.2661; ``drift`` adds drift * mean(real^2), arXiv 1710.10196, appendix A.1.
@@ -42,36 +45,36 @@ def critic_loss(real_scores: Tensor, fake_scores: Tensor, *, blend: float = 0.0,
 
 
 def generator_loss(fake_scores: Tensor, *, blend: float = 0.0) -> Tensor:
-    """-mean(fake_scores). WGAN, Algorithm 1, line 10. With ``blend`` that share is mean(log(1 + exp(-fake)))."""
+    """Return -mean(fake_scores). WGAN, Algorithm 1, line 10. With ``blend`` that share is mean(log(1 + exp(-fake)))."""
     return _blended(-_wide(fake_scores), blend).mean()
 
 
 def _blended(x: Tensor, blend: float) -> Tensor:
-    """blend * log(1 + exp(x)) + (1 - blend) * x."""
+    """Return blend * log(1 + exp(x)) + (1 - blend) * x."""
     if blend in (0, 1):  # not 0 times the other, which an infinite score would turn into NaN
         return -F.logsigmoid(-x) if blend else x
     return -blend * F.logsigmoid(-x) + (1 - blend) * x
 
 
 def score_slopes(scores: Tensor, sign: int, *, blend: float, drift: float, weight: float | Tensor) -> Tensor:
-    """weight * d mean(_blended(sign * scores) + drift * scores^2) / d scores, shaped like them, differentiable."""
+    """Return weight * d mean(_blended(sign * scores) + drift * scores^2) / d scores, differentiable."""
     x = _wide(scores)
     slope = sign * (blend * torch.sigmoid(sign * x) + (1 - blend))
     return (slope + 2 * drift * x if drift else slope) * (weight / scores.numel())
 
 
 def wasserstein_loss(y_true: Tensor, y_pred: Tensor) -> Tensor:
-    """mean(y_true * y_pred): the label form of Keras code, with labels of +1 and -1."""
+    """Return mean(y_true * y_pred): the label form of Keras code, with labels of +1 and -1."""
     return (_wide(y_true) * _wide(y_pred)).mean()
 
 
 def hinge_critic_loss(real_scores: Tensor, fake_scores: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean(relu(1 - real_scores)), mean(relu(1 + fake_scores))). Lim and Ye, arXiv 1705.02894."""
+    """Return (mean(relu(1 - real_scores)), mean(relu(1 + fake_scores))). Lim and Ye, arXiv 1705.02894."""
     return (1 - _wide(real_scores)).relu().mean(), (1 + _wide(fake_scores)).relu().mean()
 
 
 def score_statistics(real_scores: Tensor, fake_scores: Tensor, *, blend: float = 0.0, drift: float = 0.0) -> Tensor:
-    """[mean real, mean fake, mean real - mean fake, the critic's loss], float32 or wider."""
+    """Return [mean real, mean fake, mean real - mean fake, the critic's loss], float32 or wider."""
     wide_real, wide_fake = _wide(real_scores), _wide(fake_scores)
     real, fake = wide_real.mean(), wide_fake.mean()
     wasserstein = real - fake
@@ -88,7 +91,7 @@ def score_statistics(real_scores: Tensor, fake_scores: Tensor, *, blend: float =
 
 
 def philox(counter: Iterable[Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
-    """Philox-4x32-10 of four words below 2^32: int64 arrays of NumPy or PyTorch, or numbers. Salmon et al., SC 2011."""
+    """Return Philox-4x32-10 of four words below 2^32: int64 arrays, or numbers. Salmon et al., SC 2011."""
     mask = 0xFFFFFFFF
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -101,37 +104,34 @@ def philox(counter: Iterable[Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any,
 
 
 def uniform(seed: int, offset: int | Tensor, n: int, device: torch.device | str = "cpu") -> Tensor:
-    """U[0, 1), float32 [n]: element i depends on ``seed`` and ``offset + i`` alone.
+    """Return U[0, 1), float32 [n]: element i depends on ``seed`` and ``offset + i`` alone.
 
     The top 24 bits of Philox's first word with key ``seed`` and counter (index low, index high, 0, 0x57474150);
     the last word sets the stream apart from PyTorch's own.
     """
-    # On a CPU by NumPy, whose calls on so few numbers take a quarter of the time of PyTorch's.
-    by_numpy = torch.device(device).type == "cpu" and isinstance(offset, int) and not torch.compiler.is_compiling()
-    index: Any = np.arange(n, dtype=np.int64) if by_numpy else torch.arange(n, device=device)
-    word = _words(seed, index + offset, 0, STREAM)[0]
-    return ((torch.from_numpy(word) if by_numpy else word) >> 8).float() * 2.0**-24
+    word: Tensor = words(seed, torch.arange(n, device=device) + offset, 0, STREAM)[0]
+    return (word >> 8).float() * 2.0**-24
 
 
 def normals(
     seed: int, offset: int | Tensor, n: int, size: int, *, stream: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """N(0, 1), [n, size] in float32 or float64: row i depends on ``seed``, ``stream`` and ``offset + i`` alone.
+    """Return N(0, 1), [n, size] in float32 or float64: row i depends on ``seed``, ``stream`` and ``offset + i`` alone.
 
     Four numbers come from the four words at each counter (index low, index high, place, 0x57474150 + stream), by Box
     and Muller (Annals of Mathematical Statistics 29, 1958) of the first two words and of the others.
     """
     places = torch.arange(-(-size // 4), device=device)
     index = (torch.arange(n, device=device) + offset)[:, None].expand(n, len(places))
-    words = torch.stack(_words(seed, index.reshape(-1), places.repeat(n), STREAM + stream))
-    numbers = (words >> 8).to(dtype) * 2.0**-24
+    four = torch.stack(words(seed, index.reshape(-1), places.repeat(n), STREAM + stream))
+    numbers = (four >> 8).to(dtype) * 2.0**-24
     radius, angle = (-2 * (numbers[::2] + 2.0**-24).log()).sqrt(), 2 * math.pi * numbers[1::2]
     fours = torch.stack((radius * angle.cos(), radius * angle.sin()), -1)  # [2, n * places, 2]
     return fours.movedim(0, 1).reshape(n, -1)[:, :size]
 
 
-def _words(seed: int, index: Any, place: Any, stream: int) -> tuple[Any, Any, Any, Any]:
-    """Philox's four words of each counter."""
+def words(seed: int, index: Any, place: Any, stream: int) -> tuple[Any, Any, Any, Any]:
+    """Return Philox's four words of each counter."""
     key: int | Tensor = seed
     if torch.compiler.is_compiling():
         key = torch.full((), seed, dtype=torch.int64, device=index.device)  # so that another seed is no other program
@@ -143,7 +143,7 @@ def _words(seed: int, index: Any, place: Any, stream: int) -> tuple[Any, Any, An
 
 
 def perturb(x: Tensor, *, scale: float | Tensor, seed: int, offset: int | Tensor = 0, stream: int = 1) -> Tensor:
-    """x + scale * n, n ~ N(0, 1) in the order of a sample's elements in memory. DRAGAN, arXiv 1705.07215, equation 3.
+    """Return x + scale * n, n ~ N(0, 1) in the order of elements in memory. DRAGAN, arXiv 1705.07215, equation 3.
 
     As instance noise on a critic's inputs: Arjovsky and Bottou, arXiv 1701.04862.
     """
@@ -159,62 +159,65 @@ def perturb(x: Tensor, *, scale: float | Tensor, seed: int, offset: int | Tensor
 # Penalty
 
 
-def interpolate(real: Tensor, fake: Tensor, *, seed: int, offset: int | Tensor = 0) -> Tensor:
-    """fake + eps * (real - fake) with one eps per sample, uniform(seed, offset, N). WGAN-GP, Algorithm 1, line 6."""
-    wide_real, wide_fake = _wide(real), _wide(fake)
-    eps = uniform(seed, offset, len(fake), fake.device).to(wide_fake.dtype)
-    return (wide_real - wide_fake).mul_(_per_sample(eps, fake)).add_(wide_fake).to(fake.dtype)
+def interpolate(
+    real: Tensor, fake: Tensor, *, seed: int, offset: int | Tensor = 0, eps: Tensor | None = None
+) -> Tensor:
+    """Return fake + eps * (real - fake) with one eps per sample. WGAN-GP, Algorithm 1, line 6.
+
+    ``eps`` is uniform(seed, offset, N), which a caller may have drawn.
+    """
+    if eps is None:
+        eps = uniform(seed, offset, len(fake), fake.device)
+    real_wide, fake_wide = _wide(real), _wide(fake)
+    return (fake_wide + _per_sample(eps, fake).to(fake_wide.dtype) * (real_wide - fake_wide)).to(fake.dtype)
 
 
-def _squared_norm(gradients: Tensor) -> Tensor:
-    """Each sample's squared norm over all its dimensions, [N], float32 or wider."""
-    return _wide(gradients).reshape(len(gradients), -1).square().sum(1)
+def _norms(gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each sample's squared norm over all its dimensions and its norm, [N], float32 or wider.
 
-
-def _root(squares: Tensor) -> Tensor:
-    """The square root with subgradient 0 at zero, where sqrt gives infinity and then NaN."""
+    The root has subgradient 0 at zero, where sqrt gives infinity and then NaN.
+    """
+    squares = _wide(gradients).reshape(len(gradients), -1).square().sum(1)
     positive = squares > 0
-    return torch.where(positive, torch.where(positive, squares, 1).sqrt(), squares)
+    return squares, torch.where(positive, torch.where(positive, squares, 1).sqrt(), squares)
 
 
-def _penalties(squares: Tensor, norms: Tensor, kind: str, target: float) -> Tensor:
-    if kind == "two-sided":
-        return (norms - target).square()
-    if kind == "one-sided":
-        return (norms - target).relu().square()
-    return squares if kind == "zero-centered" else squares ** (POWER // 2)
+def _over(x: Tensor, norms: Tensor) -> Tensor:
+    """Return x / norms, and 0 where a norm is."""
+    zero = norms == 0
+    return torch.where(zero, 0, x / torch.where(zero, 1, norms))
+
+
+# phi(n), a function of a gradient's norm n, and phi'(n) / n: each of n^2, n and the norm that is wanted.
+#   two-sided (n - target)^2: WGAN-GP, equation 3. one-sided max(n - target, 0)^2: WGAN-LP, arXiv 1709.08894.
+#   zero-centered n^2: R1 and R2 without their factor 1/2, arXiv 1801.04406. power n^6: WGAN-div, arXiv 1712.01026.
+_Phi = Callable[[Tensor, Tensor, float], Tensor]
+PENALTY_KINDS: dict[str, tuple[_Phi, _Phi]] = {
+    "two-sided": (lambda _, n, target: (n - target).square(), lambda _, n, target: _over(2 * (n - target), n)),
+    "one-sided": (
+        lambda _, n, target: (n - target).relu().square(),
+        lambda _, n, target: _over(2 * (n - target).relu(), n),
+    ),
+    "zero-centered": (lambda square, *_: square, lambda square, *_: torch.full_like(square, 2.0)),
+    "power": (lambda square, *_: square ** (POWER // 2), lambda square, *_: POWER * square ** (POWER // 2 - 1)),
+}
 
 
 def penalty(gradients: Tensor, *, kind: str = "two-sided", target: float = 1.0) -> Tensor:
-    """The mean over samples of a function of the gradient's norm n.
-
-    two-sided (n - target)^2: WGAN-GP, equation 3. one-sided max(n - target, 0)^2: WGAN-LP, arXiv 1709.08894.
-    zero-centered n^2: R1 and R2 without their factor 1/2, arXiv 1801.04406. power n^6: WGAN-div, arXiv 1712.01026.
-    """
-    squares = _squared_norm(gradients)
-    return _penalties(squares, _root(squares), kind, target).mean()
+    """Return the mean over samples of a function of the gradient's norm, by its name in PENALTY_KINDS."""
+    phi, _ = PENALTY_KINDS[kind]
+    return phi(*_norms(gradients), target).mean()
 
 
 def penalty_cotangent(gradients: Tensor, *, kind: str, target: float, weight: float = 1.0) -> tuple[Tensor, Tensor]:
-    """([mean penalty; mean, least and greatest norm], d(weight * penalty) / d gradients), both differentiable.
+    """Return ([mean penalty; mean, least and greatest norm], d(weight * penalty) / d gradients), differentiable.
 
-    With f the function of the norm, sample i's cotangent is weight / N * f'(n) / n * g, and 0 at n = 0.
+    Sample i's cotangent is weight / N * phi'(n) / n * g, and 0 at n = 0.
     """
-    squares = _squared_norm(gradients)
-    norms = _root(squares)
-    if kind == "zero-centered":
-        slope = torch.full_like(norms, 2.0)
-    elif kind == "power":
-        slope = POWER * squares ** (POWER // 2 - 1)
-    else:
-        excess = norms - target
-        if kind == "one-sided":
-            excess = excess.relu()
-        zero = norms == 0
-        slope = torch.where(zero, 0, 2 * excess / torch.where(zero, 1, norms))
-    penalties = _penalties(squares, norms, kind, target)
-    statistics = torch.stack((penalties.mean(), norms.mean(), norms.amin(), norms.amax()))
-    scale = _per_sample(slope * (weight / len(norms)), gradients)
+    squares, norms = _norms(gradients)
+    phi, slope = PENALTY_KINDS[kind]
+    statistics = torch.stack((phi(squares, norms, target).mean(), norms.mean(), norms.amin(), norms.amax()))
+    scale = _per_sample(slope(squares, norms, target) * (weight / len(norms)), gradients)
     return statistics, (scale * _wide(gradients)).to(gradients.dtype)
 
 
@@ -229,7 +232,7 @@ def gradient_penalty(
     seed: int,
     args: tuple[Any, ...] = (),
 ) -> Tensor:
-    """weight * penalty of the critic's input gradient at the interpolates. WGAN-GP, Algorithm 1, lines 6 and 7."""
+    """Return weight * penalty of the critic's gradient at the interpolates. WGAN-GP, Algorithm 1, lines 6 and 7."""
     with torch.enable_grad():
         x = interpolate(real.detach(), fake.detach(), seed=seed).requires_grad_()
         scores = critic(x, *args)
@@ -242,25 +245,20 @@ def gradient_penalty(
 
 @torch.no_grad()
 def clip_weights_(parameters: Iterable[Tensor], bound: float) -> None:
-    """w = min(max(w, -bound), bound) in place; NaN stays NaN. WGAN, Algorithm 1, line 7."""
+    """Take w = min(max(w, -bound), bound) in place; NaN stays NaN. WGAN, Algorithm 1, line 7."""
     for p in parameters:
         p.clamp_(-bound, bound)
 
 
 def saturation(parameters: Iterable[Tensor], bound: float) -> tuple[Tensor, int]:
-    """(how many weights lie on their bound, of how many)."""
-    params = list(parameters)
-    limit = torch.tensor(bound, dtype=params[0].dtype, device="cpu").item()
-    arrays = [_wide(p.detach()).reshape(-1) for p in params]
-    small = [x for x in arrays if len(x) < 2**14]  # whose calls would take longer than their elements
-    if small:
-        arrays = [*(x for x in arrays if len(x) >= 2**14), torch.cat(small)]
-    on_bound = [x.abs().ge_(limit).sum() for x in arrays]  # in place of booleans, whose sum takes longer
-    return torch.stack(on_bound).sum(), sum(map(len, arrays))
+    """Return (the share of weights of one dtype that lie on their bound, of how many)."""
+    weights = torch.cat([p.detach().reshape(-1) for p in parameters])
+    limit = torch.tensor(bound, dtype=weights.dtype, device=weights.device)
+    return (weights.abs() >= limit).sum(dtype=wide(weights.dtype)) / len(weights), len(weights)
 
 
 def _rows(p: Tensor, per: str) -> tuple[Tensor, Tensor, Tensor]:
-    """p's rows [n, size], each divided by its largest magnitude; these magnitudes and the rows' norms then, [n, 1].
+    """Return p's rows [n, size], each over its largest magnitude; these magnitudes and the rows' norms then, [n, 1].
 
     The norms of the rows themselves are the products; so no square leaves the range.
     """
@@ -272,7 +270,7 @@ def _rows(p: Tensor, per: str) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def clip_norms_(parameters: Iterable[Tensor], bound: float, per: str = "row") -> None:
-    """w = w * min(1, bound / ||w||) in place, for each row or each whole tensor. Hinton et al., arXiv 1207.0580.
+    """Take w = w * min(1, bound / ||w||) in place, for each row or each whole tensor. Hinton et al., arXiv 1207.0580.
 
     A row is a slice along the first dimension: of a vector, an element. One with NaN or an infinity stays as it is.
     """
@@ -285,10 +283,9 @@ def clip_norms_(parameters: Iterable[Tensor], bound: float, per: str = "row") ->
 
 
 def norm_saturation(parameters: Iterable[Tensor], bound: float, per: str = "row") -> tuple[Tensor, int]:
-    """(how many rows, or whole tensors, have a norm of their bound or more, of how many)."""
-    found = [largest * norms >= bound for _, largest, norms in (_rows(p, per) for p in parameters)]
-    on_bound = torch.cat(found)
-    return on_bound.sum(), on_bound.numel()
+    """Return (the share of rows, or whole tensors, with a norm of their bound or more, of how many)."""
+    on_bound = torch.cat([largest * norms >= bound for _, largest, norms in (_rows(p, per) for p in parameters)])
+    return on_bound.sum() / on_bound.numel(), on_bound.numel()
 
 
 @torch.no_grad()
@@ -307,7 +304,7 @@ def rmsprop_step_(
     maximize: bool = False,
     clip: float | None = None,
 ) -> None:
-    """One RMSProp step and the clamp, in place. WGAN, Algorithm 1, lines 6 and 7; the formula is torch.optim's.
+    """Take one RMSProp step and clamp, in place. WGAN, Algorithm 1, lines 6 and 7; the formula is torch.optim's.
 
     s = alpha s + (1 - alpha) g^2; p = p - lr g / (sqrt(s) + eps). With ``grad_avg`` m (centered), m follows g as
     s follows g^2 and s - m^2 stands under the root. With momentum, b = momentum b + g / (...); p = p - lr b.
@@ -317,23 +314,23 @@ def rmsprop_step_(
         g = -g
     if weight_decay != 0:
         g = g.add(p, alpha=weight_decay)
-    s = s.mul_(alpha).addcmul_(g, g, value=1 - alpha)
+    s = s.mul(alpha).addcmul(g, g, value=1 - alpha)
     if grad_avg is not None:
-        m = _wide(grad_avg).lerp_(g, 1 - alpha)
+        m = _wide(grad_avg).lerp(g, 1 - alpha)
         # Rounding can leave this difference just below zero, where the root would be NaN.
-        denominator = s.addcmul(m, m, value=-1).clamp_(min=0).sqrt_().add_(eps)
+        denominator = s.addcmul(m, m, value=-1).clamp(min=0).sqrt() + eps
         grad_avg.copy_(m)
     else:
-        denominator = s.sqrt().add_(eps)
+        denominator = s.sqrt() + eps
     if momentum > 0:
         assert momentum_buffer is not None
-        b = _wide(momentum_buffer).mul_(momentum).addcdiv_(g, denominator)
-        p = p.sub_(b, alpha=lr)
+        b = _wide(momentum_buffer).mul(momentum).addcdiv(g, denominator)
+        p = p.sub(b, alpha=lr)
         momentum_buffer.copy_(b)
     else:
-        p = p.addcdiv_(g, denominator, value=-lr)
+        p = p.addcdiv(g, denominator, value=-lr)
     if clip is not None:
-        p.clamp_(-clip, clip)
+        p = p.clamp(-clip, clip)
     square_avg.copy_(s)
     param.copy_(p)
 
@@ -353,7 +350,7 @@ def adam_step_(
     maximize: bool = False,
     clip: float | None = None,
 ) -> None:
-    """One Adam step and the clamp, in place. WGAN-GP, Algorithm 1, line 9; Kingma and Ba, arXiv 1412.6980.
+    """Take one Adam step and clamp, in place. WGAN-GP, Algorithm 1, line 9; Kingma and Ba, arXiv 1412.6980.
 
     t = t + 1; m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2;
     p = p - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps). ``step`` holds t, 0-d float32, and is counted on.
@@ -367,12 +364,11 @@ def adam_step_(
         g = -g
     if weight_decay != 0:
         g = g.add(p, alpha=weight_decay)
-    m = m.lerp_(g, 1 - beta1)
-    v = v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    denominator = (v.sqrt() / bias2.sqrt()).add_(eps)
-    p = p.sub_((m / denominator).mul_(lr / bias1))
+    m = m.lerp(g, 1 - beta1)
+    v = v.mul(beta2).addcmul(g, g, value=1 - beta2)
+    p = p - m / (v.sqrt() / bias2.sqrt() + eps) * (lr / bias1)
     if clip is not None:
-        p.clamp_(-clip, clip)
+        p = p.clamp(-clip, clip)
     exp_avg.copy_(m)
     exp_avg_sq.copy_(v)
     param.copy_(p)
@@ -380,7 +376,7 @@ def adam_step_(
 
 @torch.no_grad()
 def average_(averages: list[Tensor], parameters: list[Tensor], decay: float) -> None:
-    """e = decay e + (1 - decay) p, in place. Averages are float32 or wider. Karras et al., arXiv 1710.10196."""
+    """Take e = decay e + (1 - decay) p, in place. Averages are float32 or wider. Karras et al., arXiv 1710.10196."""
     if averages:
         torch._foreach_lerp_(averages, [_wide(p) for p in parameters], 1 - decay)
 
@@ -396,7 +392,8 @@ def guard_(gradients: list[Tensor], tally: Tensor, gate: Tensor, scale: Tensor |
             left out; the longest row; two that stay 0.
         gate: [2] float32, written: 1 to leave the step out, else 0; what gradients are to be multiplied by.
         scale: [2] float32, or None: the loss scale, and how many steps it has served. It is halved after a step left
-            out and doubled after 2000 in a row that were not, from 1 up to 2^24. Micikevicius et al., arXiv 1710.03740.
+            out and doubled after GROWTH_INTERVAL in a row that were not, within bounds. Micikevicius et al., arXiv
+            1710.03740.
     """
     counts = torch.stack([(~g.isfinite()).sum() for g in gradients])
     skip = counts.any()
@@ -411,8 +408,8 @@ def guard_(gradients: list[Tensor], tally: Tensor, gate: Tensor, scale: Tensor |
     if scale is not None:
         gate[1] = 1 / scale[0]
         served = scale[1] + 1
-        grown = served >= 2000
-        halved, doubled = (0.5 * scale[0]).clamp(min=1.0), (2 * scale[0]).clamp(max=2.0**24)
+        grown = served >= GROWTH_INTERVAL
+        halved, doubled = (0.5 * scale[0]).clamp(min=LEAST_SCALE), (2 * scale[0]).clamp(max=MOST_SCALE)
         scale[0] = torch.where(skip, halved, torch.where(grown, doubled, scale[0]))
         scale[1] = torch.where(skip | grown, 0, served)
 
@@ -433,7 +430,7 @@ def textbook_critic_step(
     eps: Tensor | None = None,
     detach: bool = True,
 ) -> Tensor:
-    """One critic step as Algorithm 1 of either paper reads, op by op: the unfused baseline. Returns the loss.
+    """Take a critic step as Algorithm 1 of either paper reads, op by op, the unfused baseline; return the loss.
 
     ``clip`` is WGAN's clamp after the update; ``penalty_weight`` is WGAN-GP's lambda, with ``eps`` [N] drawn by
     torch.rand where it is None. ``detach=False`` leaves the generator's graph on the fakes, as popular code does;

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from fastwgan import functional, reference
-from fastwgan.checks import PENALTY_KINDS
 from fastwgan.workloads import WORKLOADS  # noqa: F401 - whole steps, which the benchmarks time too
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-KINDS = PENALTY_KINDS
+KINDS = tuple(reference.PENALTY_KINDS)
 
 # Elements per sample, or scores: one, odd, and one to either side of where a kernel begins another block or program.
 SIZES = (1, 17, 1023, 1025, 2047, 2049, 8193, 16384, 16385)

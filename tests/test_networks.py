@@ -552,6 +552,5 @@ def test_a_taken_over_optimizer_saves_and_loads_as_torchs(kind, backend):
         p.grad = torch.ones_like(p)
         q.grad = torch.ones_like(p)
     plain.step()
-    trainer.critic_optimizer.gate = None
     trainer.critic_optimizer.step()
     torch.testing.assert_close(weights(critic), weights(twin), rtol=1e-5, atol=1e-6)

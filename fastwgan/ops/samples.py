@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,6 +85,14 @@ def perturb_both(
     return kernels.perturb.perturb(real.detach(), fake.detach(), scale, seed, offset)  # type: ignore[no-any-return]
 
 
+def _uniform(seed: int, offset: int | Tensor, n: int, device: torch.device) -> Tensor:
+    """Return :func:`fastwgan.reference.uniform`'s numbers; on a CPU by NumPy, in a quarter of the time for so few."""
+    if device.type != "cpu" or isinstance(offset, Tensor) or torch.compiler.is_compiling():
+        return reference.uniform(seed, offset, n, device)
+    word = reference.words(seed, np.arange(n, dtype=np.int64) + offset, 0, reference.STREAM)[0]
+    return torch.from_numpy(word >> 8).float() * 2.0**-24
+
+
 class _Interpolate(Op):
     @staticmethod
     def forward(real: Tensor, fake: Tensor, seed: int, offset: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -141,6 +150,7 @@ def interpolate(
     checks.seed("seed", seed)
     offset = checks.offset(offset, fake.device)
     if resolve(backend, fake.device) == "torch":
-        return reference.interpolate(real, fake, seed=seed, offset=offset)
+        eps = _uniform(seed, offset, len(fake), fake.device)
+        return reference.interpolate(real, fake, seed=seed, offset=offset, eps=eps)
     out, _ = apply(_Interpolate, real, fake, seed, offset)
     return out  # type: ignore[no-any-return]

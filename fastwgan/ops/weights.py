@@ -1,93 +1,113 @@
 """Bounds on weights, in place."""
 
-import math
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Iterable
+from functools import cache, lru_cache
+from math import nan
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastwgan import checks, reference
-from fastwgan.backend import Backend, kernels, resolve
+from fastwgan.backend import Backend, kernels, resolve, wide
 from fastwgan.ops.layout import is_dense, lies_in_rows
 
+Share = tuple[Tensor, int]  # the share of some weights, or rows of them, that lie on their bound; of how many
 
-@cache
-def _clipper(device: torch.device, dtype: torch.dtype, stream: int, bound: float) -> Any:  # a graph keeps its bound
+FEW = 2**14  # elements: a call on fewer takes longer than they do
+
+
+def combine_shares(shares: list[Share]) -> Share | None:
+    """Return the shares of several sets of weights as the share of them all; None of none."""
+    if len(shares) <= 1:
+        return shares[0] if shares else None
+    total = sum(n for _, n in shares)
+    parts = [share.double() * (n / total) for share, n in shares]
+    return sum((part.to(parts[0].device) for part in parts[1:]), parts[0]), total
+
+
+def saturation(params: list[Tensor], bound: float) -> Share:
+    """Return what :func:`fastwgan.reference.saturation` does, of weights of one dtype, in fewer and shorter calls."""
+    limit = checks.bound("bound", bound, params[0].dtype)
+    arrays = [p.detach().to(wide(p.dtype)).reshape(-1) for p in params]
+    total = sum(map(len, arrays))
+    small = [x for x in arrays if len(x) < FEW]
+    if small:
+        arrays = [*(x for x in arrays if len(x) >= FEW), torch.cat(small)]
+    on_bound = [x.abs().ge_(limit).sum() for x in arrays]  # in place of booleans, whose sum takes longer
+    return torch.stack(on_bound).sum() / total, total
+
+
+def _by_kind(parameters: Iterable[Tensor], bound: float, backend: Backend) -> list[tuple[list[Tensor], float, str]]:
+    """Return the parameters of each device and dtype, with the bound as it holds it, and what runs there.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: a parameter, the bound or the backend cannot be used.
+    """
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for i, p in enumerate({id(p): p for p in parameters}.values()):
+        checks.parameter(f"parameters[{i}]", p)
+        if p.numel():
+            kinds.setdefault((p.device, p.dtype), []).append(p)
+    checks.number("bound", bound, minimum=0, exclusive=True)
+    return [
+        (params, checks.bound("bound", bound, dtype), resolve(backend, device))
+        for (device, dtype), params in kinds.items()
+    ]
+
+
+def _left_alone(gate: Tensor | None) -> Tensor | None:
+    """Return NaN for the share where the gate is shut; on a GPU this waits, as PyTorch's optimizers do."""
+    return gate.new_tensor(nan) if gate is not None and gate[0] else None
+
+
+def _written(params: list[Tensor], works: list[Tensor]) -> None:
+    """Tell autograd that a launch has written to parameters, and copy what it did to copies of them."""
+    torch.autograd.graph.increment_version(params)
+    for p, work in zip(params, works, strict=True):
+        if work.data_ptr() != p.data_ptr():
+            p.detach().copy_(work)
+
+
+@lru_cache(64)
+def _clipper(device: torch.device, dtype: torch.dtype, stream: int, bound: float) -> Any:
+    """Return the launcher of one bound, as a CUDA graph reads it from there. A schedule of bounds drops the oldest."""
     return kernels.update.Update(device, dtype)
 
 
-def _constrain_(
-    parameters: Iterable[Tensor],
-    bound: float,
-    backend: Backend,
-    gate: Tensor | None,
-    *,
-    plain: Callable[[list[Tensor]], Tensor],
-    launch: Callable[[list[Tensor], float], Tensor],
-    bounded: Callable[[Tensor], int],
-    fits: Callable[[Tensor], bool],
-) -> tuple[Tensor, int] | None:
-    """Keep parameters within a bound, in place: (the share of what lies on its bound, of how many), or None of none.
+_captured: set[Any] = set()  # launchers whose tables a CUDA graph reads, for as long as it lives
 
-    ``plain`` and ``launch`` do it to tensors of one device and dtype, and give the share; ``launch`` gets the bound as
-    the dtype holds it. ``bounded`` says how many things in a tensor have a bound, ``fits`` whether a kernel can work on
-    it as it lies. ``gate`` is [2] float32, or None: 1 to leave the weights alone, else 0; the share is NaN then.
-    """
-    unique = {id(p): p for p in parameters}
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for i, p in enumerate(unique.values()):
-        checks.parameter(f"parameters[{i}]", p)
-        if p.numel():
-            groups.setdefault((p.device, p.dtype), []).append(p)
-    checks.number("bound", bound, minimum=0, exclusive=True)
-    limits = [checks.bound("bound", bound, dtype) for _, dtype in groups]
-    backends = [resolve(backend, device) for device, _ in groups]
-    shares = []
-    for params, limit, name in zip(groups.values(), limits, backends, strict=True):
-        total = sum(map(bounded, params))
-        if name == "torch":
-            if gate is not None and gate[0]:  # on a GPU this waits, as PyTorch's optimizers do
-                shares.append((gate.new_tensor(math.nan), total))
-            else:
-                shares.append((plain(params), total))
-            continue
-        dense = [p.detach() if fits(p) else p.detach().contiguous() for p in params]
-        share = launch(dense, limit)
-        torch.autograd.graph.increment_version(params)
-        for p, work in zip(params, dense, strict=True):
-            if work.data_ptr() != p.data_ptr():
-                p.detach().copy_(work)
-        shares.append((share, total))
-    return combine_shares(shares)
+
+def _clamp(params: list[Tensor], limit: float, gate: Tensor | None) -> Tensor:
+    """Launch once on dense parameters; return the share of weights on their bound."""
+    device = params[0].device
+    launcher = _clipper(device, params[0].dtype, kernels.arrival.stream_of(device), limit)
+    if kernels.arrival.capturing(device):
+        _captured.add(launcher)
+    hyper = ((*[0.0] * (kernels.table.HYPER_COLUMNS.value - 1), limit),)
+    nothing, rows = [()] * len(params), [0] * len(params)
+    return launcher.launch("clamp", params, None, nothing, None, hyper, rows, gate=gate)  # type: ignore[no-any-return]
 
 
 def clip_and_count_(
     parameters: Iterable[Tensor], bound: float, backend: Backend, gate: Tensor | None = None
-) -> tuple[Tensor, int] | None:
-    """:func:`clip_weights_` that also tells (the share of weights on their bound, of how many). For the trainer.
+) -> Share | None:
+    """Do what :func:`clip_weights_` does; return the share of weights on their bound, None of none. For the trainer.
 
     ``gate`` is [2] float32, or None: 1 to leave the weights alone, else 0; the share is NaN then.
     """
-
-    def plain(params: list[Tensor]) -> Tensor:
-        reference.clip_weights_(params, bound)
-        on_bound, total = reference.saturation(params, bound)
-        return on_bound / total
-
-    def launch(params: list[Tensor], limit: float) -> Tensor:
-        device, dtype = params[0].device, params[0].dtype
-        hyper = ((*[0.0] * (kernels.table.HYPER_COLUMNS.value - 1), limit),)
-        launcher = _clipper(device, dtype, kernels.arrival.stream_of(device), limit)
-        share: Tensor = launcher.launch(
-            "clamp", params, None, [()] * len(params), None, hyper, [0] * len(params), gate=gate
-        )
-        return share
-
-    return _constrain_(
-        parameters, bound, backend, gate, plain=plain, launch=launch, bounded=Tensor.numel, fits=is_dense
-    )
+    shares: list[Share] = []
+    for params, limit, runs in _by_kind(parameters, bound, backend):
+        if runs == "triton":
+            works = [p.detach() if is_dense(p) else p.detach().contiguous() for p in params]
+            shares.append((_clamp(works, limit, gate), sum(map(Tensor.numel, params))))
+            _written(params, works)
+        elif (unknown := _left_alone(gate)) is not None:
+            shares.append((unknown, sum(map(Tensor.numel, params))))
+        else:
+            reference.clip_weights_(params, bound)
+            shares.append(saturation(params, bound))
+    return combine_shares(shares)
 
 
 @cache
@@ -97,39 +117,30 @@ def _projector(device: torch.device, dtype: torch.dtype, stream: int) -> Any:
 
 def project_and_count_(
     parameters: Iterable[Tensor], bound: float, per: str, backend: Backend, gate: Tensor | None = None
-) -> tuple[Tensor, int] | None:
-    """:func:`clip_norms_` that also tells (the share of rows on their bound, of how many). For the trainer.
+) -> Share | None:
+    """Do what :func:`clip_norms_` does; return the share of rows on their bound, None of none. For the trainer.
 
     On it are those whose norm was the bound or more before. ``gate`` is [2] float32, or None: 1 to leave the weights
     alone, else 0; the share is NaN then.
     """
-    checks.per(per)
-
-    def rows(p: Tensor) -> int:
-        return len(p) if per == "row" and p.dim() else 1
-
-    def plain(params: list[Tensor]) -> Tensor:
-        on_bound, total = reference.norm_saturation(params, bound, per)
-        reference.clip_norms_(params, bound, per)
-        return on_bound / total
-
-    def launch(params: list[Tensor], _: float) -> Tensor:  # a norm is wide, so its bound is not rounded
-        device, dtype = params[0].device, params[0].dtype
-        launcher = _projector(device, dtype, kernels.arrival.stream_of(device))
-        share: Tensor = launcher.launch(params, [p.numel() // rows(p) for p in params], float(bound), gate)
-        return share
-
-    fits = lies_in_rows if per == "row" else is_dense
-    return _constrain_(parameters, bound, backend, gate, plain=plain, launch=launch, bounded=rows, fits=fits)
-
-
-def combine_shares(shares: list[tuple[Tensor, int]]) -> tuple[Tensor, int] | None:
-    """Shares of several sets of weights as the share of them all; None of none."""
-    if len(shares) <= 1:
-        return shares[0] if shares else None
-    total = sum(n for _, n in shares)
-    parts = [share.double() * (n / total) for share, n in shares]
-    return sum((part.to(parts[0].device) for part in parts[1:]), parts[0]), total
+    in_rows = checks.per(per) == "row"
+    fits = lies_in_rows if in_rows else is_dense
+    shares: list[Share] = []
+    for params, _, runs in _by_kind(parameters, bound, backend):  # a norm is wide, so its bound is not rounded
+        rows = [len(p) if in_rows and p.dim() else 1 for p in params]
+        if runs == "triton":
+            works = [p.detach() if fits(p) else p.detach().contiguous() for p in params]
+            device = params[0].device
+            launcher = _projector(device, params[0].dtype, kernels.arrival.stream_of(device))
+            sizes = [p.numel() // n for p, n in zip(params, rows, strict=True)]
+            shares.append((launcher.launch(works, sizes, float(bound), gate), sum(rows)))
+            _written(params, works)
+        elif (unknown := _left_alone(gate)) is not None:
+            shares.append((unknown, sum(rows)))
+        else:
+            shares.append(reference.norm_saturation(params, bound, per))
+            reference.clip_norms_(params, bound, per)
+    return combine_shares(shares)
 
 
 def clip_weights_(parameters: Iterable[Tensor], bound: float, *, backend: Backend = "auto") -> None:
@@ -181,7 +192,7 @@ def clip_norms_(parameters: Iterable[Tensor], bound: float, *, per: str = "row",
 
 
 def _listed(parameters: Iterable[Tensor]) -> Iterable[Tensor]:
-    """Tensors, also where it is one."""
+    """Return tensors, also where it is one."""
     if isinstance(parameters, Tensor):
         return [parameters]
     if not isinstance(parameters, Iterable):
