@@ -70,6 +70,14 @@ def count(name: str, value: object, minimum: int = 1) -> int:
     return value
 
 
+def removed(given: dict[str, object], remedies: dict[str, str]) -> None:
+    """Raise TypeError for keywords that a function does not take; of removed ones say what to write instead."""
+    for name in given:
+        if name in remedies:
+            raise TypeError(f"{name}: was removed; {remedies[name]}")
+        raise TypeError(f"got an unexpected keyword argument {name!r}")
+
+
 def refuse_inference_mode() -> None:
     """Raise inside torch.inference_mode, where nothing gets a gradient and what is made can never be written to."""
     if torch.is_inference_mode_enabled():
@@ -169,3 +177,8 @@ def per(per: object) -> str:
     if per not in ("row", "tensor"):
         raise ValueError(f"per: expected 'row' or 'tensor', got {per!r}")
     return per
+
+
+def is_batched(cond: object, batch: int) -> bool:
+    """Return whether a condition has a row for each sample."""
+    return isinstance(cond, Tensor) and cond.dim() > 0 and len(cond) == batch

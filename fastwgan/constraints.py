@@ -49,6 +49,20 @@ class Constraint:
     bounds_weights = False
     exclude: tuple[str | type[nn.Module], ...] = ()
 
+    def excluded(self, critic: nn.Module, *, strict: bool = False) -> set[nn.Parameter]:
+        """Return the critic's parameters that are to be left alone; ``strict`` wants some for each entry."""
+        excluded: set[nn.Parameter] = set()
+        for entry in self.exclude:
+            if isinstance(entry, str):
+                named = critic.named_parameters(remove_duplicate=False)  # a tied weight has several names
+                matched = [p for name, p in named if fnmatchcase(name, entry)]
+            else:
+                matched = [p for m in critic.modules() if isinstance(m, entry) for p in m.parameters()]
+            if strict and not matched:
+                raise ValueError(f"exclude: {entry!r} matches no parameter of the critic")
+            excluded.update(matched)
+        return excluded
+
     def default_optimizer(self, parameters: list[nn.Parameter], backend: Backend) -> Gated:
         """Return the optimizer of the constraint's paper: of the critic or of the generator."""
         return RMSprop(parameters, lr=5e-5, backend=backend)
@@ -124,20 +138,6 @@ class Clip(Constraint):
         """
         excluded = self.excluded(critic, strict=True)
         return [p for p in critic.parameters() if p not in excluded]
-
-    def excluded(self, critic: nn.Module, *, strict: bool = False) -> set[nn.Parameter]:
-        """Return the critic's parameters that are to be left alone; ``strict`` wants some for each entry."""
-        excluded: set[nn.Parameter] = set()
-        for entry in self.exclude:
-            if isinstance(entry, str):
-                named = critic.named_parameters(remove_duplicate=False)  # a tied weight has several names
-                matched = [p for name, p in named if fnmatchcase(name, entry)]
-            else:
-                matched = [p for m in critic.modules() if isinstance(m, entry) for p in m.parameters()]
-            if strict and not matched:
-                raise ValueError(f"exclude: {entry!r} matches no parameter of the critic")
-            excluded.update(matched)
-        return excluded
 
     def check(self, critic: nn.Module, optimizer: torch.optim.Optimizer | None) -> str | None:
         for p in self.clipped(critic):

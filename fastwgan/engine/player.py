@@ -19,6 +19,7 @@ from fastwgan.engine.guard import PATIENCE, Guard
 from fastwgan.engine.ranks import Ranks, refuse_uneven
 from fastwgan.engine.settings import Settings, check_optimizer
 from fastwgan.ops.scores import score_statistics
+from fastwgan.ops.weights import Share
 from fastwgan.optim import Gated
 from fastwgan.optim.adopt import MarksStepTaken, adopt, follow_loads
 from fastwgan.optim.base import Together
@@ -280,7 +281,7 @@ class Player:
 
     def _updated(self) -> Tensor | None:
         """Update, bound and average the weights, unless the gate says no; return the share on their bound, or None."""
-        shares, bounded, averaged = [], set[int](), set[Tensor]()
+        shares, bounded, averaged = list[Share](), set[int](), set[Tensor]()
         if self.gated is not None:
             shares, bounded = self.gated.step_gated(self._together())
             if self.averages:

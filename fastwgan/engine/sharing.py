@@ -25,7 +25,8 @@ class Sharing:
 
     def __init__(self, critic: nn.Module, independent: bool) -> None:
         self._critic, self._independent = critic, independent
-        self.known, self.together = False, None
+        self.known = False
+        self.together: bool | None = None
         self._ndim, self._conditional = 0, False  # of the last step
 
     def batch(self, real: Tensor, fake: Tensor, cond: tuple[Any, ...]) -> tuple[Tensor, ...]:

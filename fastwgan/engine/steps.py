@@ -68,15 +68,15 @@ class Steps:
     def take_critic_step(self, weight: float, real: Tensor, cond: Part) -> Settled:
         """Return the results of a critic step whose penalty has a weight, or none at 0."""
         with self.latents.undone_if_refused():
-            found = Settled(*self._run(self._critic_step, weight, real, self.latents.given(len(real)), *cond))
+            found = self._run(self._critic_step, weight, real, self.latents.given(len(real)), *cond)
         self._count(weight, real)
-        return found
+        return Settled._make(found)
 
     def take_generator_step(self, batch: int, cond: Part) -> Settled:
         """Return the results of a generator step."""
         with self.latents.undone_if_refused():
             z = self.latents.given(batch)
-            return Settled(*self._run(self._generator_step, batch, self._sample_dtype, z, *cond))
+            return Settled._make(self._run(self._generator_step, batch, self._sample_dtype, z, *cond))
 
     def take_iteration(self, weights: tuple[float, ...], parts: list[Part]) -> list[Settled] | None:
         """Return the results of an iteration's steps, as one graph; None, with nothing done, where that cannot be."""
@@ -88,7 +88,7 @@ class Steps:
             outputs = iter(self._run(self._iteration, weights, sizes, *(x for part in parts for x in part)))
         for weight, (real, *_) in zip(weights, parts, strict=True):
             self._count(weight, real)
-        return [Settled(*islice(outputs, len(Settled._fields))) for _ in range(len(parts) + 1)]
+        return [Settled._make(islice(outputs, len(Settled._fields))) for _ in range(len(parts) + 1)]
 
     def _run(self, work: graphs.Work, *args: Any) -> graphs.Outputs:
         """Return what a step gives, replayed from a graph where there is one."""

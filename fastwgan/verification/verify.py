@@ -34,12 +34,13 @@ from fastwgan import checks
 from fastwgan.backend import Backend, resolve
 from fastwgan.baselines import ADAM, RMSPROP
 from fastwgan.constraints import Clip, GradientPenalty, NormClip, WeightClip
+from fastwgan.engine.latents import Latent
 from fastwgan.engine.ranks import Ranks, unwrapped
 from fastwgan.engine.structure import layers
 from fastwgan.metrics import Metrics
 from fastwgan.optim import Adam, RMSprop
 from fastwgan.streams import process_streams, set_process_streams
-from fastwgan.trainer import Latent, Trainer
+from fastwgan.trainer import Trainer
 from fastwgan.verification.observed import Observed, copied
 from fastwgan.verification.oracle import Constraint, Pass, Step, critic_pass, generator_pass, means, to_dtype
 from fastwgan.verification.report import Report, Row
