@@ -19,28 +19,16 @@ from torch.optim.lr_scheduler import LRScheduler
 from fastwgan import checkpoint, checks
 from fastwgan.backend import Backend, resolve
 from fastwgan.constraints import Constraint, WeightClip
-from fastwgan.engine import graphs
 from fastwgan.engine.latents import Latent
 from fastwgan.engine.player import Settled
 from fastwgan.engine.ranks import Ranks, shapes, unwrapped
-from fastwgan.engine.settings import REMOVED, Settings, check_networks, check_optimizer, check_scheduler
+from fastwgan.engine.settings import REMOVED, Settings, warmup_schedule
 from fastwgan.engine.steps import Steps
 from fastwgan.metrics import Metrics
 from fastwgan.streams import random_kept
 from fastwgan.training.fit import fit
 
 __all__ = ["Trainer", "warmup_schedule"]
-
-
-def warmup_schedule(generator_iteration: int) -> int:
-    """Critic steps before a generator step: 100 for the first 25 and every 500th generator step, else 5.
-
-    Source: the WGAN authors' training loop.
-
-    >>> [warmup_schedule(i) for i in (0, 24, 25, 499, 500)]
-    [100, 100, 5, 5, 100]
-    """
-    return 100 if generator_iteration < 25 or generator_iteration % 500 == 0 else 5
 
 
 class Trainer:
@@ -150,18 +138,9 @@ class Trainer:
             latent, constraint, n_critic, seed, backend, amp, cuda_graph, independent_samples, compile, ema, blend,
             drift, pack, nonfinite,
         )  # fmt: skip
-        self.device = check_networks(generator, critic, amp)
-        for name, module, optimizer, scheduler in (
-            ("critic", critic, critic_optimizer, critic_scheduler),
-            ("generator", generator, generator_optimizer, generator_scheduler),
-        ):
-            if optimizer is not None:
-                check_optimizer(f"{name}_optimizer", optimizer, module)
-            check_scheduler(f"{name}_scheduler", scheduler, optimizer)
-        advice = constraint.check(critic, critic_optimizer)
-        if cuda_graph is True and (problem := graphs.device_problem(self.device)):
-            raise RuntimeError(f"cuda_graph: True was asked for, but {problem}")
-        resolve(backend, self.device)
+        optimizers = {"critic": critic_optimizer, "generator": generator_optimizer}
+        schedulers = {"critic": critic_scheduler, "generator": generator_scheduler}
+        self.device, advice = settings.check({"generator": generator, "critic": critic}, optimizers, schedulers)
 
         self.generator, self.critic, self.constraint = generator, critic, constraint
         self.backend, self.n_critic, self.pack = backend, n_critic, pack
@@ -170,8 +149,8 @@ class Trainer:
         self.last_checkpoint: str | None = None
         self.ranks = ranks = Ranks(self.device)
         self.rank, self.world = ranks.rank, ranks.world
-        optimizers = {"critic_optimizer": critic_optimizer, "generator_optimizer": generator_optimizer}
-        ranks.agree(shapes("generator", generator) | shapes("critic", critic) | vars(settings) | optimizers)
+        options = vars(settings) | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
+        ranks.agree(shapes("generator", generator) | shapes("critic", critic) | options | {"seed": "the first rank's"})
         ranks.broadcast_([x for m in (generator, critic) for x in (*m.parameters(), *m.buffers())])
         self._critic_steps_due = 0  # taken since the last generator step
         self._steps = Steps(generator, critic, critic_optimizer, generator_optimizer, settings, ranks, self.device)
@@ -285,7 +264,6 @@ class Trainer:
 
         Args, Returns, Raises: as :meth:`critic_step`; ``generator_loss`` is set when a generator step was due.
         """
-        self._check_real(real)
         left = self._critic_steps_left()
         if left <= 1:
             self._steps.generator.check()  # before the critic is changed

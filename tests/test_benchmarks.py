@@ -18,6 +18,7 @@ from torch import nn
 
 from fastwgan import GradientPenalty, Trainer, bench, bench_ops, cli
 from fastwgan.engine import graphs
+from fastwgan.engine.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import gpu, profiling, report, summary, tune
@@ -220,7 +221,7 @@ def test_a_graphs_figures(monkeypatch):
         return 1.0
 
     monkeypatch.setattr(graphs, "Capture", Recorded)
-    monkeypatch.setattr(graphs, "device_problem", lambda device: None)
+    monkeypatch.setattr(Settings, "graph_problem", lambda settings, device: None)
     monkeypatch.setitem(profiling.WORKLOADS, "tiny", tiny(GradientPenalty()))
     monkeypatch.setattr(
         profiling.bench, "setting", partial(lambda make, w, _, dtype: make(w, CPU, dtype), bench.setting)

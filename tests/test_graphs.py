@@ -18,6 +18,7 @@ from torch import nn
 
 from fastwgan import GradientPenalty, RMSprop, Trainer, WeightClip, models
 from fastwgan.engine import graphs, structure
+from fastwgan.engine.settings import Settings
 
 CUDA = torch.device("cuda", 0)
 
@@ -62,7 +63,7 @@ def graphed(device, monkeypatch):
     Recorded.made = 0
     if device.type == "cpu":
         monkeypatch.setattr(graphs, "Capture", Recorded)
-        monkeypatch.setattr(graphs, "device_problem", lambda device: None)
+        monkeypatch.setattr(Settings, "graph_problem", lambda settings, device: None)
     else:
         capture = graphs.Capture.capture
 

@@ -218,11 +218,6 @@ class _Graph:
         )
 
 
-def device_problem(device: torch.device) -> str | None:
-    """Return why there can be no CUDA graph on ``device``, or None."""
-    return None if device.type == "cuda" else f"the networks are on {device}"
-
-
 def made(
     settings: Settings, device: torch.device, latents: torch.Generator, players: Sequence[Player], ranks: Ranks
 ) -> "Graphs | None":
@@ -233,7 +228,7 @@ def made(
     """
     if settings.cuda_graph is False:
         return None
-    problem = device_problem(device)
+    problem = settings.graph_problem(device)
     for player in players:
         name, optimizer = f"{player.name}_optimizer", player.gated
         if optimizer is None:

@@ -4,20 +4,32 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastwgan import checks
-from fastwgan.backend import DTYPES, Backend
+from fastwgan.backend import DTYPES, Backend, resolve
 from fastwgan.constraints import Constraint
 from fastwgan.engine.latents import Latent
 
-__all__ = ["REMOVED", "Settings", "check_networks", "check_optimizer", "check_scheduler"]
+__all__ = ["REMOVED", "Settings", "check_optimizer", "warmup_schedule"]
 
 REMOVED = {
     "instance_noise": "wrap the critic: fastwgan.models.InstanceNoise(critic, scale)",
     "max_skipped": "leave it out: a step that is left out 20 times in a row raises",
 }
+
+
+def warmup_schedule(generator_iteration: int) -> int:
+    """Critic steps before a generator step: 100 for the first 25 and every 500th generator step, else 5.
+
+    Source: the WGAN authors' training loop.
+
+    >>> [warmup_schedule(i) for i in (0, 24, 25, 499, 500)]
+    [100, 100, 5, 5, 100]
+    """
+    return 100 if generator_iteration < 25 or generator_iteration % 500 == 0 else 5
 
 
 @dataclass(frozen=True)
@@ -64,10 +76,31 @@ class Settings:
         if self.amp not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"amp: expected None, torch.bfloat16 or torch.float16, got {self.amp!r}")
 
+    def check(
+        self, networks: dict[str, nn.Module], optimizers: dict[str, Optimizer | None],
+        schedulers: dict[str, LRScheduler | None],
+    ) -> tuple[torch.device, str | None]:  # fmt: skip
+        """Return (the networks' device, advice or None), or raise unless the options and what is given fit together."""
+        device = _common_device(networks, self.amp)
+        for name, optimizer in optimizers.items():
+            if optimizer is not None:
+                check_optimizer(f"{name}_optimizer", optimizer, networks[name])
+            _check_scheduler(f"{name}_scheduler", schedulers[name], optimizer)
+        advice = self.constraint.check(networks["critic"], optimizers["critic"])
+        if self.cuda_graph is True and (problem := self.graph_problem(device)):
+            raise RuntimeError(f"cuda_graph: True was asked for, but {problem}")
+        resolve(self.backend, device)
+        return device, advice
 
-def check_networks(generator: nn.Module, critic: nn.Module, amp: torch.dtype | None) -> torch.device:
+    @staticmethod
+    def graph_problem(device: torch.device) -> str | None:
+        """Return why there can be no CUDA graph on a device, or None."""
+        return None if device.type == "cuda" else f"the networks are on {device}"
+
+
+def _common_device(networks: dict[str, nn.Module], amp: torch.dtype | None) -> torch.device:
     """Return the device of both networks, or raise unless they can be trained together."""
-    for name, module in (("generator", generator), ("critic", critic)):
+    for name, module in networks.items():
         if not any(p.requires_grad for p in module.parameters()):
             raise ValueError(f"{name}: expected trainable parameters, got none")
         for of, p in module.named_parameters():
@@ -76,8 +109,8 @@ def check_networks(generator: nn.Module, critic: nn.Module, amp: torch.dtype | N
                 raise TypeError(f"{name}: expected {expected}, got {p.dtype} in {of}")
             if p.is_inference():
                 raise ValueError(f"{name}: expected parameters made outside of inference mode, got {of} made in it")
-    parameters: list[Tensor] = [*generator.parameters(), *critic.parameters()]
-    if {id(p) for p in generator.parameters()} & {id(p) for p in critic.parameters()}:
+    parameters = [p for module in networks.values() for p in module.parameters()]
+    if len({id(p) for p in parameters}) < len(parameters):
         raise ValueError("critic: expected parameters of its own, got some that are the generator's too")
     if len(devices := {p.device for p in parameters}) > 1:
         raise ValueError(f"critic: expected all parameters of both networks on one device, got {devices}")
@@ -90,7 +123,7 @@ def check_networks(generator: nn.Module, critic: nn.Module, amp: torch.dtype | N
 
 def check_optimizer(name: str, optimizer: object, module: nn.Module) -> None:
     """Raise unless an optimizer can train a network."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
+    if not isinstance(optimizer, Optimizer):
         raise TypeError(f"{name}: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError(f"{name}: expected an optimizer that steps on given gradients, got LBFGS")
@@ -99,7 +132,7 @@ def check_optimizer(name: str, optimizer: object, module: nn.Module) -> None:
         raise ValueError(f"{name}: expected parameters of its own network only, got others")
 
 
-def check_scheduler(name: str, scheduler: object, optimizer: torch.optim.Optimizer | None) -> None:
+def _check_scheduler(name: str, scheduler: object, optimizer: Optimizer | None) -> None:
     """Raise unless a scheduler is None, or of the given optimizer."""
     if scheduler is None:
         return
