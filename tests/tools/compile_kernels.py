@@ -230,10 +230,11 @@ def summary(rows: list[dict[str, Any]]) -> str:
     """compiled_kernels.md: the main cases, a line for each kernel and dtype, the targets side by side."""
     found = {(row["case"], row["dtype"], row["target"]): row for row in rows if row["main"]}
     lines = [
-        f"The kernels as Triton {triton.__version__} compiles them. `tests/tools/compile_kernels.py --table` writes this,",
-        "a test compares it, so that a change in generated code shows in review. Each cell: registers per thread / bytes",
-        "of shared memory / widest access in bits / machine instructions, of the whole program, per element that one",
-        "thread handles of a block. The update's program holds a second, masked path for tensor ends, and counts it.",
+        f"The kernels as Triton {triton.__version__} compiles them. `tests/tools/compile_kernels.py --table` writes",
+        "this, and a test compares it, so that a change in generated code shows in review. Each cell: registers per",
+        "thread / bytes of shared memory / widest access in bits / machine instructions, of the whole program, per",
+        "element that one thread handles of a block. The update's program holds a second, masked path for tensor ends,",
+        "and counts it.",
         "In float32 nothing spills: a test sees to it, for these and other specialisations.",
         "",
         "| kernel | dtype | " + " | ".join(TARGETS) + " |",
