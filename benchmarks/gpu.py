@@ -39,7 +39,7 @@ COMPILED = ("mlp-clip", "mlp-penalty", "dcgan-clip", "dcgan-penalty")  # workloa
 
 def tests() -> list[str]:
     """Return pytest's arguments: what only a GPU can show first; several processes, as compiling takes most time."""
-    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: ((*FIRST, path.stem).index(path.stem), path))
+    files = sorted((ROOT / "tests").rglob("test_*.py"), key=lambda p: ((*FIRST, p.stem).index(p.stem), p.stem))
     workers = min(WORKERS, os.cpu_count() or 1)
     parallel = find_spec("xdist") is not None and workers > 1
     # Few tests to a process at a time, as the first ones compile long.
@@ -56,7 +56,7 @@ def command(part: str, seconds: float, out: Path) -> list[str]:
     bench = [*python, "fastwgan", "bench", "--device", "cuda", "--minutes", minutes, "--json", str(record(part, out))]
     return {
         "tests": [*python, *tests()],
-        "sanitizer": [sys.executable, "tests/sanitize.py"],
+        "sanitizer": [sys.executable, "tests/tools/sanitize.py"],
         "ops": [*bench, "--ops"],
         "steps": [*bench, "--precision", "float32", "--implementation", *PLAIN],
         "compiled": [*bench, "--precision", "float32", "--workload", *COMPILED],

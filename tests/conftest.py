@@ -1,9 +1,11 @@
-"""Without a GPU, kernels run on the CPU: as compiled for one (ptx.py), or in Triton's interpreter (strict.py).
+"""Without a GPU, kernels run on the CPU: as compiled for one (emulation/ptx.py), or in Triton's interpreter
+(emulation/poisoned_interpreter.py).
 
 Which of the two is decided when kernels are defined, so before any import. It is the interpreter where there is no C
 compiler, and where FASTWGAN_KERNELS=interpreter asks for it.
 """
 
+import functools
 import os
 import shutil
 import signal
@@ -12,6 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,10 +30,10 @@ else:
     interpreted = os.environ.get("FASTWGAN_KERNELS") == "interpreter" or shutil.which("cc") is None
     KERNELS = "in Triton's interpreter" if interpreted else "compiled for a GPU, run on the CPU"
     os.environ["TRITON_INTERPRET"] = str(int(interpreted))
-    import strict
+    import poisoned_interpreter
     import triton
 
-    strict.install()
+    poisoned_interpreter.install()
     if not interpreted:
         import ptx
 
@@ -38,11 +41,24 @@ else:
     triton.knobs.runtime.interpret = interpreted  # to stay, whereas the processes that tests start have no such machine
     os.environ["TRITON_INTERPRET"] = "1"
 
+pytest.register_assert_rewrite(*(path.stem for path in (Path(__file__).parent / "support").glob("*.py")))
+pytest_plugins = ["graphed_trainers"]  # its fixture
+
 COMPILER = pytest.StashKey[subprocess.Popen[bytes]]()
 
 
 def pytest_report_header() -> str:
     return f"kernels: {KERNELS}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print each reason to skip tests with their number, as without a GPU there are thousands."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    if reasons:
+        terminalreporter.section("skipped tests by reason")
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"SKIPPED [{count}] {reason}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -86,7 +102,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     everything = "--all" if "slow" in session.config.getoption("-m") else ""
     out = _compiled()
     command = 'cd "$1"; nice -n 19 "$2" "$3" $4 > rows 2> errors; echo $? > ended; mv ended status'
-    script = Path(__file__).with_name("compile_kernels.py")
+    script = Path(__file__).parent / "tools" / "compile_kernels.py"
     session.config.stash[COMPILER] = subprocess.Popen(
         ["sh", "-c", command, "sh", out, sys.executable, script, everything], env=env,
         preexec_fn=os.setpgrp,  # noqa: PLW1509 - a group to kill; in a session of its own nice would mean nothing
@@ -121,6 +137,13 @@ def compiled_kernels() -> str:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where Triton kernels run: a GPU, or the CPU for want of one."""
     return torch.device("cuda", 0) if request.param == "cuda" else torch.device("cpu")
+
+
+@pytest.fixture
+def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile as it traces and differentiates, without generating code, which takes long."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 
 @pytest.fixture(autouse=True)
