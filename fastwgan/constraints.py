@@ -23,7 +23,7 @@ __all__ = ["Constraint", "GradientPenalty", "NormClip", "Penalised", "WeightClip
 
 
 class Penalised(NamedTuple):
-    """The points [N, ...] at which the critic's gradient is penalised, and which penalty that is."""
+    """Points [N, ...] at which the critic's gradient is penalised, and the penalty there."""
 
     x: Tensor
     weight: float
@@ -32,25 +32,47 @@ class Penalised(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """A place in a random stream: the seed, and the index at which the numbers begin."""
+    """A place in a random stream: its seed, and the index at which the numbers begin."""
 
     seed: int
     offset: int | Tensor
 
 
 class Constraint:
-    """The base of all constraints, which asks for nothing.
+    """The base of all constraints: what a trainer asks of one. This one asks for nothing.
 
     Attributes:
-        bounds_weights: whether it holds weights to a bound after each update.
-        exclude: parameters that it leaves alone.
+        bounds_weights: whether weights are held to a bound after each update.
+        exclude: names or modules whose parameters are left alone.
     """
 
     bounds_weights = False
     exclude: tuple[str | type[nn.Module], ...] = ()
 
+    def default_optimizer(self, parameters: list[nn.Parameter], backend: Backend) -> Gated:
+        """Return the optimizer of the constraint's paper, for the critic or for the generator."""
+        return RMSprop(parameters, lr=5e-5, backend=backend)
+
+    def check(self, critic: nn.Module, optimizer: torch.optim.Optimizer | None) -> str | None:
+        """Return advice or None; raise TypeError or ValueError if it cannot be had with these."""
+        return None
+
+    def penalty_weight(self, iteration: int) -> float:
+        """Return the penalty's weight in a critic step; 0 for a step without one."""
+        return 0.0
+
+    def random_numbers(self, batch: int, pack: int) -> int:
+        """Return how many numbers of a random stream :meth:`points` uses."""
+        return 0
+
+    def points(
+        self, real: Tensor, fake: Tensor, weight: float, draw: Draw, pack: int, backend: Backend
+    ) -> Penalised:  # fmt: skip
+        """Return the points that are penalised in a step on real and fake samples [N, ...]."""
+        raise NotImplementedError
+
     def excluded(self, critic: nn.Module, *, strict: bool = False) -> set[nn.Parameter]:
-        """Return the critic's parameters that are to be left alone; ``strict`` wants some for each entry."""
+        """Return the parameters that are left alone; if ``strict``, raise ValueError for an entry without any."""
         excluded: set[nn.Parameter] = set()
         for entry in self.exclude:
             if isinstance(entry, str):
@@ -63,51 +85,19 @@ class Constraint:
             excluded.update(matched)
         return excluded
 
-    def default_optimizer(self, parameters: list[nn.Parameter], backend: Backend) -> Gated:
-        """Return the optimizer of the constraint's paper: of the critic or of the generator."""
-        return RMSprop(parameters, lr=5e-5, backend=backend)
-
-    def check(self, critic: nn.Module, optimizer: torch.optim.Optimizer | None) -> str | None:
-        """Return advice on a critic and the optimizer that it is given, or None.
-
-        Raises:
-            TypeError, ValueError: they cannot be used.
-        """
-        return None
-
-    def penalty_weight(self, iteration: int) -> float:
-        """Return the penalty's weight in a critic step; 0 for a step without a penalty."""
-        return 0.0
-
-    def random_numbers(self, batch: int, pack: int) -> int:
-        """Return how many indices of the random stream :meth:`points` uses."""
-        return 0
-
-    def points(self, real: Tensor, fake: Tensor, weight: float, draw: Draw, pack: int, backend: Backend) -> Penalised:
-        """Return the points that are penalised between, or at, real and fake samples [N, ...]."""
-        raise NotImplementedError
-
     def prepare(self, held: Sequence[Tensor], backend: Backend) -> None:
-        """Raise ValueError unless the parameters to be held can be bounded."""
+        """Raise ValueError unless the parameters ``held`` can be bounded."""
 
     def fuse_into(self, together: Together, held: Iterable[Tensor]) -> Together:
-        """Return what the optimizer's launch does, with what it can do of the bound."""
+        """Return what the optimizer's launch does, with as much of the bound as it can take."""
         return together
 
     def apply_(
         self, held: Sequence[Tensor], done: Collection[int], shares: list[Share], gate: Tensor, backend: Backend
     ) -> Tensor | None:
-        """Hold parameters to the bound, in place, unless the gate says no.
+        """Bound parameters in place, but those whose ids are in ``done``, unless the gate says no.
 
-        Args:
-            held: the parameters.
-            done: the ids of those that the optimizer's launch has held.
-            shares: of weights on the bound that it has counted.
-            gate: [2] float32: 1 to leave the weights alone, else 0.
-            backend: see :mod:`fastwgan.backend`.
-
-        Returns:
-            The share on the bound, 0-d, or None where nothing has one.
+        Return the share on the bound, 0-d, of them all; ``shares`` are of those done. None where there are none.
         """
         return None
 
@@ -120,29 +110,18 @@ class Clip(Constraint):
 
     def __post_init__(self) -> None:
         checks.number("bound", self.bound, minimum=0, exclusive=True)
-        if isinstance(self.exclude, (str, type)):
-            object.__setattr__(self, "exclude", (self.exclude,))
-        elif not isinstance(self.exclude, Iterable):
-            raise TypeError(f"exclude: expected parameter-name patterns or module types, got {self.exclude!r}")
-        else:
-            object.__setattr__(self, "exclude", tuple(self.exclude))
-        for entry in self.exclude:
+        given: object = self.exclude
+        entries = tuple(given) if isinstance(given, Iterable) and not isinstance(given, (str, type)) else (given,)
+        for entry in entries:
             if not isinstance(entry, str) and not (isinstance(entry, type) and issubclass(entry, nn.Module)):
                 raise TypeError(f"exclude: expected parameter-name patterns or module types, got {entry!r}")
-
-    def clipped(self, critic: nn.Module) -> list[nn.Parameter]:
-        """Return the critic's parameters that are to be kept within the bound.
-
-        Raises:
-            ValueError: an entry of ``exclude`` matches nothing in the critic.
-        """
-        excluded = self.excluded(critic, strict=True)
-        return [p for p in critic.parameters() if p not in excluded]
+        object.__setattr__(self, "exclude", entries)
 
     def check(self, critic: nn.Module, optimizer: torch.optim.Optimizer | None) -> str | None:
-        for p in self.clipped(critic):
-            checks.parameter("critic", p)
-            checks.bound("bound", self.bound, p.dtype)
+        excluded = self.excluded(critic, strict=True)
+        for p in critic.parameters():
+            if p not in excluded:
+                checks.bound("bound", self.bound, checks.parameter("critic", p).dtype)
         groups = [] if optimizer is None else optimizer.param_groups
         if max((float(max(g.get("momentum", 0), g.get("betas", (0,))[0])) for g in groups), default=0.0) > 0:
             return (

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from itertools import islice
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -142,8 +143,7 @@ class Trainer:
         schedulers = {"critic": critic_scheduler, "generator": generator_scheduler}
         self.device, advice = settings.check({"generator": generator, "critic": critic}, optimizers, schedulers)
 
-        self.generator, self.critic, self.constraint = generator, critic, constraint
-        self.backend, self.n_critic, self.pack = backend, n_critic, pack
+        self.generator, self.critic, self.n_critic, self._settings = generator, critic, n_critic, settings
         self.critic_scheduler, self.generator_scheduler = critic_scheduler, generator_scheduler
         self.critic_iterations = self.generator_iterations = 0
         self.last_checkpoint: str | None = None
@@ -184,14 +184,20 @@ class Trainer:
         self._steps.generator.assign(optimizer)
 
     @property
-    def ema(self) -> float | None:
-        """Return the decay of the running average, or None."""
-        return self._steps.generator.ema
+    def latent(self) -> Latent:
+        """Return the width of the latents, or the callable that makes them, which may be set to another."""
+        return self._steps.latents.latent
 
-    @property
-    def seed(self) -> int:
-        """Return the seed of the random streams, which a checkpoint brings along."""
-        return self._steps.latents.seed
+    @latent.setter
+    def latent(self, latent: Latent) -> None:
+        self._steps.latents.latent = latent
+
+    # Fixed when a trainer is made, but for the seed, which a checkpoint brings along.
+    constraint = property(attrgetter("_settings.constraint"))
+    backend = property(attrgetter("_settings.backend"))
+    pack = property(attrgetter("_settings.pack"))
+    ema = property(attrgetter("_settings.ema"))
+    seed = property(attrgetter("_steps.latents.seed"))
 
     # Steps
 
@@ -210,6 +216,9 @@ class Trainer:
             TypeError, ValueError: ``real`` or a network's output cannot be used. No weight is changed then.
         """
         self._check_real(real)
+        return self._critic_step(real, cond)
+
+    def _critic_step(self, real: Tensor, cond: tuple[Any, ...]) -> Metrics:
         weight = self.constraint.penalty_weight(self.critic_iterations)
         metrics = self._critic_step_done(self._steps.take_critic_step(weight, real, cond), weight)
         self._steps.critic.guard.watch(self.last_checkpoint)
@@ -264,10 +273,11 @@ class Trainer:
 
         Args, Returns, Raises: as :meth:`critic_step`; ``generator_loss`` is set when a generator step was due.
         """
+        self._check_real(real)
         left = self._critic_steps_left()
         if left <= 1:
             self._steps.generator.check()  # before the critic is changed
-        metrics = self.critic_step(real, *cond)
+        metrics = self._critic_step(real, cond)
         if left <= 1:
             metrics.include(self.generator_step(len(real), *cond))
         return metrics

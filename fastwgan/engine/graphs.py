@@ -36,10 +36,10 @@ GRAPHS = 8  # graphs at a time; steps on batches of yet other shapes run without
 
 @contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """Keep Python's collector from freeing what a capture forbids to be freed: other graphs, and Triton's modules.
+    """Collect garbage before a capture, and none during it.
 
-    It runs before, as PyTorch no longer has it run; autograd nodes of another stream, which cannot be captured, may be
-    kept alive by garbage alone.
+    During it, freeing other graphs or Triton's modules is illegal. Before it, autograd nodes of another stream, which
+    cannot be captured, may be kept alive by garbage alone.
     """
     gc.collect()
     enabled = gc.isenabled()
@@ -245,7 +245,7 @@ def made(
     if required:
         raise RuntimeError(f"cuda_graph: True was asked for, but {problem}")
     if device.type == "cuda":
-        warnings.warn(f"cuda_graph: steps run without CUDA graphs, as {problem}", stacklevel=4)
+        warnings.warn(f"cuda_graph: steps run without CUDA graphs, as {problem}", stacklevel=5)
     return None
 
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from fastwgan import reference
 from fastwgan.backend import Backend, kernels, resolve
 from fastwgan.ops.layout import is_dense
+from fastwgan.reference import TALLY, Tally
 
-__all__ = ["Guard"]
+__all__ = ["PATIENCE", "Guard"]
 
 FIRST_SCALE = 65536.0  # GradScaler's
-TALLY = 9  # numbers; reference.guard_ says which
 PATIENCE = 20  # steps in a row that a loss scale may take to come down
 
 
@@ -26,15 +26,13 @@ class Guard:
     """Looks at one network's gradients before each of its updates.
 
     Args:
-        name: of the network, for messages.
-        module: the network.
+        name, module: the network, by name for messages.
         backend: see :mod:`fastwgan.backend`.
         limit: how many steps may be left out in a row; one more raises.
         scaled: whether there is a loss scale.
 
     Attributes:
         gate: [2] float32: 1 to leave the step out, else 0; what gradients are to be multiplied by.
-        scale: the loss scale, 0-d float32, or None.
         dense: whether sparse gradients are refused, which some of PyTorch's optimizers take.
     """
 
@@ -50,21 +48,22 @@ class Guard:
 
     @property
     def scale(self) -> Tensor | None:
+        """Return the loss scale, 0-d float32, or None."""
         return None if self._scale is None else self._scale[0]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kernel": None, "_reading": None}  # a copy has its own launcher, and reads anew
 
     def trained(self) -> list[nn.Parameter]:
-        """The network's parameters that are to get gradients."""
+        """Return the network's parameters that are to get gradients."""
         return [p for p in self._module.parameters() if p.requires_grad]
 
     def gradients(self) -> list[Tensor]:
-        """What the last backward pass has left, each in memory of its own: a compiled pass may leave an expanded one.
+        """Return the last backward pass's gradients, each in memory of its own; a compiled pass leaves expanded ones.
 
         Raises:
-            ValueError: nothing.
-            TypeError: a sparse one, as ``nn.Embedding(sparse=True)`` makes, where they have to be dense.
+            ValueError: there are none.
+            TypeError: one is sparse, as ``nn.Embedding(sparse=True)`` makes it, where they have to be dense.
         """
         gradients = []
         for name, p in self._module.named_parameters():
@@ -98,24 +97,19 @@ class Guard:
             return found[:-1] if scores else None, found[-1]
         if self._device.type == "cpu" and self._scale is None and _finite(gradients):
             tally, gate = self._tally.numpy(), self.gate.numpy()  # whose elements are set in a tenth of the time
-            tally[0] = tally[2] = gate[0] = 0
-            tally[4] += 1
+            tally[Tally.NONFINITE] = tally[Tally.IN_A_ROW] = gate[0] = 0
+            tally[Tally.STEPS] += 1
         else:
             reference.guard_(gradients, self._tally, self.gate, self._scale)
         means = reference.score_statistics(*scores[:1], *scores[-1:]) if scores else None
         if means is not None and len(scores) == 1:
             means = -means[:1]
-        return means, self._tally[0].clone()
+        return means, self._tally[Tally.NONFINITE].clone()
 
     def watch(self, checkpoint: str | None, *, wait: bool = False) -> None:
-        """Raise if too many steps in a row were left out, as far as the host knows by now.
+        """Raise FloatingPointError if too many steps in a row were left out, as far as the host knows by now.
 
-        Args:
-            checkpoint: where the last one is, for the message.
-            wait: for the device, to know of all steps.
-
-        Raises:
-            FloatingPointError: they were.
+        ``checkpoint`` is where the last one is, for the message; ``wait`` is for the device, to know of all steps.
         """
         if kernels is not None and kernels.arrival.capturing(self._device):
             return
@@ -134,11 +128,12 @@ class Guard:
         self._reading = (tally, event)
 
     def _judge(self, tally: Tensor, checkpoint: str | None) -> None:
-        _, first, _, _, _, last, longest, *_ = tally.tolist()
+        numbers = tally.tolist()
+        first, last, longest = (numbers[i] for i in (Tally.FIRST, Tally.LAST, Tally.LONGEST))
         if longest <= self._limit:
             return
         self._reading = None
-        self._tally[2], self._tally[6] = 0, 0  # who goes on all the same hears of the next row
+        self._tally[Tally.IN_A_ROW] = self._tally[Tally.LONGEST] = 0  # a caller who goes on hears of the next row
         steps = f"step {last}" if longest == 1 else f"{longest} steps in a row up to {last}"
         names = [name for name, p in self._module.named_parameters() if p.grad is not None and p.numel()]
         name = names[first] if first < len(names) else "a parameter that has left it"
@@ -150,7 +145,7 @@ class Guard:
 
     def state_dict(self) -> dict[str, Any]:
         tally = self._tally.clone()
-        tally[6] = tally[2]  # rows that have ended are not held against who goes on
+        tally[Tally.LONGEST] = tally[Tally.IN_A_ROW]  # a row that has ended is not saved
         return {"tally": tally, "scale": self._scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -161,5 +156,5 @@ class Guard:
 
 
 def _finite(gradients: list[Tensor]) -> bool:
-    """Whether all is finite, for which one sum each is enough: False may also be a sum that overflowed."""
+    """Return whether all is finite, by one sum each: False may also be a sum that overflowed."""
     return math.isfinite(sum(g.sum().item() for g in gradients))

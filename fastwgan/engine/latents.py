@@ -27,13 +27,14 @@ class Latents:
         ranks, device, seed: the trainer's.
 
     Attributes:
+        latent: as given; it may be set to another.
         seed: the seed of all streams.
         used: how many numbers of the stream of eps are used up.
         stream: the random stream of the latents.
     """
 
     def __init__(self, latent: Latent, generator: nn.Module, ranks: Ranks, device: torch.device, seed: int) -> None:
-        self._latent, self._generator, self._ranks, self._device = latent, generator, ranks, device
+        self.latent, self._generator, self._ranks, self._device = latent, generator, ranks, device
         self.seed, self.used = seed, 0
         self.stream = torch.Generator(device).manual_seed(stream_seed(seed, TRAINING))
         self._sampling = torch.Generator(device).manual_seed(stream_seed(seed, SAMPLING))
@@ -41,16 +42,16 @@ class Latents:
 
     def given(self, n: int) -> Any:
         """Return the caller's n latents, or None where they are drawn in the step."""
-        if not callable(self._latent):
+        if not callable(self.latent):
             return None
-        z = self._latent(n, self._device)
+        z = self.latent(n, self._device)
         if isinstance(z, Tensor) and z.device != self._device:
             raise ValueError(f"latent: its result: expected a tensor on {self._device}, got one on {z.device}")
         return z
 
     def of_step(self, n: int, given: Any) -> Any:
         """Return the n latents of a step: those given, or the next ones of the stream."""
-        if callable(self._latent):
+        if callable(self.latent):
             return given
         world, rank = self._ranks.world, self._ranks.rank
         return self._normal(n * world, self.stream)[rank * n : (rank + 1) * n]
@@ -65,12 +66,12 @@ class Latents:
         if self._device.type == "cuda":
             torch.cuda.default_generators[self._device.index].manual_seed(seed)
         torch.default_generator.manual_seed(seed)
-        return self.given(n) if callable(self._latent) else self._normal(n, random)
+        return self.given(n) if callable(self.latent) else self._normal(n, random)
 
     def _normal(self, n: int, random: torch.Generator) -> Tensor:
-        assert isinstance(self._latent, int)
+        assert isinstance(self.latent, int)
         dtype = next(self._generator.parameters()).dtype
-        return torch.randn(n, self._latent, generator=random, device=self._device, dtype=dtype)
+        return torch.randn(n, self.latent, generator=random, device=self._device, dtype=dtype)
 
     # The stream of eps
 

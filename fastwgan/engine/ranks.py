@@ -18,7 +18,7 @@ __all__ = ["Ranks", "refuse_uneven", "shapes", "unwrapped"]
 
 
 def _place() -> tuple[int, int]:
-    """This process's rank, and how many there are."""
+    """Return this process's rank, and how many there are."""
     there = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
 
@@ -26,20 +26,17 @@ def _place() -> tuple[int, int]:
 class Ranks:
     """The process group that PyTorch has been initialised with, or a single process.
 
-    Args:
-        device: of this rank, where it is not the process's current one; nccl carries all things by way of it.
-
     Attributes:
-        rank: of this process, 0 being the one that writes files.
-        world: number of processes.
+        rank: this process's number; rank 0 writes files.
+        world: how many processes there are.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.rank, self.world = _place()
-        self._device = device
+        self._device = device  # by way of which nccl carries all things
 
     def backend(self, device: torch.device) -> str:
-        """What carries tensors of a device: "nccl", "gloo" or another; "none" for a single process."""
+        """Return the carrier of a device's tensors: "nccl", "gloo" or another; "none" for a single process."""
         if self.world == 1:
             return "none"
         backends = dist.BackendConfig(dist.Backend(dist.get_backend_config())).get_device_backend_map()
@@ -61,10 +58,8 @@ class Ranks:
             for name in own | others:
                 mine, other = own.get(name, "none"), others.get(name, "none")
                 if mine != other:
-                    raise ValueError(
-                        f"{name}: expected the same on all ranks, got {mine} on rank {self.rank} and "
-                        f"{other} on rank {rank}"
-                    )
+                    on = f"on rank {self.rank} and {other} on rank {rank}"
+                    raise ValueError(f"{name}: expected the same on all ranks, got {mine} {on}")
 
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         """Give all ranks the tensors of rank 0, in place."""
@@ -75,7 +70,7 @@ class Ranks:
                 x.detach().copy_(whole)
 
     def same(self, number: int, device: torch.device) -> int:
-        """Rank 0's number."""
+        """Return rank 0's number."""
         if self.world == 1:
             return number
         value = torch.tensor(number, device=device)
@@ -83,7 +78,7 @@ class Ranks:
         return int(value)
 
     def all(self, condition: bool, device: torch.device) -> bool:
-        """Whether a condition holds on all ranks."""
+        """Return whether a condition holds on all ranks."""
         if self.world == 1:
             return condition
         value = torch.tensor(int(condition), device=device)
@@ -91,7 +86,7 @@ class Ranks:
         return bool(value)
 
     def gather(self, content: Any) -> list[Any]:
-        """What each rank has, which has to be picklable, on all ranks."""
+        """Return what each rank has, which has to be picklable, on all ranks."""
         if self.world == 1:
             return [content]
         contents: list[Any] = [None] * self.world
@@ -101,7 +96,7 @@ class Ranks:
         return contents
 
     def once(self, write: Callable[[], None]) -> None:
-        """Have rank 0 call ``write``; what it raises, all ranks raise."""
+        """Have rank 0 call ``write``; if it raises, all ranks raise the same."""
         failure: Exception | None = None
         try:
             if self.rank == 0:
@@ -112,14 +107,9 @@ class Ranks:
             raise failure or rank_0s
 
     def sum_(self, gradients: Sequence[Tensor], measured: Tensor) -> Tensor:
-        """Add up the gradients of all ranks, in place; return what each rank measured.
+        """Add up the gradients of all ranks, in place; return what each rank measured, [K], as [world, K].
 
-        Args:
-            gradients: of any shapes and dtypes, as many and of the same shapes on all ranks.
-            measured: [K], of any floating dtype.
-
-        Returns:
-            [world, K] in measured's dtype.
+        The gradients are as many and of the same shapes and dtypes on all ranks.
         """
         table = measured.new_zeros(self.world, len(measured))
         table[self.rank] = measured
@@ -135,15 +125,9 @@ class Ranks:
 
 
 def refuse_uneven(name: str, sizes: Tensor, gradients: Sequence[Tensor]) -> None:
-    """See to it that no update is made of batches that are not of one size, whose gradients have no common weight.
+    """Raise ValueError unless the ranks' batches, of ``sizes`` [world], are of one size, as their average has to be.
 
-    Args:
-        name: of the argument that gave the batch.
-        sizes: [world], of the ranks' batches.
-        gradients: on a GPU, where looking at ``sizes`` would wait, one is made NaN, for the guard to find.
-
-    Raises:
-        ValueError: they are not, on a CPU.
+    On a GPU, where looking at the sizes would wait, a gradient is made NaN instead, for the guard to find.
     """
     if sizes.device.type == "cpu":
         found = [int(size) for size in sizes]
@@ -154,12 +138,7 @@ def refuse_uneven(name: str, sizes: Tensor, gradients: Sequence[Tensor]) -> None
 
 
 def unwrapped(name: str, module: object) -> nn.Module:
-    """The network itself, if it comes in DistributedDataParallel, whose work the trainer does.
-
-    Raises:
-        TypeError: it is no network.
-        ValueError: it has one further inside.
-    """
+    """Return the network itself, if it comes in DistributedDataParallel, whose work the trainer does; raise if none."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"{name}: expected an nn.Module, got {type(module).__name__}")
     network: nn.Module = module.module if isinstance(module, DistributedDataParallel) else module

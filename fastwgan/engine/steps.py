@@ -81,7 +81,7 @@ class Steps:
     def take_iteration(self, weights: tuple[float, ...], parts: list[Part]) -> list[Settled] | None:
         """Return the results of an iteration's steps, as one graph; None, with nothing done, where that cannot be."""
         uneven = len({(real.shape, real.dtype) for real, *_ in parts}) > 1  # then one may not fit, and the others do
-        if self.graphs is None or callable(self._settings.latent) or uneven or len(parts) > MOST_CAPTURED:
+        if self.graphs is None or callable(self.latents.latent) or uneven or len(parts) > MOST_CAPTURED:
             return None
         sizes = tuple(len(part) for part in parts)
         with self.latents.undone_if_refused():

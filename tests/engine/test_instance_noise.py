@@ -114,7 +114,7 @@ def test_replays_draw_new_noise_of_the_scale_that_is_there(graphed):
     trainer = Trainer(trainer.generator, critic, latent=6, constraint=WeightClip(0.05), cuda_graph="auto")
     real, scores = batches(graphed, shape, 1)[0], []
     for i in range(8):
-        critic.scale.fill_(0.0 if i < 5 else 5.0)
+        critic.scale.fill_(0.0 if i < 5 else 500.0)
         scores.append(trainer.critic_step(real).real_score.item())
     assert Recorded.made == 1
     assert max(scores[1:5]) - min(scores[1:5]) < 0.01
