@@ -96,7 +96,7 @@ def clip_and_count_(
         else:
             reference.clip_weights_(params, bound)
             share, _ = saturation(params, bound)
-        shares.append((share, sum(p.numel() for p in params)))
+        shares.append((share, sum(map(Tensor.numel, params))))
     return combine_shares(shares)
 
 

@@ -22,6 +22,7 @@ class Checked(Optimizer):
     adopts: type[Optimizer]  # torch's optimizer with the same algorithm, options and state
     _states: tuple[str, ...]  # every state tensor the algorithm can have, in the kernel's order
     _required: tuple[str, ...]  # options that tell a state of this algorithm from another's
+    _numbers: tuple[str, ...] = ("lr", "eps", "weight_decay")  # options that are numbers >= 0
 
     def __init__(self, params: Params, backend: Backend, **defaults: Any) -> None:
         self.backend = check_backend(backend)
@@ -31,7 +32,7 @@ class Checked(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise unless a group's options can be used."""
-        for name in ("lr", "eps", "weight_decay"):
+        for name in self._numbers:
             checks.number(name, group[name], minimum=0)
         if group.get("clip") is not None:
             checks.number("clip", group["clip"], minimum=0, exclusive=True)
