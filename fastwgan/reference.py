@@ -282,21 +282,20 @@ def rmsprop_step_(
     p, g, s = _wide(param), -_wide(grad) if maximize else _wide(grad), _wide(square_avg)
     if weight_decay != 0:
         g = g.add(p, alpha=weight_decay)
-    s = s.mul(alpha).addcmul(g, g, value=1 - alpha)
+    s.mul_(alpha).addcmul_(g, g, value=1 - alpha)
+    variance = s
     if grad_avg is not None:
-        m = _wide(grad_avg).lerp(g, 1 - alpha)
-        # Rounding can leave this difference just below zero, where the root would be NaN.
-        denominator = s.addcmul(m, m, value=-1).clamp(min=0).sqrt() + eps
+        m = _wide(grad_avg).lerp_(g, 1 - alpha)
+        variance = s.addcmul(m, m, value=-1).clamp_(min=0)  # which rounding can leave just below zero
         grad_avg.copy_(m)
-    else:
-        denominator = s.sqrt() + eps
+    denominator = variance.sqrt().add_(eps)
     if momentum > 0:
         assert momentum_buffer is not None
-        b = _wide(momentum_buffer).mul(momentum).addcdiv(g, denominator)
-        p = p.sub(b, alpha=lr)
+        b = _wide(momentum_buffer).mul_(momentum).addcdiv_(g, denominator)
+        p.sub_(b, alpha=lr)
         momentum_buffer.copy_(b)
     else:
-        p = p.addcdiv(g, denominator, value=-lr)
+        p.addcdiv_(g, denominator, value=-lr)
     square_avg.copy_(s)
     param.copy_(p)
 
@@ -318,9 +317,9 @@ def adam_step_(
     bias1, bias2 = (-torch.expm1(t * (math.log(beta) if beta > 0 else -math.inf)) for beta in betas)  # 1 - beta^t
     if weight_decay != 0:
         g = g.add(p, alpha=weight_decay)
-    m = m.lerp(g, 1 - beta1)
-    v = v.mul(beta2).addcmul(g, g, value=1 - beta2)
-    p = p - m / (v.sqrt() / bias2.sqrt() + eps) * (lr / bias1)
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    p.sub_((m / (v.sqrt() / bias2.sqrt()).add_(eps)).mul_(lr / bias1))
     exp_avg.copy_(m)
     exp_avg_sq.copy_(v)
     param.copy_(p)
