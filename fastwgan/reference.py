@@ -271,8 +271,9 @@ def norm_saturation(parameters: Iterable[Tensor], bound: float, per: str = "row"
 
 @torch.no_grad()
 def rmsprop_step_(
-    param: Tensor, grad: Tensor, square_avg: Tensor, *, lr: float, alpha: float, eps: float, weight_decay: float = 0.0,
-    momentum: float = 0.0, momentum_buffer: Tensor | None = None, grad_avg: Tensor | None = None, maximize: bool = False,
+    param: Tensor, grad: Tensor, square_avg: Tensor, *, lr: float, alpha: float, eps: float,
+    weight_decay: float = 0.0, momentum: float = 0.0, momentum_buffer: Tensor | None = None,
+    grad_avg: Tensor | None = None, maximize: bool = False,
 ) -> None:  # fmt: skip
     """Take one RMSProp step in place. WGAN, Algorithm 1, line 6; the formula is torch.optim's.
 

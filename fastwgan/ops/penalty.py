@@ -87,12 +87,9 @@ def penalty_cotangent(
 
 
 def input_gradient(
-    critic: Callable[..., Tensor],
-    x: Tensor,
-    args: tuple[Any, ...],
-    ones_like: Callable[[Tensor], Tensor] = torch.ones_like,
-    pack: int = 1,
-) -> Tensor:
+    critic: Callable[..., Tensor], x: Tensor, args: tuple[Any, ...],
+    ones_like: Callable[[Tensor], Tensor] = torch.ones_like, pack: int = 1,
+) -> Tensor:  # fmt: skip
     """Return d sum(critic(x, *args)) / dx, [N, ...], with a graph.
 
     Raises:
@@ -125,13 +122,10 @@ def input_gradient(
 
 
 def traced_input_gradient(
-    forward: Callable[[Tensor, dict[str, Tensor]], Tensor],
-    x: Tensor,
-    buffers: dict[str, Tensor],
-    pack: int = 1,
+    forward: Callable[[Tensor, dict[str, Tensor]], Tensor], x: Tensor, buffers: dict[str, Tensor], pack: int = 1,
     scale: Tensor | None = None,
-) -> Tensor:
-    """Return d sum(forward(x, buffers)) / dx, [N, ...], inside torch.compile; computed times ``scale``, where there is one.
+) -> Tensor:  # fmt: skip
+    """Return d sum(forward(x, buffers)) / dx, [N, ...], inside torch.compile; it is computed times ``scale``, if any.
 
     Dynamo traces torch.func.grad, and the compiler then differentiates the result as it does any function. What
     ``forward`` writes to must be an argument of the function that is differentiated: so the buffers are. Those that it
