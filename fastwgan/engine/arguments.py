@@ -8,10 +8,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastwgan import checks
-from fastwgan.backend import DTYPES, Backend
+from fastwgan.backend import DTYPES
 from fastwgan.constraints import Clip, GradientPenalty, WeightClip
 from fastwgan.engine.structure import has_batchnorm
 from fastwgan.optim import Adam, RMSprop
+from fastwgan.optim.adopt import MarksStepTaken as Called
+from fastwgan.optim.adopt import adopt as take_over
+from fastwgan.optim.adopt import follow_loads, has_hooks
+from fastwgan.optim.adopt import largest_momentum as momentum
 
 __all__ = [
     "Called", "check_arguments", "check_optimizer", "device_problem", "follow_loads",
@@ -139,71 +143,7 @@ def _check_clip(constraint: Clip, critic: nn.Module, optimizer: object) -> None:
             raise ValueError(f"critic_optimizer: {got}")
 
 
-def take_over(optimizer: torch.optim.Optimizer, backend: Backend) -> torch.optim.Optimizer:
-    """Ours in place of a plain torch RMSprop or Adam, sharing its groups and state; any other as it is.
-
-    Sharing keeps the caller's object alive: a scheduler made for it steers ours, and its hooks are called.
-    """
-    ours: type[RMSprop] | type[Adam]
-    if type(optimizer) is torch.optim.RMSprop:
-        ours = RMSprop
-    elif type(optimizer) is torch.optim.Adam:
-        ours = Adam
-    else:
-        return optimizer
-    for group in optimizer.param_groups:
-        numbers = (group["lr"], *group.get("betas", ()))
-        if any(isinstance(x, Tensor) for x in numbers) or group.get("amsgrad") or group.get("decoupled_weight_decay"):
-            return optimizer
-    taken = ours([p for group in optimizer.param_groups for p in group["params"]], backend=backend)
-    taken.param_groups, taken.state = optimizer.param_groups, optimizer.state
-    taken.defaults.update({k: v for k, v in optimizer.defaults.items() if k in taken.defaults})  # of groups to come
-    for group in taken.param_groups:
-        group["clip"] = None  # not the bound of another trainer, which had it before
-    for p, state in taken.state.items():
-        state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(p.device)
-    taken._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
-    taken._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
-    taken.register_step_post_hook(Called(optimizer))
-
-    follow_loads(optimizer, taken)
-    return taken
-
-
-def follow_loads(optimizer: torch.optim.Optimizer, taken: torch.optim.Optimizer) -> None:
-    """Have what is loaded into the caller's object, which gets groups and state of its own by that, be ours."""
-
-    def follow(loaded: torch.optim.Optimizer) -> None:
-        state = loaded.state_dict()
-        for group in state["param_groups"]:
-            group.pop("clip", None)  # the constraint is the trainer's, not the state's
-        taken.load_state_dict(state)
-        loaded.param_groups, loaded.state = taken.param_groups, taken.state
-
-    optimizer.register_load_state_dict_post_hook(follow)
-
-
-def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer has step hooks beside :func:`take_over`'s."""
-    hooks = (*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values())
-    return any(not isinstance(hook, Called) for hook in hooks)
-
-
-class Called:
-    """A step hook that tells torch's schedulers, which warn otherwise, that the optimizer they know takes steps."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-
-    def __call__(self, *_: Any) -> None:
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]
-
-
 def shapes(name: str, module: nn.Module) -> dict[str, object]:
     """Of a module's parameters and buffers, with their dtypes and whether they are trained."""
     tensors = (*module.named_parameters(), *module.named_buffers())
     return {f"{name}.{key}": (tuple(x.shape), x.dtype, x.requires_grad) for key, x in tensors}
-
-
-def momentum(optimizer: torch.optim.Optimizer) -> float:
-    return max(float(max(g.get("momentum", 0), g.get("betas", (0,))[0])) for g in optimizer.param_groups)

@@ -21,6 +21,7 @@ from fastwgan.backend import Backend, kernels, resolve
 from fastwgan.engine import arguments, structure
 from fastwgan.engine.player import Player
 from fastwgan.engine.ranks import Ranks
+from fastwgan.optim import Gated
 
 __all__ = ["Graphs", "capturing", "made"]
 
@@ -282,7 +283,6 @@ class Graphs:
         for optimizer in self._optimizers:
             for state in optimizer.state.values():
                 tensors += state.values()
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
         return (
             [id(x) for x in parts],
             [x.data_ptr() for x in tensors],
@@ -291,10 +291,7 @@ class Graphs:
             [attributes.now() for attributes in self._attributes],
             [*map(structure.hooks, modules), structure.hooked_everywhere()],
             [(*(x._backward_hooks or ()), *(x._post_accumulate_grad_hooks or ())) for x in tensors],
-            [
-                ([id(p) for p in g["params"]], g.get("momentum", 0) > 0, g.get("centered"), g.get("clip") is None)
-                for g in groups
-            ],
+            [optimizer.capture_key() for optimizer in self._optimizers if isinstance(optimizer, Gated)],
         )
 
     def _follow_changes(self) -> None:

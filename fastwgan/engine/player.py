@@ -20,6 +20,7 @@ from fastwgan.engine.ranks import Ranks, refuse_uneven
 from fastwgan.ops.scores import score_statistics
 from fastwgan.ops.weights import clip_and_count_, combine_shares, project_and_count_
 from fastwgan.optim import Adam, RMSprop
+from fastwgan.optim.base import Together
 
 __all__ = ["Player", "default_optimizer", "evaluating"]
 
@@ -280,8 +281,7 @@ class Player:
         """
         averaged: set[Tensor] = set()
         if self.gated is not None:
-            with self._in_charge():
-                self.gated.step()
+            self._shares, self._fused = self.gated.step_gated(self._together())
             if self.averages:
                 averaged = {p for group in self.gated.param_groups for p in group["params"] if p.grad is not None}
         else:
@@ -307,21 +307,15 @@ class Player:
     def refresh(self) -> None:
         """Have a step that a CUDA graph replays use the optimizer's present numbers."""
         if self.gated is not None:
-            with self._in_charge():
-                self.gated.refresh()
+            self.gated.refresh(self._together())
 
-    @contextmanager
-    def _in_charge(self) -> Iterator[None]:
-        """Have the optimizer, which is the caller's too, obey the gate, keep the averages and clamp the weights."""
-        optimizer, clip = self.gated, self._clip
-        assert optimizer is not None
-        optimizer.gate, optimizer.averages, optimizer.decay = self.guard.gate, self.averages, self.ema or 0.0
-        if isinstance(clip, WeightClip):
-            optimizer.clamp = clip.bound, {id(p) for p in self._clipped}
-        try:
-            yield
-        finally:
-            optimizer.gate, optimizer.averages, optimizer.clamp = None, {}, None
+    def _together(self) -> Together:
+        bound, ids = (
+            (self._clip.bound, {id(p) for p in self._clipped})
+            if isinstance(self._clip, WeightClip)
+            else (None, set[int]())
+        )
+        return Together(self.guard.gate, self.averages, self.ema or 0.0, bound, ids)
 
     def _hold(self, clip: Clip) -> Tensor | None:
         """Clamp what the optimizer's launch did not, or project; return the share on bound."""
@@ -331,10 +325,7 @@ class Player:
             return None if projected is None else projected[0]
         shares, fused = [], set[int]()
         if self.gated is not None:
-            shares, ids = list(self.gated.shares), {id(p) for p in held}
-            groups = [group["params"] for group in self.gated.param_groups]
-            groups = [params for params in groups if ids.issuperset(map(id, params))]
-            fused = {id(p) for params in groups for p in params if p.grad is not None}
+            shares, fused = self._shares, self._fused
         apart = [p for p in held if id(p) not in fused]
         if apart and (share := clip_and_count_(apart, clip.bound, self._backend, gate)) is not None:
             shares.append(share)
