@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 import torch
 
 Backend = Literal["auto", "triton", "torch"]
+BACKENDS = get_args(Backend)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -37,7 +38,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def check_backend(backend: object) -> Backend:
     """Return ``backend`` if it is one of the three words, or raise."""
-    if backend not in get_args(Backend):
+    if backend not in BACKENDS:
         raise ValueError(f"backend: expected 'auto', 'triton' or 'torch', got {backend!r}")
     return backend  # type: ignore[return-value]
 
@@ -64,11 +65,12 @@ def resolve(backend: str, device: torch.device) -> Literal["triton", "torch"]:
         ValueError: ``backend`` is not one of the three words.
         RuntimeError: ``backend="triton"`` cannot be met; the message says why.
     """
-    if backend != "auto" and check_backend(backend) == "torch":
+    if backend == "torch":
         return "torch"
     problem = triton_problem(device)
-    if problem is None:
+    if problem is None and backend in BACKENDS:
         return "triton"
-    if backend == "triton":
-        raise RuntimeError(f"backend: 'triton' was asked for, but {problem}")
-    return "torch"
+    if backend == "auto":
+        return "torch"
+    check_backend(backend)
+    raise RuntimeError(f"backend: 'triton' was asked for, but {problem}")

@@ -150,10 +150,10 @@ def perturb(x: Tensor, *, scale: float | Tensor, seed: int, offset: int | Tensor
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     last = channels_last and not x.is_contiguous() and x.is_contiguous(memory_format=channels_last)
     shape = x.movedim(1, -1).shape if last else x.shape
-    wide = _wide(x)
-    noise = normals(seed, offset, len(x), x[0].numel(), stream=stream, dtype=wide.dtype, device=x.device).view(shape)
+    dtype = wide(x.dtype)
+    noise = normals(seed, offset, len(x), x[0].numel(), stream=stream, dtype=dtype, device=x.device).view(shape)
     factor = torch.as_tensor(scale, dtype=torch.float32)  # in any case
-    return (wide + factor * (noise.movedim(-1, 1) if last else noise)).to(x.dtype)
+    return (x.to(dtype) + factor * (noise.movedim(-1, 1) if last else noise)).to(x.dtype)
 
 
 # Penalty
@@ -221,25 +221,6 @@ def penalty_cotangent(gradients: Tensor, *, kind: str, target: float, weight: fl
     return statistics, (scale * _wide(gradients)).to(gradients.dtype)
 
 
-def gradient_penalty(
-    critic: Callable[..., Tensor],
-    real: Tensor,
-    fake: Tensor,
-    *,
-    weight: float = 10.0,
-    kind: str = "two-sided",
-    target: float = 1.0,
-    seed: int,
-    args: tuple[Any, ...] = (),
-) -> Tensor:
-    """Return weight * penalty of the critic's gradient at the interpolates. WGAN-GP, Algorithm 1, lines 6 and 7."""
-    with torch.enable_grad():
-        x = interpolate(real.detach(), fake.detach(), seed=seed).requires_grad_()
-        scores = critic(x, *args)
-        (g,) = torch.autograd.grad(scores, x, torch.ones_like(scores), create_graph=True)
-        return weight * penalty(g, kind=kind, target=target)
-
-
 # Update
 
 
@@ -290,85 +271,56 @@ def norm_saturation(parameters: Iterable[Tensor], bound: float, per: str = "row"
 
 @torch.no_grad()
 def rmsprop_step_(
-    param: Tensor,
-    grad: Tensor,
-    square_avg: Tensor,
-    *,
-    lr: float,
-    alpha: float,
-    eps: float,
-    weight_decay: float = 0.0,
-    momentum: float = 0.0,
-    momentum_buffer: Tensor | None = None,
-    grad_avg: Tensor | None = None,
-    maximize: bool = False,
-    clip: float | None = None,
-) -> None:
-    """Take one RMSProp step and clamp, in place. WGAN, Algorithm 1, lines 6 and 7; the formula is torch.optim's.
+    param: Tensor, grad: Tensor, square_avg: Tensor, *, lr: float, alpha: float, eps: float,
+    weight_decay: float = 0.0, momentum: float = 0.0, momentum_buffer: Tensor | None = None,
+    grad_avg: Tensor | None = None, maximize: bool = False,
+) -> None:  # fmt: skip
+    """Take one RMSProp step in place. WGAN, Algorithm 1, line 6; the formula is torch.optim's.
 
     s = alpha s + (1 - alpha) g^2; p = p - lr g / (sqrt(s) + eps). With ``grad_avg`` m (centered), m follows g as
     s follows g^2 and s - m^2 stands under the root. With momentum, b = momentum b + g / (...); p = p - lr b.
     """
-    p, g, s = _wide(param), _wide(grad), _wide(square_avg)
-    if maximize:
-        g = -g
+    p, g, s = _wide(param), -_wide(grad) if maximize else _wide(grad), _wide(square_avg)
     if weight_decay != 0:
         g = g.add(p, alpha=weight_decay)
-    s = s.mul(alpha).addcmul(g, g, value=1 - alpha)
+    s.mul_(alpha).addcmul_(g, g, value=1 - alpha)
+    variance = s
     if grad_avg is not None:
-        m = _wide(grad_avg).lerp(g, 1 - alpha)
-        # Rounding can leave this difference just below zero, where the root would be NaN.
-        denominator = s.addcmul(m, m, value=-1).clamp(min=0).sqrt() + eps
+        m = _wide(grad_avg).lerp_(g, 1 - alpha)
+        variance = s.addcmul(m, m, value=-1).clamp_(min=0)  # which rounding can leave just below zero
         grad_avg.copy_(m)
-    else:
-        denominator = s.sqrt() + eps
+    denominator = variance.sqrt().add_(eps)
     if momentum > 0:
         assert momentum_buffer is not None
-        b = _wide(momentum_buffer).mul(momentum).addcdiv(g, denominator)
-        p = p.sub(b, alpha=lr)
+        b = _wide(momentum_buffer).mul_(momentum).addcdiv_(g, denominator)
+        p.sub_(b, alpha=lr)
         momentum_buffer.copy_(b)
     else:
-        p = p.addcdiv(g, denominator, value=-lr)
-    if clip is not None:
-        p = p.clamp(-clip, clip)
+        p.addcdiv_(g, denominator, value=-lr)
     square_avg.copy_(s)
     param.copy_(p)
 
 
 @torch.no_grad()
 def adam_step_(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
-    clip: float | None = None,
-) -> None:
-    """Take one Adam step and clamp, in place. WGAN-GP, Algorithm 1, line 9; Kingma and Ba, arXiv 1412.6980.
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, *, lr: float,
+    betas: tuple[float, float], eps: float, weight_decay: float = 0.0, maximize: bool = False,
+) -> None:  # fmt: skip
+    """Take one Adam step in place. WGAN-GP, Algorithm 1, line 9; Kingma and Ba, arXiv 1412.6980.
 
     t = t + 1; m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2;
     p = p - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps). ``step`` holds t, 0-d float32, and is counted on.
     """
     beta1, beta2 = betas
-    p, g, m, v = _wide(param), _wide(grad), _wide(exp_avg), _wide(exp_avg_sq)
+    p, g, m, v = _wide(param), -_wide(grad) if maximize else _wide(grad), _wide(exp_avg), _wide(exp_avg_sq)
     step += 1
     t = step.to(p.dtype)
     bias1, bias2 = (-torch.expm1(t * (math.log(beta) if beta > 0 else -math.inf)) for beta in betas)  # 1 - beta^t
-    if maximize:
-        g = -g
     if weight_decay != 0:
         g = g.add(p, alpha=weight_decay)
-    m = m.lerp(g, 1 - beta1)
-    v = v.mul(beta2).addcmul(g, g, value=1 - beta2)
-    p = p - m / (v.sqrt() / bias2.sqrt() + eps) * (lr / bias1)
-    if clip is not None:
-        p = p.clamp(-clip, clip)
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    p.sub_((m / (v.sqrt() / bias2.sqrt()).add_(eps)).mul_(lr / bias1))
     exp_avg.copy_(m)
     exp_avg_sq.copy_(v)
     param.copy_(p)
@@ -418,18 +370,10 @@ def guard_(gradients: list[Tensor], tally: Tensor, gate: Tensor, scale: Tensor |
 
 
 def textbook_critic_step(
-    generator: nn.Module,
-    critic: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    real: Tensor,
-    z: Tensor,
-    *,
-    cond: tuple[Any, ...] = (),
-    clip: float | None = None,
-    penalty_weight: float | None = None,
-    eps: Tensor | None = None,
-    detach: bool = True,
-) -> Tensor:
+    generator: nn.Module, critic: nn.Module, optimizer: torch.optim.Optimizer, real: Tensor, z: Tensor, *,
+    cond: tuple[Any, ...] = (), clip: float | None = None, penalty_weight: float | None = None,
+    eps: Tensor | None = None, detach: bool = True,
+) -> Tensor:  # fmt: skip
     """Take a critic step as Algorithm 1 of either paper reads, op by op, the unfused baseline; return the loss.
 
     ``clip`` is WGAN's clamp after the update; ``penalty_weight`` is WGAN-GP's lambda, with ``eps`` [N] drawn by

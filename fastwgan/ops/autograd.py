@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def apply(function: Any, *args: Any) -> Any:
-    """``function.apply(*args)``, which PyTorch leaves untyped."""
+    """Return ``function.apply(*args)``, which PyTorch leaves untyped."""
     return function.apply(*args)
 
 
@@ -26,4 +26,14 @@ class Op(torch.autograd.Function):
 
 
 def differentiable(*tensors: Tensor) -> bool:
+    """Return whether a backward pass through any of the tensors may follow."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def recompute(slopes: Tensor) -> bool:
+    """Return whether a backward pass is to compute in PyTorch what the forward launch has made as ``slopes``.
+
+    Recompute in PyTorch when the caller wants a double-backward graph, which the kernel's result lacks, or when the
+    kernel skipped the slopes because vmap hid requires_grad.
+    """
+    return torch.is_grad_enabled() or slopes.numel() == 0

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastwgan import checks, reference
-from fastwgan.backend import Backend, kernels, resolve
-from fastwgan.ops.autograd import Op, apply
+from fastwgan.backend import Backend, kernels, resolve, wide
+from fastwgan.ops.autograd import Op, apply, recompute
 from fastwgan.ops.calls import call_module, changed_tensors, empty_buffers, rebind_buffers
 from fastwgan.ops.rectifiers import LinearPieces
 from fastwgan.ops.samples import interpolate
@@ -22,10 +22,8 @@ class _Penalty(Op):
     @staticmethod
     def forward(gradients: Tensor, kind: str, target: float, differentiable: bool) -> tuple[Tensor, Tensor]:
         # Wide, as the gradient that comes in may be large (a loss scale) where the cotangent is small.
-        wide = torch.float64 if gradients.dtype == torch.float64 else torch.float32
-        loss, _, cotangent = kernels.penalty.gradient_penalty(
-            gradients, kind, target, 1.0, wide if differentiable else None
-        )
+        dtype = wide(gradients.dtype) if differentiable else None
+        loss, _, cotangent = kernels.penalty.gradient_penalty(gradients, kind, target, 1.0, dtype)
         return loss, cotangent
 
     @staticmethod
@@ -41,15 +39,14 @@ class _Penalty(Op):
         if grad is None:
             return None, None, None, None
         gradients, cotangent = ctx.saved_tensors
-        # A graph is asked for, and the kernel's cotangent has none; or it has made none, as vmap hides requires_grad.
-        if torch.is_grad_enabled() or cotangent.numel() == 0:
-            wide = torch.float64 if gradients.dtype == torch.float64 else torch.float32
-            cotangent = reference.penalty_cotangent(gradients.to(wide), kind=ctx.kind, target=ctx.target)[1]
+        if recompute(cotangent):
+            x = gradients.to(wide(gradients.dtype))
+            cotangent = reference.penalty_cotangent(x, kind=ctx.kind, target=ctx.target)[1]
         return (grad * cotangent).to(gradients.dtype), None, None, None
 
 
 def penalty(gradients: Tensor, *, kind: str = "two-sided", target: float = 1.0, backend: Backend = "auto") -> Tensor:
-    """The mean over samples of a function of the gradient's norm n, taken over all of a sample's dimensions.
+    """Return the mean over samples of a function of the gradient's norm n, taken over all of a sample's dimensions.
 
     Args:
         gradients: d critic / d input, [N, ...].
@@ -68,24 +65,20 @@ def penalty(gradients: Tensor, *, kind: str = "two-sided", target: float = 1.0, 
     >>> penalty(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
     tensor(8.)
     """
-    checks.tensor("gradients", gradients)
+    gradients = checks.tensor("gradients", gradients)
     if gradients.dim() == 0:
         raise ValueError("gradients: expected shape [N, ...], got a 0-d tensor")
-    checks.penalty(kind, target)
+    kind, target = checks.penalty(kind, target)
     if resolve(backend, gradients.device) == "torch":
         return reference.penalty(gradients, kind=kind, target=target)
-    differentiable = gradients.requires_grad and torch.is_grad_enabled()
-    loss, _ = apply(_Penalty, gradients, kind, float(target), differentiable)
+    loss, _ = apply(_Penalty, gradients, kind, target, gradients.requires_grad and torch.is_grad_enabled())
     return loss  # type: ignore[no-any-return]
 
 
 def penalty_cotangent(
     gradients: Tensor, kind: str, target: float, weight: float, backend: Backend
 ) -> tuple[Tensor, Tensor]:
-    """One launch, no graph: ([mean penalty; mean, least and greatest norm], d(weight * penalty) / d gradients).
-
-    For the trainer.
-    """
+    """Return :func:`fastwgan.reference.penalty_cotangent`'s two without a graph, by one launch. For the trainer."""
     gradients = gradients.detach()
     if resolve(backend, gradients.device) == "torch":
         return reference.penalty_cotangent(gradients, kind=kind, target=target, weight=weight)
@@ -94,29 +87,23 @@ def penalty_cotangent(
 
 
 def input_gradient(
-    critic: Callable[..., Tensor],
-    x: Tensor,
-    args: tuple[Any, ...],
-    ones_like: Callable[[Tensor], Tensor] = torch.ones_like,
-    pack: int = 1,
-) -> Tensor:
-    """d sum(critic(x, *args)) / dx, [N, ...], with a graph.
+    critic: Callable[..., Tensor], x: Tensor, args: tuple[Any, ...],
+    ones_like: Callable[[Tensor], Tensor] = torch.ones_like, pack: int = 1,
+) -> Tensor:  # fmt: skip
+    """Return d sum(critic(x, *args)) / dx, [N, ...], with a graph.
 
     Raises:
         ValueError: the critic does not give scores for each of the N samples, writes to ``x``, or its scores do not
             depend on ``x`` (which is not seen inside torch.compile: the gradient is zero then).
     """
     if torch.compiler.is_compiling():
-        given = dict(critic.named_buffers()) if isinstance(critic, nn.Module) else {}
-        buffers = dict(given)
-        empty = empty_buffers(critic) if isinstance(critic, nn.Module) else []
-
-        def forward(x: Tensor, buffers: dict[str, Tensor]) -> Tensor:
-            return call_module(critic, {}, buffers, (x, *args), empty) if buffers or empty else critic(x, *args)  # type: ignore[arg-type]
-
-        gradient = traced_input_gradient(forward, x, buffers, pack)
-        if isinstance(critic, nn.Module):
-            rebind_buffers(critic, changed_tensors(given, buffers))
+        if not isinstance(critic, nn.Module):
+            return traced_input_gradient(lambda x, _: critic(x, *args), x, {}, pack)
+        buffers, given, empty = dict(critic.named_buffers()), dict(critic.named_buffers()), empty_buffers(critic)
+        gradient = traced_input_gradient(
+            lambda x, buffers: call_module(critic, {}, buffers, (x, *args), empty), x, buffers, pack
+        )
+        rebind_buffers(critic, changed_tensors(given, buffers))
         return gradient
     try:
         with LinearPieces(), sdpa_kernel(SDPBackend.MATH):  # the other attention kernels have no second derivative
@@ -135,13 +122,10 @@ def input_gradient(
 
 
 def traced_input_gradient(
-    forward: Callable[[Tensor, dict[str, Tensor]], Tensor],
-    x: Tensor,
-    buffers: dict[str, Tensor],
-    pack: int = 1,
+    forward: Callable[[Tensor, dict[str, Tensor]], Tensor], x: Tensor, buffers: dict[str, Tensor], pack: int = 1,
     scale: Tensor | None = None,
-) -> Tensor:
-    """d sum(forward(x, buffers)) / dx, [N, ...], inside torch.compile; computed times ``scale``, where there is one.
+) -> Tensor:  # fmt: skip
+    """Return d sum(forward(x, buffers)) / dx, [N, ...], inside torch.compile; it is computed times ``scale``, if any.
 
     Dynamo traces torch.func.grad, and the compiler then differentiates the result as it does any function. What
     ``forward`` writes to must be an argument of the function that is differentiated: so the buffers are. Those that it
@@ -163,18 +147,10 @@ def traced_input_gradient(
 
 
 def gradient_penalty(
-    critic: Callable[..., Tensor],
-    real: Tensor,
-    fake: Tensor,
-    *,
-    weight: float = 10.0,
-    kind: str = "two-sided",
-    target: float = 1.0,
-    seed: int | None = None,
-    args: tuple[Any, ...] = (),
-    backend: Backend = "auto",
-) -> Tensor:
-    """WGAN-GP's term of the critic's loss: weight * penalty(d critic / dx) at random interpolates x.
+    critic: Callable[..., Tensor], real: Tensor, fake: Tensor, *, weight: float = 10.0, kind: str = "two-sided",
+    target: float = 1.0, seed: int | None = None, args: tuple[Any, ...] = (), backend: Backend = "auto",
+) -> Tensor:  # fmt: skip
+    """Return WGAN-GP's term of the critic's loss: weight * penalty(d critic / dx) at random interpolates x.
 
     The graph reaches the critic's parameters, not ``real`` or ``fake``, and is built even under ``torch.no_grad``.
 
@@ -207,9 +183,7 @@ def gradient_penalty(
     checks.penalty(kind, target)
     if not isinstance(args, (tuple, list)):
         raise TypeError(f"args: expected a tuple of arguments, got {type(args).__name__}")
-    checks.tensor("real", real)
-    checks.tensor("fake", fake)
-    real, fake = checks.promoted(real, fake)
+    real, fake = checks.promoted(checks.tensor("real", real), checks.tensor("fake", fake))
     checks.like("real", real, "fake", fake, shape=True)  # before a seed is drawn
     offset: int | Tensor = 0
     if seed is None and torch.compiler.is_compiling():

@@ -6,18 +6,21 @@ import torch
 from torch import Tensor
 
 from fastwgan import checks, reference
-from fastwgan.backend import Backend, kernels, resolve
-from fastwgan.ops.autograd import Op, apply, differentiable
+from fastwgan.backend import Backend, kernels, resolve, wide
+from fastwgan.ops.autograd import Op, apply, differentiable, recompute
 
 
 def _checked_scores(real_scores: object, fake_scores: object) -> tuple[Tensor, Tensor]:
-    checks.tensor("real_scores", real_scores)
-    checks.tensor("fake_scores", fake_scores)
-    assert isinstance(real_scores, Tensor)
-    assert isinstance(fake_scores, Tensor)
-    real_scores, fake_scores = checks.promoted(real_scores, fake_scores)
-    checks.like("fake_scores", fake_scores, "real_scores", real_scores, shape=False)
-    return real_scores, fake_scores
+    real, fake = checks.tensor("real_scores", real_scores), checks.tensor("fake_scores", fake_scores)
+    real, fake = checks.promoted(real, fake)
+    checks.like("fake_scores", fake, "real_scores", real, shape=False)
+    return real, fake
+
+
+def _slopes(scores: list[Tensor], blend: float, drift: float, weight: float | Tensor) -> list[Tensor]:
+    """Return weight * d loss / d scores, of real and fake scores or of fake ones alone, in plain PyTorch."""
+    terms = zip(scores, (-1, 1), (drift, 0.0), strict=False)
+    return [reference.score_slopes(x, sign, blend=blend, drift=own, weight=weight) for x, sign, own in terms]
 
 
 class _LinearLoss(Op):
@@ -43,8 +46,8 @@ class _BlendedLoss(Op):
 
     @staticmethod
     def forward(a: Tensor, b: Tensor | None, blend: float, drift: float, differentiable: bool) -> tuple[Tensor, Tensor]:
-        wide = torch.float64 if a.dtype == torch.float64 else torch.float32
-        loss, _, slopes = kernels.objective.objective(a, b, blend, drift, slopes=wide if differentiable else None)
+        dtype = wide(a.dtype) if differentiable else None
+        loss, _, slopes = kernels.objective.objective(a, b, blend, drift, slopes=dtype)
         return loss, slopes
 
     @staticmethod
@@ -59,17 +62,13 @@ class _BlendedLoss(Op):
         if grad is None:
             return None, None, None, None, None
         a, b, slopes = ctx.saved_tensors
-        # A graph is asked for, and the kernel's slopes have none; or it has made none, as vmap hides requires_grad.
-        if torch.is_grad_enabled() or slopes.numel() == 0:
-            parts = [reference.score_slopes(a, -1, blend=ctx.blend, drift=ctx.drift, weight=1.0)]
-            if b is not None:
-                parts.append(reference.score_slopes(b, 1, blend=ctx.blend, drift=0.0, weight=1.0))
+        scores = [a] if b is None else [a, b]
+        if recompute(slopes):
+            parts = _slopes(scores, ctx.blend, ctx.drift, 1.0)
         else:
-            parts = list(torch.split(slopes, [a.numel(), slopes.numel() - a.numel()]))
-        grads = [
-            (grad * part.view(x.shape)).to(x.dtype) for x, part in zip((a, b), parts, strict=False) if x is not None
-        ]
-        return grads[0], grads[1] if b is not None else None, None, None, None
+            parts = list(slopes.split([x.numel() for x in scores]))
+        grads = [(grad * part.view(x.shape)).to(x.dtype) for x, part in zip(scores, parts, strict=True)]
+        return grads[0], None if b is None else grads[1], None, None, None
 
 
 class _WassersteinLoss(Op):
@@ -111,13 +110,13 @@ class _HingeCriticLoss(Op):
 def critic_loss(
     real_scores: Tensor, fake_scores: Tensor, *, blend: float = 0.0, drift: float = 0.0, backend: Backend = "auto"
 ) -> Tensor:
-    """The critic's loss, mean(fake_scores) - mean(real_scores): minus the Wasserstein estimate.
+    """Return the critic's loss, mean(fake_scores) - mean(real_scores): minus the Wasserstein estimate.
 
     Args:
         real_scores: D(real), any shape, e.g. [N], [N, 1] or [N, 1, H, W].
         fake_scores: D(fake), any shape; dtype and device as ``real_scores``.
         blend: alpha in [0, 1], the share of the GAN's loss, mean(softplus(fake)) + mean(softplus(-real)), in it.
-        drift: what mean(real_scores^2) is added with, which keeps scores near zero; >= 0, in 1 / score.
+        drift: weight >= 0 of the term mean(real_scores^2), which keeps scores near zero; in 1 / score.
         backend: see :mod:`fastwgan.backend`.
 
     Returns:
@@ -147,7 +146,7 @@ def critic_loss(
 
 
 def generator_loss(fake_scores: Tensor, *, blend: float = 0.0, backend: Backend = "auto") -> Tensor:
-    """The generator's loss, -mean(fake_scores).
+    """Return the generator's loss, -mean(fake_scores).
 
     Args:
         fake_scores: D(G(z)), any shape.
@@ -178,7 +177,7 @@ def generator_loss(fake_scores: Tensor, *, blend: float = 0.0, backend: Backend 
 
 
 def wasserstein_loss(y_true: Tensor, y_pred: Tensor, *, backend: Backend = "auto") -> Tensor:
-    """mean(y_true * y_pred), the label form that Keras code uses.
+    """Return mean(y_true * y_pred), the label form that Keras code uses.
 
     With labels -1 for real and +1 for fake, and as many of each, twice this is :func:`critic_loss`.
 
@@ -198,9 +197,8 @@ def wasserstein_loss(y_true: Tensor, y_pred: Tensor, *, backend: Backend = "auto
     >>> wasserstein_loss(torch.tensor([-1.0, 1.0]), torch.tensor([3.0, 1.0]))
     tensor(-1.)
     """
-    checks.tensor("y_pred", y_pred)
-    checks.tensor("y_true", y_true)
-    y_true, y_pred = checks.promoted(y_true, y_pred)
+    y_pred = checks.tensor("y_pred", y_pred)
+    y_true, y_pred = checks.promoted(checks.tensor("y_true", y_true), y_pred)
     checks.like("y_true", y_true, "y_pred", y_pred, shape=True)
     if resolve(backend, y_pred.device) == "torch":
         return reference.wasserstein_loss(y_true, y_pred)
@@ -209,7 +207,7 @@ def wasserstein_loss(y_true: Tensor, y_pred: Tensor, *, backend: Backend = "auto
 
 
 def hinge_critic_loss(real_scores: Tensor, fake_scores: Tensor, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
-    """The hinge form's two halves, (mean(relu(1 - real_scores)), mean(relu(1 + fake_scores))).
+    """Return the hinge form's two halves, (mean(relu(1 - real_scores)), mean(relu(1 + fake_scores))).
 
     Args:
         real_scores: D(real), any shape.
@@ -235,7 +233,7 @@ def hinge_critic_loss(real_scores: Tensor, fake_scores: Tensor, *, backend: Back
 
 
 def score_statistics(real_scores: Tensor, fake_scores: Tensor, backend: Backend) -> Tensor:
-    """One launch, no graph: [mean real, mean fake, Wasserstein estimate, its negative]. For the trainer."""
+    """Return [mean real, mean fake, Wasserstein estimate, its negative] without a graph. For the trainer."""
     real_scores, fake_scores = real_scores.detach(), fake_scores.detach()
     if resolve(backend, real_scores.device) == "torch":
         return reference.score_statistics(real_scores, fake_scores)
@@ -247,8 +245,9 @@ def objective(
     real_scores: Tensor | None, fake_scores: Tensor, *, blend: float, drift: float, weight: float,
     scale: Tensor | None, backend: Backend,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One launch, no graph: (:func:`score_statistics`' four, or [the generator's loss]; weight * scale * d loss / d
-    scores, flat, of real scores first, in the scores' dtype). For the trainer.
+    """Return statistics and weight * scale * d loss / d scores without a graph, by one launch. For the trainer.
+
+    The statistics are :func:`score_statistics`', or [the generator's loss]. The slopes are flat, of real scores first.
     """
     scores = [x.detach() for x in (real_scores, fake_scores) if x is not None]
     if resolve(backend, fake_scores.device) == "triton":
@@ -259,10 +258,5 @@ def objective(
         statistics = reference.generator_loss(fake_scores.detach(), blend=blend).reshape(1)
     else:
         statistics = reference.score_statistics(*scores, blend=blend, drift=drift)
-    factor = weight if scale is None else weight * scale
-    signs, drifts = (-1, 1), (drift, 0.0)
-    slopes = [
-        reference.score_slopes(x, sign, blend=blend, drift=own, weight=factor).reshape(-1)
-        for x, sign, own in zip(scores, signs, drifts, strict=False)
-    ]
-    return statistics, torch.cat(slopes).to(fake_scores.dtype)
+    slopes = _slopes(scores, blend, drift, weight if scale is None else weight * scale)
+    return statistics, torch.cat([x.reshape(-1) for x in slopes]).to(fake_scores.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastwgan import checks, reference
 from fastwgan.backend import Backend, kernels, resolve, wide
-from fastwgan.ops.layout import is_dense, lies_in_rows
+from fastwgan.ops.layout import is_dense, lies_in_rows, written
 
 Share = tuple[Tensor, int]  # the share of some weights, or rows of them, that lie on their bound; of how many
 
@@ -44,8 +44,11 @@ def _by_kind(parameters: Iterable[Tensor], bound: float, backend: Backend) -> li
     Raises:
         TypeError, ValueError, RuntimeError: a parameter, the bound or the backend cannot be used.
     """
+    if not isinstance(parameters, Iterable):
+        raise TypeError(f"parameters: expected tensors, got {type(parameters).__name__}")
+    unique = {id(p): p for p in ([parameters] if isinstance(parameters, Tensor) else parameters)}
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for i, p in enumerate({id(p): p for p in parameters}.values()):
+    for i, p in enumerate(unique.values()):
         checks.parameter(f"parameters[{i}]", p)
         if p.numel():
             kinds.setdefault((p.device, p.dtype), []).append(p)
@@ -56,26 +59,13 @@ def _by_kind(parameters: Iterable[Tensor], bound: float, backend: Backend) -> li
     ]
 
 
-def _left_alone(gate: Tensor | None) -> Tensor | None:
-    """Return NaN for the share where the gate is shut; on a GPU this waits, as PyTorch's optimizers do."""
-    return gate.new_tensor(nan) if gate is not None and gate[0] else None
-
-
-def _written(params: list[Tensor], works: list[Tensor]) -> None:
-    """Tell autograd that a launch has written to parameters, and copy what it did to copies of them."""
-    torch.autograd.graph.increment_version(params)
-    for p, work in zip(params, works, strict=True):
-        if work.data_ptr() != p.data_ptr():
-            p.detach().copy_(work)
-
-
 @lru_cache(64)
 def _clipper(device: torch.device, dtype: torch.dtype, stream: int, bound: float) -> Any:
     """Return the launcher of one bound, as a CUDA graph reads it from there. A schedule of bounds drops the oldest."""
     return kernels.update.Update(device, dtype)
 
 
-_captured: set[Any] = set()  # launchers whose tables a CUDA graph reads, for as long as it lives
+_captured: set[Any] = set()  # launchers that a CUDA graph reads from, for as long as it lives
 
 
 def _clamp(params: list[Tensor], limit: float, gate: Tensor | None) -> Tensor:
@@ -96,17 +86,17 @@ def clip_and_count_(
 
     ``gate`` is [2] float32, or None: 1 to leave the weights alone, else 0; the share is NaN then.
     """
-    shares: list[Share] = []
+    shares = []
     for params, limit, runs in _by_kind(parameters, bound, backend):
         if runs == "triton":
-            works = [p.detach() if is_dense(p) else p.detach().contiguous() for p in params]
-            shares.append((_clamp(works, limit, gate), sum(map(Tensor.numel, params))))
-            _written(params, works)
-        elif (unknown := _left_alone(gate)) is not None:
-            shares.append((unknown, sum(map(Tensor.numel, params))))
+            with written(params) as works:
+                share = _clamp(works, limit, gate)
+        elif gate is not None and gate[0]:  # on a GPU this waits, as PyTorch's optimizers do
+            share = gate.new_tensor(nan)
         else:
             reference.clip_weights_(params, bound)
-            shares.append(saturation(params, bound))
+            share, _ = saturation(params, bound)
+        shares.append((share, sum(map(Tensor.numel, params))))
     return combine_shares(shares)
 
 
@@ -120,26 +110,24 @@ def project_and_count_(
 ) -> Share | None:
     """Do what :func:`clip_norms_` does; return the share of rows on their bound, None of none. For the trainer.
 
-    On it are those whose norm was the bound or more before. ``gate`` is [2] float32, or None: 1 to leave the weights
-    alone, else 0; the share is NaN then.
+    On it are those whose norm was the bound or more before. ``gate``: as :func:`clip_and_count_`'s.
     """
     in_rows = checks.per(per) == "row"
-    fits = lies_in_rows if in_rows else is_dense
-    shares: list[Share] = []
+    shares = []
     for params, _, runs in _by_kind(parameters, bound, backend):  # a norm is wide, so its bound is not rounded
         rows = [len(p) if in_rows and p.dim() else 1 for p in params]
         if runs == "triton":
-            works = [p.detach() if fits(p) else p.detach().contiguous() for p in params]
             device = params[0].device
             launcher = _projector(device, params[0].dtype, kernels.arrival.stream_of(device))
             sizes = [p.numel() // n for p, n in zip(params, rows, strict=True)]
-            shares.append((launcher.launch(works, sizes, float(bound), gate), sum(rows)))
-            _written(params, works)
-        elif (unknown := _left_alone(gate)) is not None:
-            shares.append((unknown, sum(rows)))
+            with written(params, lies_in_rows if in_rows else is_dense) as works:
+                share = launcher.launch(works, sizes, float(bound), gate)
+        elif gate is not None and gate[0]:
+            share = gate.new_tensor(nan)
         else:
-            shares.append(reference.norm_saturation(params, bound, per))
+            share, _ = reference.norm_saturation(params, bound, per)
             reference.clip_norms_(params, bound, per)
+        shares.append((share, sum(rows)))
     return combine_shares(shares)
 
 
@@ -161,7 +149,7 @@ def clip_weights_(parameters: Iterable[Tensor], bound: float, *, backend: Backen
     >>> w
     tensor([-0.0100,  0.0050,  0.0100])
     """
-    clip_and_count_(_listed(parameters), bound, backend)
+    clip_and_count_(parameters, bound, backend)
 
 
 def clip_norms_(parameters: Iterable[Tensor], bound: float, *, per: str = "row", backend: Backend = "auto") -> None:
@@ -188,13 +176,4 @@ def clip_norms_(parameters: Iterable[Tensor], bound: float, *, per: str = "row",
     tensor([[0.6000, 0.8000],
             [0.3000, 0.4000]])
     """
-    project_and_count_(_listed(parameters), bound, per, backend)
-
-
-def _listed(parameters: Iterable[Tensor]) -> Iterable[Tensor]:
-    """Return tensors, also where it is one."""
-    if isinstance(parameters, Tensor):
-        return [parameters]
-    if not isinstance(parameters, Iterable):
-        raise TypeError(f"parameters: expected tensors, got {type(parameters).__name__}")
-    return parameters
+    project_and_count_(parameters, bound, per, backend)

@@ -69,7 +69,7 @@ class Adam(Gated):
 
     def _hyper(self, group: dict[str, Any]) -> tuple[float, ...]:
         (beta1, beta2), sign = group["betas"], -1.0 if group["maximize"] else 1.0
-        log1, log2 = (math.log(beta) if beta > 0 else -math.inf for beta in group["betas"])
+        log1, log2 = [math.log(beta) if beta > 0 else -math.inf for beta in group["betas"]]
         return (group["lr"], beta1, 1 - beta1, log1, beta2, 1 - beta2, log2, group["eps"], group["weight_decay"], 0.0,
                 sign)  # fmt: skip
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fastwgan import checks, reference
-from fastwgan.backend import Backend, kernels, resolve
-from fastwgan.ops.layout import is_dense, same_layout
+from fastwgan.backend import kernels, resolve
+from fastwgan.ops.layout import same_layout, written
 from fastwgan.ops.weights import Share, combine_shares, saturation
-from fastwgan.optim.state import Checked, Params
+from fastwgan.optim.state import Checked
 
 __all__ = ["Gated", "Together"]
 
@@ -36,20 +36,14 @@ class Gated(Checked):
     _step_supports_amp_scaling = True  # so a GradScaler sets found_inf and grad_scale, and leaves the rest to the step
     _together = Together()  # of the call of step_gated that is under way
 
-    def __init__(self, params: Params, backend: Backend, **defaults: Any) -> None:
-        self._reset()
-        super().__init__(params, backend, **defaults)
+    _updates: dict[_Key, Any]  # launchers, whose tables a CUDA graph may read
+    _apart: dict[_Key, list[int]]  # where parameters lie that are known not to overlap
+    _shares: list[Share]  # of weights on their bound, after the last step
 
-    def _reset(self) -> None:
-        self._updates: dict[_Key, Any] = {}
-        self._apart: dict[_Key, list[int]] = {}  # where parameters lie that are known not to overlap
-        self._shares: list[Share] = []  # of weights on their bound, after the last step
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "_updates" not in self.__dict__:  # else from load_state_dict: a graph may read the tables
-            self._reset()
-        self._shares = []
+    def __new__(cls, *_: Any, **__: Any) -> "Gated":
+        self = super().__new__(cls)
+        self._updates, self._apart, self._shares = {}, {}, []  # a copy, or one that was pickled, has its own
+        return self
 
     @staticmethod
     def _variant(group: dict[str, Any]) -> tuple[bool, bool]:
@@ -124,9 +118,11 @@ class Gated(Checked):
             self.step()  # which schedulers and users wrap, and which calls the hooks
         finally:
             del self._together
-        groups = [group["params"] for group in self.param_groups]
-        within = [params for params in groups if together.bounded.issuperset(map(id, params))]
-        return self._shares, {id(p) for params in within for p in params if p.grad is not None}
+        clamped: set[int] = set()
+        for group in self.param_groups if together.bound is not None else ():
+            if together.bounded.issuperset(map(id, group["params"])):
+                clamped |= {id(p) for p in group["params"] if p.grad is not None}
+        return [*self._shares], clamped
 
     @property
     def saturation(self) -> Tensor | None:
@@ -201,42 +197,34 @@ class Gated(Checked):
         if places != self._apart.get(key):
             checks.refuse_overlap(given)
             self._apart[key] = places
-        params, grads, states, steps, hyper_rows, clamped = [], [], [], [], [], 0
         row_of_group = {id(group): row for row, group in enumerate(self._groups_of(key))}
-        for p, group, bound in members:
-            if kernels.arrival.capturing(device) and not self.state[p]:
-                raise RuntimeError(kernels.table.NOT_WARM)  # a replay would make the state anew
-            state, names = self._ensure_state(p, group), self._used_states(group)
-            work = p if is_dense(p) else p.detach().contiguous()
-            assert p.grad is not None
-            grad = p.grad.resolve_neg()
-            if not same_layout(grad, work):
-                grad = torch.empty_like(work).copy_(grad)
-            for name in names:
-                if name is not None and not same_layout(state[name], work):
-                    state[name] = torch.empty_like(work).copy_(state[name])
-            if averaged and not same_layout(averages[p], work):
-                averages[p] = torch.empty_like(work, dtype=averages[p].dtype).copy_(averages[p])
-            params.append(work)
-            grads.append(grad)
-            states.append([None if name is None else state[name] for name in names])
-            steps.append(state["step"])
-            hyper_rows.append(row_of_group[id(group)])
-            clamped += 0 if bound is None else p.numel()
-        if key not in self._updates:
-            self._updates[key] = kernels.update.Update(device, dtype)
+        grads, states, steps, rows = [], [], [], []
         if gate is not None:  # a GradScaler has one, on one of the devices
             gate = gate.to(device, non_blocking=True)
-        share = self._updates[key].launch(
-            self._algorithm, params, grads, states, steps, self._hyper_rows(key, together), hyper_rows, gate=gate,
-            averages=[averages[p] for p in given] if averaged else None, momentum=momentum, centered=centered,
-        )  # fmt: skip
-        torch.autograd.graph.increment_version(given)
-        for p, work in zip(given, params, strict=True):
-            if work is not p:
-                p.copy_(work)
+        with written(given) as params:
+            for (p, group, _), work in zip(members, params, strict=True):
+                if kernels.arrival.capturing(device) and not self.state[p]:
+                    raise RuntimeError(kernels.table.NOT_WARM)  # a replay would make the state anew
+                state, names = self._ensure_state(p, group), self._used_states(group)
+                assert p.grad is not None
+                grad = p.grad.resolve_neg()
+                grads.append(grad if same_layout(grad, work) else torch.empty_like(work).copy_(grad))
+                for name in names:
+                    if name is not None and not same_layout(state[name], work):
+                        state[name] = torch.empty_like(work).copy_(state[name])
+                if averaged and not same_layout(averages[p], work):
+                    averages[p] = torch.empty_like(work, dtype=averages[p].dtype).copy_(averages[p])
+                states.append([None if name is None else state[name] for name in names])
+                steps.append(state["step"])
+                rows.append(row_of_group[id(group)])
+            if key not in self._updates:
+                self._updates[key] = kernels.update.Update(device, dtype)
+            share = self._updates[key].launch(
+                self._algorithm, params, grads, states, steps, self._hyper_rows(key, together), rows, gate=gate,
+                averages=[averages[p] for p in given] if averaged else None, momentum=momentum, centered=centered,
+            )  # fmt: skip
         if share is not None:
-            self._shares.append((share, clamped))
+            self._shares.append((share, sum([p.numel() for p, _, bound in members if bound is not None])))
 
     def _groups_of(self, key: _Key) -> list[dict[str, Any]]:
         """Return all groups of a launch's variant, one row of numbers each.

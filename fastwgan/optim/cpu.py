@@ -10,10 +10,15 @@ __all__ = ["can_fuse", "fused_step_"]
 
 def can_fuse(*tensors: Tensor) -> bool:
     """Return whether the fused step can take them: on a CPU, and contiguous, as it takes every array to be."""
-    return all(
-        x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.is_contiguous() and not x.is_neg()
-        for x in tensors
-    )
+    for x in tensors:
+        if (
+            x.device.type != "cpu"
+            or x.dtype not in (torch.float32, torch.float64)
+            or not x.is_contiguous()
+            or x.is_neg()
+        ):
+            return False
+    return True
 
 
 def fused_step_(

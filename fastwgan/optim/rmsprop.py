@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastwgan import checks, reference
+from fastwgan import reference
 from fastwgan.backend import Backend
 from fastwgan.optim.base import Gated
 from fastwgan.optim.cpu import can_fuse, fused_step_
@@ -50,6 +50,7 @@ class RMSprop(Gated):
     _algorithm = "rmsprop"
     _states = ("square_avg", "grad_avg", "momentum_buffer")
     _required = ("lr", "alpha", "eps")
+    _numbers = ("lr", "eps", "weight_decay", "alpha", "momentum")
 
     def __init__(
         self, params: Params, lr: float = 1e-2, alpha: float = 0.99, eps: float = 1e-8, weight_decay: float = 0,
@@ -60,11 +61,6 @@ class RMSprop(Gated):
             params, backend, lr=lr, momentum=momentum, alpha=alpha, eps=eps, centered=centered,
             weight_decay=weight_decay, maximize=maximize, clip=clip,
         )  # fmt: skip
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        checks.number("alpha", group["alpha"], minimum=0)
-        checks.number("momentum", group["momentum"], minimum=0)
 
     def _used_states(self, group: dict[str, Any]) -> tuple[str | None, ...]:
         mean, buffer = "grad_avg" if group["centered"] else None, "momentum_buffer" if group["momentum"] > 0 else None

@@ -22,6 +22,7 @@ class Checked(Optimizer):
     adopts: type[Optimizer]  # torch's optimizer with the same algorithm, options and state
     _states: tuple[str, ...]  # every state tensor the algorithm can have, in the kernel's order
     _required: tuple[str, ...]  # options that tell a state of this algorithm from another's
+    _numbers: tuple[str, ...] = ("lr", "eps", "weight_decay")  # options that are numbers >= 0
 
     def __init__(self, params: Params, backend: Backend, **defaults: Any) -> None:
         self.backend = check_backend(backend)
@@ -31,7 +32,7 @@ class Checked(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise unless a group's options can be used."""
-        for name in ("lr", "eps", "weight_decay"):
+        for name in self._numbers:
             checks.number(name, group[name], minimum=0)
         if group.get("clip") is not None:
             checks.number("clip", group["clip"], minimum=0, exclusive=True)
@@ -69,29 +70,20 @@ class Checked(Optimizer):
     def _ensure_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """Return p's state: made where it is missing, and following p to another dtype or device."""
         state: dict[str, Any] = self.state[p]
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-        elif state["step"].device != p.device or state["step"].dtype != torch.float32:
-            state["step"] = state["step"].to(p.device, torch.float32)
-        for name in self._used_states(group):
-            if name is None:
-                continue
+        for name in ("step", *filter(None, self._used_states(group))):
+            dtype = torch.float32 if name == "step" else p.dtype
             if name not in state:
-                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            elif state[name].dtype != p.dtype or state[name].device != p.device:
-                state[name] = state[name].to(p.device, p.dtype)
+                state[name] = p.new_zeros((), dtype=dtype) if name == "step" else torch.zeros_like(p)
+            elif state[name].dtype != dtype or state[name].device != p.device:
+                state[name] = state[name].to(p.device, dtype)
         return state
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the state as ``torch.optim``'s optimizer of the same name has it."""
         result = super().state_dict()
-        result["state"] = {
-            i: {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}
-            for i, state in result["state"].items()
-        }
-        for state in result["state"].values():
-            if "step" in state:
-                state["step"] = state["step"].cpu()
+        for i, state in result["state"].items():
+            kept = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+            result["state"][i] = {k: v.cpu() if k == "step" else v for k, v in kept.items()}
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

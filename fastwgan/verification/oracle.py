@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastwgan import reference
+from fastwgan.backend import wide
 from fastwgan.constraints import GradientPenalty, NormClip, WeightClip
 from fastwgan.engine.eager import scores_of_both
 from fastwgan.verification.observed import Observed
@@ -64,8 +65,7 @@ class Step:
 
     def noisy(self, x: Tensor, like: Tensor, *, stream: int, offset: int = 0, scale: float | None = None) -> Tensor:
         """x with noise, by default the instance noise, in the order in which ``like`` has its elements in memory."""
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        size = x[0].numel()
+        dtype, size = wide(x.dtype), x[0].numel()
         n = reference.normals(self.seed, offset, len(x), size, stream=stream, dtype=dtype, device=x.device).to(x.dtype)
         channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
         if channels_last and not like.is_contiguous() and like.is_contiguous(memory_format=channels_last):

@@ -10,7 +10,9 @@ from tolerance import tensors
 from torch import nn
 
 from fastwgan import functional, reference
+from fastwgan.backend import kernels
 from fastwgan.ops.penalty import penalty_cotangent
+from fastwgan.ops.weights import saturation
 
 SCORE_OPS = {
     "critic_loss": (functional.critic_loss, reference.critic_loss),
@@ -89,6 +91,42 @@ def test_eps_is_bit_identical_to_the_reference(seed, offset, device):
     on_device = torch.tensor([offset], device=device)
     eps = functional.interpolate(ones, torch.zeros_like(ones), seed=seed, offset=on_device, backend="triton")
     assert torch.equal(eps[:, 0].cpu(), expected)
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1])
+@pytest.mark.parametrize("offset", [0, 2**32 - 50, 2**63 - 100, torch.tensor([7])])
+def test_eps_on_a_cpu_are_the_references(seed, offset):
+    """Bit for bit, though other calls compute them."""
+    ones, zeros = torch.ones(100, 2), torch.zeros(100, 2)
+    eps = functional.interpolate(ones, zeros, seed=seed, offset=offset, backend="torch")
+    assert torch.equal(eps, reference.uniform(seed, offset, 100)[:, None].expand(100, 2))
+    assert torch.equal(eps, reference.interpolate(ones, zeros, seed=seed, offset=offset))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_share_on_the_bound_is_the_references(dtype, device):
+    params = [torch.randn(n, device=device).to(dtype).clamp_(-0.3, 0.3) for n in (1, 17, 2**14 - 1, 2**14, 40_000)]
+    for some in (params, params[:3], params[3:], [params[0].view(())]):
+        share, total = saturation(some, 0.3)
+        expected, of = reference.saturation(some, 0.3)
+        assert share.dtype == expected.dtype
+        assert (share, total) == (expected, of)
+
+
+@pytest.mark.emulated
+def test_a_captured_clamp_outlives_a_schedule_of_bounds():
+    from recording import Recording  # here, as there is no such thing on a GPU
+
+    p = torch.full((5,), 3.0)
+    functional.clip_weights_([p], 0.5, backend="triton")
+    graph = Recording()
+    graph.capture(lambda: functional.clip_weights_([p], 0.5, backend="triton"))
+    kernels.table.fill_pending()
+    for i in range(100):
+        functional.clip_weights_([torch.ones(3)], 1 + i / 8, backend="triton")
+    p.fill_(3.0)
+    graph.replay()
+    assert torch.equal(p, torch.full((5,), 0.5))
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

@@ -263,6 +263,49 @@ def test_gradients_stay_as_they_are(name, options, how, backend, device):
         assert torch.equal(p.grad, grad)
 
 
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_trainers_step_is_its_own(name, backend, device):
+    """It takes gate, averages and bound from the call alone, and calls what users have put round a step."""
+    calls = []
+
+    class Own(PAIRS[name][0]):
+        def step(self, closure=None):
+            calls.append("own")
+            return super().step(closure)
+
+    params = _params(torch.float32, device, [(30,), (5, 5), (7,), (3,)])
+    _set_grads(params, step=0)
+    params[1].grad = None
+    optimizer = Own([{"params": params[:2]}, {"params": params[2:], "lr": 0.1}], lr=0.5, clip=9.0, backend=backend)
+    optimizer.register_step_pre_hook(lambda *_: calls.append("hook"))
+    averages = {p: p.detach().clone() for p in params[:3]}
+    kept = [x.clone() for x in averages.values()]
+    bounded = {id(p) for p in params[:3]}
+    together = Together(torch.tensor([0.0, 1.0], device=device), averages, 0.5, 0.25, bounded)
+    shares, clamped = optimizer.step_gated(together)
+    assert calls.count("own") == 1
+    assert "hook" in calls
+    assert clamped == {id(params[0])}, "of the second group one has no bound, and another had no gradient"
+    assert sum(n for _, n in shares) == 30
+    assert params[0].abs().max() == 0.25
+    assert shares[0][0] == (params[0].abs() == 0.25).float().mean() == optimizer.saturation
+    assert params[2].abs().max() > 0.25, "only whole groups are clamped with the step"
+    torch.testing.assert_close(averages[params[0]], (kept[0] + params[0].detach()) / 2)
+    assert torch.equal(averages[params[1]], kept[1])
+
+    before = [x.clone() for x in (*params, *averages.values())]
+    shut = together._replace(gate=torch.tensor([1.0, 1.0], device=device))
+    assert optimizer.step_gated(shut)[0][0][0].isnan()
+    assert all(map(torch.equal, before, (*params, *averages.values())))
+    params[0].grad = torch.zeros(30, device=device).to_sparse()
+    with pytest.raises(TypeError, match="^grad:"):
+        optimizer.step_gated(together)
+    _set_grads(params, step=1)
+    optimizer.step()
+    assert params[0].abs().max() > 0.25, "what was together with the last step is forgotten"
+    assert all(map(torch.equal, before[4:], averages.values()))
+
+
 def test_state_follows_its_parameter(backend, device):
     module, eager = nn.Linear(3, 2).to(device), nn.Linear(3, 2).to(device)
     eager.load_state_dict(module.state_dict())
