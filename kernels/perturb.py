@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .layout import dense_samples
-from .philox import NOISE, normals
+from .philox import normals
 
 BLOCK = 2048
 
@@ -28,7 +28,6 @@ def _perturb_kernel(
     scale: tl.float32,
     size,
     blocks,  # per sample
-    STREAM: tl.constexpr,
     OFFSET_ON_DEVICE: tl.constexpr,
     SCALE_ON_DEVICE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -48,7 +47,7 @@ def _perturb_kernel(
     x = tl.load(x_ptr + start + lanes, mask)
     acc = tl.float64 if x.dtype == tl.float64 else tl.float32
     factor = tl.load(scale_ptr).to(acc) if SCALE_ON_DEVICE else tl.full([], scale, acc)
-    noise = normals(seed, index, places, STREAM, acc)
+    noise = normals(seed, index, places, acc)
     tl.store(out_ptr + start + lanes, x.to(acc) + factor * noise, mask)
 
 
@@ -67,7 +66,7 @@ def perturb(x: torch.Tensor, scale: float | torch.Tensor, seed: int, offset: int
         _perturb_kernel[(batch * blocks,)](
             x, out, offset if offset_on_device else x, scale if scale_on_device else x, seed,
             0 if offset_on_device else offset, 0.0 if scale_on_device else c_float(scale).value, size, blocks,
-            STREAM=NOISE, OFFSET_ON_DEVICE=offset_on_device, SCALE_ON_DEVICE=scale_on_device, BLOCK=block,
+            OFFSET_ON_DEVICE=offset_on_device, SCALE_ON_DEVICE=scale_on_device, BLOCK=block,
             num_warps=8 if x.dtype == torch.float64 else 4, enable_fp_fusion=True,
         )  # fmt: skip
     return out

@@ -11,12 +11,11 @@ import triton.language as tl
 
 from .arithmetic import cos_and_sin_of_turns, sqrt
 
-STREAM = 0x57474150
-NOISE = STREAM + 1
+STREAM, NOISE = tl.constexpr(0x57474150), tl.constexpr(0x57474151)
 
 
 @triton.jit
-def uniform(seed, index, STREAM: tl.constexpr):
+def uniform(seed, index):
     """U[0, 1) in float32 for an int64 ``index``: the top 24 bits of the first Philox word, so exact in any order."""
     low = (index & 0xFFFFFFFF).to(tl.uint32)
     high = ((index >> 32) & 0xFFFFFFFF).to(tl.uint32)
@@ -33,7 +32,7 @@ def _box_muller(a, b, acc: tl.constexpr):
 
 
 @triton.jit
-def normals(seed, index, places, STREAM: tl.constexpr, acc: tl.constexpr):
+def normals(seed, index, places, acc: tl.constexpr):
     """N(0, 1) in ``acc``, four for each of the int32 ``places`` [n] of an int64 ``index``: [4 n].
 
     Of the four words the first two make the first two numbers (Box and Muller, 1958), the others the rest.
@@ -41,7 +40,7 @@ def normals(seed, index, places, STREAM: tl.constexpr, acc: tl.constexpr):
     zero = places.to(tl.uint32) * 0
     low = zero + (index & 0xFFFFFFFF).to(tl.uint32)
     high = zero + ((index >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    a, b, c, d = tl.philox(seed, low, high, places.to(tl.uint32), zero + STREAM)
+    a, b, c, d = tl.philox(seed, low, high, places.to(tl.uint32), zero + NOISE)
     first, second = _box_muller(a, b, acc)
     third, fourth = _box_muller(c, d, acc)
     return tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,8 @@ from fastwgan.ops.layout import is_dense, lies_in_rows
 
 
 @cache
-def _clipper(device: torch.device, dtype: torch.dtype, stream: int, bound: float) -> Any:  # a graph keeps its bound
+def _clipper(device: torch.device, dtype: torch.dtype, stream: int, bound: float) -> "kernels.update.Update":
+    # To each bound one of its own, as a graph keeps the bound that it was captured with.
     return kernels.update.Update(device, dtype)
 
 
@@ -78,12 +78,8 @@ def clip_and_count_(
 
     def launch(params: list[Tensor], limit: float) -> Tensor:
         device, dtype = params[0].device, params[0].dtype
-        hyper = ((*[0.0] * (kernels.table.HYPER_COLUMNS.value - 1), limit),)
         launcher = _clipper(device, dtype, kernels.arrival.stream_of(device), limit)
-        share: Tensor = launcher.launch(
-            "clamp", params, None, [()] * len(params), None, hyper, [0] * len(params), gate=gate
-        )
-        return share
+        return launcher.clamp(params, limit, gate)
 
     return _constrain_(
         parameters, bound, backend, gate, plain=plain, launch=launch, bounded=Tensor.numel, fits=is_dense
@@ -91,7 +87,7 @@ def clip_and_count_(
 
 
 @cache
-def _projector(device: torch.device, dtype: torch.dtype, stream: int) -> Any:
+def _projector(device: torch.device, dtype: torch.dtype, stream: int) -> "kernels.project.Project":
     return kernels.project.Project(device, dtype)
 
 
@@ -116,8 +112,7 @@ def project_and_count_(
     def launch(params: list[Tensor], _: float) -> Tensor:  # a norm is wide, so its bound is not rounded
         device, dtype = params[0].device, params[0].dtype
         launcher = _projector(device, dtype, kernels.arrival.stream_of(device))
-        share: Tensor = launcher.launch(params, [p.numel() // rows(p) for p in params], float(bound), gate)
-        return share
+        return launcher.launch(params, [p.numel() // rows(p) for p in params], float(bound), gate)
 
     fits = lies_in_rows if per == "row" else is_dense
     return _constrain_(parameters, bound, backend, gate, plain=plain, launch=launch, bounded=rows, fits=fits)
