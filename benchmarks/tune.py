@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from fastwgan.kernels import guard, interpolate, objective, penalty, perturb, project, scores, update
 from torch import Tensor
 
 from fastwgan import bench_builders, bench_ops, bench_run, timing
 from fastwgan.bench import Schedule, message
 from fastwgan.bench_ops import Case
+from fastwgan.kernels import guard, interpolate, objective, penalty, perturb, project, scores, update
 
 SAMPLES, REPEATS = 9, 10  # of a setting, and calls to a sample, on a GPU
 ON_CPU = 2**13  # elements there, where this only shows that it works

@@ -1,34 +1,41 @@
 """Which implementation runs an op: Triton kernels or the plain-PyTorch reference."""
 
-from importlib import import_module
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
+
+__all__ = ["DTYPES", "Backend", "check_backend", "kernels", "resolve", "triton_problem", "wide"]
+
+_import_problem: str | None = None
+try:
+    from fastwgan import kernels
+except ImportError as error:
+    if error.name is None or error.name.split(".")[0] != "triton":
+        raise
+    kernels, _import_problem = None, str(error)  # type: ignore[assignment]
 
 Backend = Literal["auto", "triton", "torch"]
 BACKENDS = get_args(Backend)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-kernels: Any = None  # the package fastwgan.kernels, where Triton is installed
-_import_problem: str | None = None
-try:
-    kernels = import_module("fastwgan.kernels")
-except ImportError as error:
-    if error.name is None or error.name.split(".")[0] != "triton":
-        raise
-    _import_problem = str(error)
 
-# MKL looks for a vector function's code on its first call. If several threads make that call together, one of them may
-# run code that is 1000 ulp off (pytorch/pytorch#188792), and then one seed has two outcomes. So each function that a
-# network may use on the CPU is called once here, by one thread.
-for _function in (
-    torch.acos, torch.asin, torch.atan, torch.cos, torch.cosh, torch.erf, torch.erfc, torch.erfinv, torch.exp,
-    torch.expm1, torch.log, torch.log10, torch.log1p, torch.log2, torch.sin, torch.sinh, torch.sqrt, torch.tan,
-    torch.tanh, torch.trunc,
-):  # fmt: skip
-    for _dtype in (torch.float32, torch.float64):
-        _function(torch.zeros(1, dtype=_dtype, device="cpu"))
+def _call_vector_functions() -> None:
+    """Call each function that MKL computes on arrays once, by one thread, so that one seed has one outcome.
+
+    MKL looks for a function's code on its first call. If several threads make that call together, one of them may run
+    code that is 1000 ulp off (pytorch/pytorch#188792).
+    """
+    for function in (
+        torch.acos, torch.asin, torch.atan, torch.cos, torch.cosh, torch.erf, torch.erfc, torch.erfinv, torch.exp,
+        torch.expm1, torch.log, torch.log10, torch.log1p, torch.log2, torch.sin, torch.sinh, torch.sqrt, torch.tan,
+        torch.tanh, torch.trunc,
+    ):  # fmt: skip
+        for dtype in (torch.float32, torch.float64):
+            function(torch.zeros(1, dtype=dtype, device="cpu"))
+
+
+_call_vector_functions()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

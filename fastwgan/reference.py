@@ -8,6 +8,7 @@ but in :mod:`fastwgan.functional`.
 
 import math
 from collections.abc import Callable, Iterable
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -18,8 +19,6 @@ from fastwgan.backend import wide
 
 POWER = 6  # WGAN-div's exponent, arXiv 1712.01026
 STREAM = 0x57474150  # Philox's last word for uniform numbers
-GROWTH_INTERVAL = 2000  # steps after which a loss scale is doubled, if it has served them all
-LEAST_SCALE, MOST_SCALE = 1.0, 2.0**24  # beyond these it is not the scale that is wrong
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -333,29 +332,43 @@ def average_(averages: list[Tensor], parameters: list[Tensor], decay: float) -> 
         torch._foreach_lerp_(averages, [_wide(p) for p in parameters], 1 - decay)
 
 
+class Tally(IntEnum):
+    """Places in a guard's tally, [9] int64. Behind them are two of the kernel's own, which are zero between steps."""
+
+    NONFINITE = 0  # how many elements of the last step's gradients were infinite or NaN
+    FIRST = 1  # the first tensor that had one, as of the last step with any
+    IN_A_ROW = 2  # steps left out in a row up to now
+    SKIPPED = 3  # steps left out in all
+    STEPS = 4  # steps looked at
+    LAST = 5  # the last step left out
+    LONGEST = 6  # the longest row of steps left out
+
+
+TALLY = 9  # the length of a tally
+GROWTH_INTERVAL, LEAST_SCALE, MOST_SCALE = 2000, 1.0, 2.0**24  # of a loss scale
+
+
 @torch.no_grad()
 def guard_(gradients: list[Tensor], tally: Tensor, gate: Tensor, scale: Tensor | None = None) -> None:
     """Count what is not finite in a network's gradients, and say in ``gate`` whether to leave the step out.
 
     Args:
         gradients: of the network, loss scale included.
-        tally: [9] int64, written: how many elements of this step were infinite or NaN; the first tensor that had one,
-            as of the last step with any; steps left out in a row up to now, and in all; steps looked at; the last one
-            left out; the longest row; two that stay 0.
+        tally: [TALLY] int64, written; :class:`Tally` says what stands where.
         gate: [2] float32, written: 1 to leave the step out, else 0; what gradients are to be multiplied by.
         scale: [2] float32, or None: the loss scale, and how many steps it has served. It is halved after a step left
-            out and doubled after GROWTH_INTERVAL in a row that were not, within bounds. Micikevicius et al., arXiv
-            1710.03740.
+            out and doubled after GROWTH_INTERVAL in a row that were not, from LEAST_SCALE up to MOST_SCALE.
+            Micikevicius et al., arXiv 1710.03740.
     """
     counts = torch.stack([(~g.isfinite()).sum() for g in gradients])
     skip = counts.any()
-    tally[0] = counts.sum()
-    tally[1] = torch.where(skip, (counts > 0).int().argmax(), tally[1])
-    tally[2] = torch.where(skip, tally[2] + 1, 0)
-    tally[3] += skip
-    tally[4] += 1
-    tally[5] = torch.where(skip, tally[4], tally[5])
-    tally[6] = torch.maximum(tally[6], tally[2])
+    tally[Tally.NONFINITE] = counts.sum()
+    tally[Tally.FIRST] = torch.where(skip, (counts > 0).int().argmax(), tally[Tally.FIRST])
+    tally[Tally.IN_A_ROW] = torch.where(skip, tally[Tally.IN_A_ROW] + 1, 0)
+    tally[Tally.SKIPPED] += skip
+    tally[Tally.STEPS] += 1
+    tally[Tally.LAST] = torch.where(skip, tally[Tally.STEPS], tally[Tally.LAST])
+    tally[Tally.LONGEST] = torch.maximum(tally[Tally.LONGEST], tally[Tally.IN_A_ROW])
     gate[0] = skip
     if scale is not None:
         gate[1] = 1 / scale[0]

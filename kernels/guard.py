@@ -16,35 +16,25 @@ import triton.language as tl
 
 from . import table
 from .arithmetic import divide
-from .arrival import is_last, mean_of_partials, zero
+from .arrival import MAX_PROGRAMS, is_last, mean_of_partials, zero
+from .layout import accumulator, triton_dtype
+from .scores import store_statistics, store_sums
 from .table import Tables
 
 BLOCK = 4096  # of a gradient; small networks want many programs
 LARGE_BLOCK = 16384  # where a launch has LARGE elements or more
 LARGE = 2**25  # beyond an H200's cache, as are the 2^27 that were measured
 SCORES_BLOCK = 1024
-MAX_PROGRAMS = 512  # that sum scores; also the width of the final sum
 # The tally (int64): how many elements of the last step were not finite; the first tensor that had one, as of the last
 # step with any; steps left out in a row up to now, and in all; steps looked at; the last one left out; the longest row.
-# Then two numbers that are zero between launches.
-NONFINITE, FIRST, IN_A_ROW, SKIPPED, STEPS, LAST, LONGEST, COUNT, REACHED = (tl.constexpr(i) for i in range(9))
+# Then two numbers that are zero between launches. The package knows these places as fastwgan.reference.Tally.
+NONFINITE, FIRST, IN_A_ROW, SKIPPED, STEPS, LAST, LONGEST, COUNT, REACHED = map(tl.constexpr, range(9))
 TALLY = 9
-# The gate (float32): 1 to leave the step out, else 0; what gradients are to be multiplied by.
+# The gate (float32), which all launches after this one obey: 1 to leave the step out, else 0; what gradients are to be
+# multiplied by.
 # The loss scale (float32): the scale; how many steps in a row it has served.
 GROWTH_INTERVAL = tl.constexpr(2000)
 LEAST_SCALE, MOST_SCALE = tl.constexpr(1.0), tl.constexpr(2.0**24)  # beyond these it is not the scale that is wrong
-
-
-@triton.jit
-def _sum(x_ptr, numel, acc: tl.constexpr, BLOCK: tl.constexpr, MAX_PROGRAMS: tl.constexpr):
-    """This program's share of the sum of an array: every so-many-th block."""
-    program = tl.program_id(0).to(tl.int64)
-    stride = tl.minimum(tl.num_programs(0), MAX_PROGRAMS) * BLOCK
-    lanes = tl.arange(0, BLOCK).to(tl.int64)
-    total = tl.zeros([BLOCK], acc)
-    for start in range(program * BLOCK, numel, stride):
-        total += tl.load(x_ptr + start + lanes, start + lanes < numel, other=0).to(acc)
-    return tl.sum(total, axis=0)
 
 
 @triton.jit(do_not_specialize=["chunks", "tensors"])
@@ -63,14 +53,11 @@ def _guard_kernel(
     tensors: tl.int64,  # in the network
     a_numel,
     b_numel,
-    DTYPE: tl.constexpr,
     FORM: tl.constexpr,  # "critic": both means; "generator": -mean a; "none"
-    SCALED: tl.constexpr,
     FINAL: tl.constexpr,  # the last launch of the step, as gradients of each dtype have their own
-    BLOCK: tl.constexpr,
-    SCORES_BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr, SCORES_BLOCK: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
-):
+):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     if program < chunks:
         row_ptr = table_ptr + tl.load(owner_ptr + program).to(tl.int64) * table.COLUMNS
@@ -88,24 +75,15 @@ def _guard_kernel(
             tl.atomic_max(tally_ptr + REACHED, tensors - tl.load(row_ptr + table.HYPER_ROW), sem="relaxed")
 
     if FORM != "none":
-        acc: tl.constexpr = stats_ptr.dtype.element_ty
-        if program < MAX_PROGRAMS:
-            tl.store(partial_ptr + program, _sum(a_ptr, a_numel, acc, SCORES_BLOCK, MAX_PROGRAMS))
-            if FORM == "critic":
-                b_sum = _sum(b_ptr, b_numel, acc, SCORES_BLOCK, MAX_PROGRAMS)
-                tl.store(partial_ptr + MAX_PROGRAMS + program, b_sum)
+        sharing = tl.minimum(tl.num_programs(0), MAX_PROGRAMS)
+        if program < sharing:
+            store_sums(partial_ptr, a_ptr, b_ptr, a_numel, b_numel, sharing, FORM, SCORES_BLOCK, MAX_PROGRAMS)
 
     if is_last(counter_ptr):
-        if FORM != "none":
-            mean_a = mean_of_partials(partial_ptr, a_numel, MAX_PROGRAMS)
-            if FORM == "critic":
-                mean_b = mean_of_partials(partial_ptr + MAX_PROGRAMS, b_numel, MAX_PROGRAMS)
-                tl.store(stats_ptr + 0, mean_a)
-                tl.store(stats_ptr + 1, mean_b)
-                tl.store(stats_ptr + 2, mean_a - mean_b)
-                tl.store(stats_ptr + 3, mean_b - mean_a)
-            else:
-                tl.store(stats_ptr, -mean_a)
+        if FORM == "critic":
+            store_statistics(stats_ptr, partial_ptr, a_numel, b_numel, MAX_PROGRAMS)
+        elif FORM == "generator":
+            tl.store(stats_ptr, -mean_of_partials(partial_ptr, a_numel, MAX_PROGRAMS))
         if FINAL:
             nonfinite = tl.atomic_xchg(tally_ptr + COUNT, 0, sem="relaxed")
             reached = tl.atomic_xchg(tally_ptr + REACHED, 0, sem="relaxed")
@@ -163,19 +141,19 @@ class Guard:
         form = ("none", "generator", "critic")[len(scores)]
         with torch.cuda.device_of(tally):
             a, b = (x.resolve_neg().contiguous() for x in ((*scores, scores[-1])[:2] if scores else (gate, gate)))
-            wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+            wide = accumulator(a.dtype)
             stats = torch.empty({"critic": 5, "generator": 2, "none": 1}[form], dtype=wide, device=device)
             partial = torch.empty(2, MAX_PROGRAMS, dtype=wide, device=device) if scores else stats
             blocks = min(triton.cdiv(max(a.numel(), b.numel()), SCORES_BLOCK), MAX_PROGRAMS)
             for k, (dtype, members) in enumerate(by_dtype.items(), 1):
                 own = [gradients[i] for i in members]
                 block = LARGE_BLOCK if sum(g.numel() for g in own) >= LARGE else BLOCK
-                rows, owners = self._tables.addresses(own, None, [()] * len(own), None, members, block)
+                rows, owners = self._tables.addresses(own, block, members)
                 final = k == len(by_dtype)
                 _guard_kernel[(max(len(owners), blocks),)](
                     rows, owners, tally, gate, gate if scale is None else scale, a, b, stats, partial, zero(device),
                     len(owners), len(gradients), a.numel(), b.numel(),
-                    DTYPE=getattr(tl, str(dtype).removeprefix("torch.")), FORM=form if final else "none",
+                    DTYPE=triton_dtype(dtype), FORM=form if final else "none",
                     SCALED=scale is not None, FINAL=final, BLOCK=block, SCORES_BLOCK=SCORES_BLOCK,
                     MAX_PROGRAMS=MAX_PROGRAMS, num_warps=8, enable_fp_fusion=True,
                 )  # fmt: skip

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .layout import dense_samples
-from .philox import STREAM, uniform
+from .philox import uniform
 
 BLOCK = 2048
 
@@ -26,7 +26,6 @@ def _interpolate_kernel(
     offset: tl.int64,
     size,
     blocks,  # per sample
-    STREAM: tl.constexpr,
     OFFSET_ON_DEVICE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -36,7 +35,7 @@ def _interpolate_kernel(
     index = sample + offset
     if OFFSET_ON_DEVICE:
         index += tl.load(offset_ptr)
-    eps = uniform(seed, index, STREAM)
+    eps = uniform(seed, index)
     if block == 0:
         tl.store(eps_ptr + sample, eps)
 
@@ -67,6 +66,6 @@ def interpolate(
         blocks = triton.cdiv(size, block)
         _interpolate_kernel[(batch * blocks,)](
             real, fake, out, eps, offset if on_device else eps, seed, 0 if on_device else offset, size, blocks,
-            STREAM=STREAM, OFFSET_ON_DEVICE=on_device, BLOCK=block, num_warps=4, enable_fp_fusion=True,
+            OFFSET_ON_DEVICE=on_device, BLOCK=block, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out, eps

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 
 from .arithmetic import divide, log1p, mean
-from .arrival import is_last, mean_of_partials, zero
+from .arrival import MAX_PROGRAMS, blocks_of_program, is_last, mean_of_partials, zero
+from .layout import accumulator
 
 BLOCK = 1024
-MAX_PROGRAMS = 512  # several per multiprocessor on any current GPU; also the width of the final sum
 
 
 @triton.jit
@@ -45,10 +45,7 @@ def _walk(
 ):  # fmt: skip
     """This program's share of an array: sums of scores and of terms to the partials, slopes to their places."""
     program = tl.program_id(0)
-    first = program.to(tl.int64) * BLOCK
-    tl.static_assert(first.dtype == tl.int64)  # and so is what counts from it, past 2^31 elements
-    stride = tl.num_programs(0) * BLOCK
-    lanes = tl.arange(0, BLOCK).to(tl.int64)
+    first, stride, lanes = blocks_of_program(tl.num_programs(0), BLOCK)
     total = tl.zeros([BLOCK], acc)
     terms = tl.zeros([BLOCK], acc)
     for start in range(first, numel, stride):
@@ -75,15 +72,10 @@ def _objective_kernel(
     counter_ptr,  # [1] int32
     a_numel,
     b_numel,
-    CRITIC: tl.constexpr,
-    BLEND: tl.constexpr,
-    DRIFT: tl.constexpr,
     WEIGHT: tl.constexpr,  # of slopes
-    SCALED: tl.constexpr,
-    SLOPES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MAX_PROGRAMS: tl.constexpr,
-):
+    CRITIC: tl.constexpr, BLEND: tl.constexpr, DRIFT: tl.constexpr, SCALED: tl.constexpr, SLOPES: tl.constexpr,
+    BLOCK: tl.constexpr, MAX_PROGRAMS: tl.constexpr,
+):  # fmt: skip
     acc: tl.constexpr = stats_ptr.dtype.element_ty
     weight = tl.full([], WEIGHT, acc)
     if SCALED:
@@ -125,7 +117,7 @@ def objective(
         a = a.resolve_neg().contiguous()
         b = None if b is None else b.resolve_neg().contiguous()
         b_numel = 0 if b is None else b.numel()
-        acc = torch.float64 if a.dtype == torch.float64 else torch.float32
+        acc = accumulator(a.dtype)
         loss = torch.empty((), dtype=acc, device=a.device)
         stats = torch.empty(1 if b is None else 4, dtype=acc, device=a.device)
         partial = torch.empty(4, MAX_PROGRAMS, dtype=acc, device=a.device)

@@ -20,44 +20,29 @@ import triton.language as tl
 
 from .arithmetic import divide, mean, sqrt
 from .arrival import is_last, zero
-from .layout import dense_samples
+from .layout import accumulator, dense_samples
 
 MAX_BLOCK = 16384  # the largest sample held in registers: 32 per thread with 16 warps
 LOOP_BLOCK = 8192  # of a larger one, by as many threads as a program may have: there is one program to a sample
 MOST_WARPS = 16 if torch.version.hip else 32  # 1024 threads
-NORMS_BLOCK = 1024
+NORMS_BLOCK = tl.constexpr(1024)  # that the last program takes at a time
 
 
 @triton.jit
 def _phi(norm, KIND: tl.constexpr, TARGET: tl.constexpr):
-    if KIND == "two-sided":
-        value = (norm - TARGET) * (norm - TARGET)
-    elif KIND == "one-sided":
-        excess = tl.maximum(norm - TARGET, 0, propagate_nan=tl.PropagateNan.ALL)
-        value = excess * excess
-    elif KIND == "zero-centered":
-        value = norm * norm
-    else:
-        tl.static_assert(KIND == "power")
-        square = norm * norm
-        value = square * square * square
-    return value
-
-
-@triton.jit
-def _slope(norm, KIND: tl.constexpr, TARGET: tl.constexpr):
-    """phi'(norm) / norm, the factor between a gradient and its cotangent."""
+    """phi(norm), and phi'(norm) / norm, the factor between a gradient and its cotangent."""
     if KIND == "zero-centered":
-        factor = tl.full([], 2, norm.dtype)
+        value, factor = norm * norm, tl.full([], 2, norm.dtype)
     elif KIND == "power":
         square = norm * norm
-        factor = 6 * square * square
+        value, factor = square * square * square, 6 * square * square
     else:
         excess = norm - TARGET
         if KIND == "one-sided":
             excess = tl.maximum(excess, 0, propagate_nan=tl.PropagateNan.ALL)
+        value = excess * excess
         factor = tl.where(norm == 0, 0, divide(2 * excess, tl.where(norm == 0, 1, norm)))
-    return factor
+    return value, factor
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -70,14 +55,9 @@ def _penalty_kernel(
     counter_ptr,  # [1] int32
     batch: tl.int64,
     size,
-    KIND: tl.constexpr,
-    TARGET: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    COTANGENT: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
+    KIND: tl.constexpr, TARGET: tl.constexpr, WEIGHT: tl.constexpr, COTANGENT: tl.constexpr, ONE_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
-    NORMS_BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     acc = stats_ptr.dtype.element_ty
     sample = tl.program_id(0).to(tl.int64)
     start = sample * size
@@ -88,7 +68,7 @@ def _penalty_kernel(
         g = tl.load(g_ptr + start + lanes, mask, other=0).to(acc)
         norm = sqrt(tl.sum(g * g, axis=0))
         if COTANGENT:
-            scale = mean(WEIGHT * _slope(norm, KIND, TARGET), batch)
+            scale = mean(WEIGHT * _phi(norm, KIND, TARGET)[1], batch)
             tl.store(v_ptr + start + lanes, scale * g, mask)
     else:
         squares = tl.zeros([BLOCK], acc)
@@ -99,7 +79,7 @@ def _penalty_kernel(
             squares += g * g
         norm = sqrt(tl.sum(squares, axis=0))
         if COTANGENT:
-            scale = mean(WEIGHT * _slope(norm, KIND, TARGET), batch)
+            scale = mean(WEIGHT * _phi(norm, KIND, TARGET)[1], batch)
             last = (size - 1) // BLOCK
             for i in range(origin, last + 1):
                 column = (last - i) * BLOCK  # backwards: what was read last is still in cache
@@ -120,7 +100,7 @@ def _penalty_kernel(
             norms += each
             least = tl.minimum(least, tl.where(valid, each, float("inf")))
             greatest = tl.maximum(greatest, each)
-            penalties += tl.where(valid, _phi(each, KIND, TARGET), 0)
+            penalties += tl.where(valid, _phi(each, KIND, TARGET)[0], 0)
         loss = mean(tl.sum(penalties, axis=0), batch)
         tl.store(loss_ptr, loss)
         tl.store(stats_ptr + 0, loss)
@@ -141,7 +121,7 @@ def gradient_penalty(
     with torch.cuda.device_of(g):
         g = dense_samples(g)
         batch, size = g.shape[0], g[0].numel()
-        acc = torch.float64 if g.dtype == torch.float64 else torch.float32
+        acc = accumulator(g.dtype)
         v = g.new_empty(0) if cotangent is None else torch.empty_like(g, dtype=cotangent)
         loss = torch.empty((), dtype=acc, device=g.device)
         stats = torch.empty(4, dtype=acc, device=g.device)
@@ -152,7 +132,7 @@ def gradient_penalty(
         _penalty_kernel[(batch,)](
             g, g if cotangent is None else v, loss, stats, norms, zero(g.device), batch, size,
             KIND=kind, TARGET=target, WEIGHT=weight, COTANGENT=cotangent is not None, ONE_BLOCK=one_block,
-            BLOCK=block, NORMS_BLOCK=NORMS_BLOCK, num_warps=warps if one_block else MOST_WARPS,
+            BLOCK=block, num_warps=warps if one_block else MOST_WARPS,
             enable_fp_fusion=True,
         )  # fmt: skip
     return loss, stats, v

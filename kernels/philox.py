@@ -2,7 +2,7 @@
 
 Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is the 64-bit
 seed; the counter is (index low, index high, place, stream). Uniform numbers are at place 0 of STREAM, one to an index;
-normal ones, four to a place, have streams behind it. PyTorch's own CUDA generator uses the same cipher with a last
+normal ones are in NOISE, four to a place. PyTorch's own CUDA generator uses the same cipher with a last
 counter word of 0, so equal seeds do not make ε repeat the latents.
 """
 
@@ -11,11 +11,11 @@ import triton.language as tl
 
 from .arithmetic import cos_and_sin_of_turns, sqrt
 
-STREAM = 0x57474150
+STREAM, NOISE = tl.constexpr(0x57474150), tl.constexpr(0x57474151)
 
 
 @triton.jit
-def uniform(seed, index, STREAM: tl.constexpr):
+def uniform(seed, index):
     """U[0, 1) in float32 for an int64 ``index``: the top 24 bits of the first Philox word, so exact in any order."""
     low = (index & 0xFFFFFFFF).to(tl.uint32)
     high = ((index >> 32) & 0xFFFFFFFF).to(tl.uint32)
@@ -32,7 +32,7 @@ def _box_muller(a, b, acc: tl.constexpr):
 
 
 @triton.jit
-def normals(seed, index, places, stream, acc: tl.constexpr):
+def normals(seed, index, places, acc: tl.constexpr):
     """N(0, 1) in ``acc``, four for each of the int32 ``places`` [n] of an int64 ``index``: [4 n].
 
     Of the four words the first two make the first two numbers (Box and Muller, 1958), the others the rest.
@@ -40,7 +40,7 @@ def normals(seed, index, places, stream, acc: tl.constexpr):
     zero = places.to(tl.uint32) * 0
     low = zero + (index & 0xFFFFFFFF).to(tl.uint32)
     high = zero + ((index >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    a, b, c, d = tl.philox(seed, low, high, places.to(tl.uint32), zero + stream.to(tl.uint32))
+    a, b, c, d = tl.philox(seed, low, high, places.to(tl.uint32), zero + NOISE)
     first, second = _box_muller(a, b, acc)
     third, fourth = _box_muller(c, d, acc)
     return tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))

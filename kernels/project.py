@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 
 from . import table
-from .arithmetic import divide, mean, sqrt
-from .arrival import is_last, zero
+from .arithmetic import divide, sqrt
+from .arrival import is_last, store_share, zero
+from .layout import accumulator, triton_dtype
 from .table import Tables
 
 MIN_BLOCK = 1024
@@ -56,16 +57,13 @@ def _square(w_ptr, lanes, size, scale, BLOCK: tl.constexpr):
 
 @triton.jit
 def _project_row(
-    entry_ptr,  # this tensor's row of the address table
-    row,
-    size,
-    BOUND: tl.constexpr,
-    DTYPE: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ALIGNED: tl.constexpr,  # every row begins and ends at a multiple of 16 bytes: 128-bit accesses
-):
-    """Project one row; return 1 if it lay on its bound or outside, else 0."""
+    entry_ptr, row, size, BOUND: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Project one row of a tensor; return 1 if it lay on its bound or outside, else 0.
+
+    ALIGNED: every row begins and ends at a multiple of 16 bytes, for 128-bit accesses.
+    """
     least: tl.constexpr = 2.0**-800 if ACC.primitive_bitwidth == 64 else 2.0**-100  # below, squares have lost digits
     shift: tl.constexpr = 2.0**600 if ACC.primitive_bitwidth == 64 else 2.0**90
     if ALIGNED:
@@ -95,7 +93,7 @@ def _project_row(
 def _project_kernel(
     table_ptr,  # [tensors, table.COLUMNS] int64: HYPER_ROW is the size of a tensor's rows
     owner_ptr,  # [chunks] int32, the tensor each program works on
-    gate_ptr,  # [2] float32: 1 to do nothing, else 0
+    gate_ptr,  # [2] float32
     count_ptr,  # [1] int64, zero between launches
     share_ptr,  # [1] float32
     counter_ptr,  # [1] int32
@@ -122,15 +120,14 @@ def _project_kernel(
     tl.atomic_add(count_ptr, on_bound.to(tl.int64), sem="relaxed")  # an integer, so the order cannot matter
 
     if is_last(counter_ptr):
-        share = mean(tl.atomic_xchg(count_ptr, 0, sem="relaxed").to(tl.float32), rows)
-        tl.store(share_ptr, tl.where(skip, float("nan"), share))  # nobody has looked
+        store_share(share_ptr, count_ptr, rows, skip)
 
 
 class Project:
     """The launcher for one (device, dtype) group of tensors on one stream, with the device tables it reuses."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._dtype = getattr(tl, str(dtype).removeprefix("torch."))
+        self._dtype, self._acc = triton_dtype(dtype), triton_dtype(accumulator(dtype))
         self._tables = Tables()
         self._open = torch.tensor([0.0, 1.0], device=device)
 
@@ -139,20 +136,19 @@ class Project:
     ) -> torch.Tensor:
         """Launch once, in place; return the share of rows on their bound (0-d float32; NaN if nothing was done).
 
-        No tensor is empty. Each is dense, with rows of its ``sizes`` elements one after the other. ``gate`` is [2]
-        float32: 1 to do nothing, else 0. None is 0.
+        No tensor is empty. Each is dense, with rows of its ``sizes`` elements one after the other. ``gate`` is
+        guard.py's; None is 0.
         """
         with torch.cuda.device_of(params[0]):
-            acc = tl.float64 if self._dtype == tl.float64 else tl.float32
             block = min(max(triton.next_power_of_2(max(sizes)), MIN_BLOCK), MAX_BLOCK)
             chunks = [block // 4 if size == 1 else size for size in sizes]
-            entries, owners = self._tables.addresses(params, None, [()] * len(params), None, sizes, chunks)
+            entries, owners = self._tables.addresses(params, chunks, sizes)
             rows = sum(p.numel() // size for p, size in zip(params, sizes, strict=True))
             share = torch.empty((), dtype=torch.float32, device=params[0].device)
             _project_kernel[(len(owners),)](
                 entries, owners, self._open if gate is None else gate, zero(params[0].device, torch.int64), share,
-                zero(params[0].device), rows, BOUND=bound, DTYPE=self._dtype, ACC=acc, BLOCK=block,
-                num_warps=min(max(block * acc.primitive_bitwidth // 16384, 4), 16),  # 64 bytes of it per thread
+                zero(params[0].device), rows, BOUND=bound, DTYPE=self._dtype, ACC=self._acc, BLOCK=block,
+                num_warps=min(max(block * self._acc.primitive_bitwidth // 16384, 4), 16),  # 64 bytes of it per thread
                 enable_fp_fusion=True,
             )  # fmt: skip
         return share

@@ -17,10 +17,57 @@ import torch
 import triton
 import triton.language as tl
 
-from .arrival import is_last, mean_of_partials, zero
+from .arrival import blocks_of_program, is_last, mean_of_partials, zero
+from .layout import accumulator
 
 BLOCK = 1024
-MAX_PROGRAMS = 1024  # several per multiprocessor on any current GPU; also the width of the final sum
+MAX_PROGRAMS = 1024  # twice what other sums have, as measured
+
+
+@triton.jit
+def _sum(x_ptr, y_ptr, numel, programs, acc: tl.constexpr, FORM: tl.constexpr, SIGN: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's share of the sum over x: of x, of x * y for labels, of relu(1 + SIGN * x) for the hinge form."""
+    first, stride, lanes = blocks_of_program(programs, BLOCK)
+    padding: tl.constexpr = -SIGN if FORM == "hinge" else 0  # adds nothing
+    total = tl.zeros([BLOCK], acc)
+    for start in range(first, numel, stride):
+        mask = start + lanes < numel
+        x = tl.load(x_ptr + start + lanes, mask, other=padding).to(acc)
+        if FORM == "labels":
+            x *= tl.load(y_ptr + start + lanes, mask, other=0).to(acc)
+        elif FORM == "hinge":
+            x = tl.maximum(1 + SIGN * x, 0, propagate_nan=tl.PropagateNan.ALL)
+        total += x
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def store_sums(
+    partial_ptr, a_ptr, b_ptr, a_numel, b_numel, programs, FORM: tl.constexpr, BLOCK: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Store this program's share of the sum over a, and over b where a form has a mean of it, to [2, MAX_PROGRAMS].
+
+    So many programs, the first ones, share the sums.
+    """
+    acc: tl.constexpr = partial_ptr.dtype.element_ty
+    program = tl.program_id(0)
+    tl.store(partial_ptr + program, _sum(a_ptr, b_ptr, a_numel, programs, acc, FORM, -1, BLOCK))
+    if FORM == "critic" or FORM == "hinge":
+        b_sum = _sum(b_ptr, a_ptr, b_numel, programs, acc, FORM, 1, BLOCK)
+        tl.store(partial_ptr + MAX_PROGRAMS + program, b_sum)
+
+
+@triton.jit
+def store_statistics(stats_ptr, partial_ptr, a_numel, b_numel, MAX_PROGRAMS: tl.constexpr):
+    """In the last program: store mean a, mean b, mean a - mean b, mean b - mean a; return the two means."""
+    mean_a = mean_of_partials(partial_ptr, a_numel, MAX_PROGRAMS)
+    mean_b = mean_of_partials(partial_ptr + MAX_PROGRAMS, b_numel, MAX_PROGRAMS)
+    tl.store(stats_ptr + 0, mean_a)
+    tl.store(stats_ptr + 1, mean_b)
+    tl.store(stats_ptr + 2, mean_a - mean_b)
+    tl.store(stats_ptr + 3, mean_b - mean_a)
+    return mean_a, mean_b
 
 
 @triton.jit
@@ -38,50 +85,19 @@ def _scores_kernel(
     BLOCK: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
 ):
-    acc = stats_ptr.dtype.element_ty
-    program = tl.program_id(0)
-    first = program.to(tl.int64) * BLOCK
-    tl.static_assert(first.dtype == tl.int64)  # and so is what counts from it, past 2^31 elements
-    stride = tl.num_programs(0) * BLOCK
-    lanes = tl.arange(0, BLOCK).to(tl.int64)
-
-    a_sum = tl.zeros([BLOCK], acc)
-    for start in range(first, a_numel, stride):
-        mask = start + lanes < a_numel
-        a = tl.load(a_ptr + start + lanes, mask, other=0).to(acc)
-        if FORM == "labels":
-            a *= tl.load(b_ptr + start + lanes, mask, other=0).to(acc)
-        elif FORM == "hinge":
-            a = tl.where(mask, tl.maximum(1 - a, 0, propagate_nan=tl.PropagateNan.ALL), 0)
-        a_sum += a
-    tl.store(partial_ptr + program, tl.sum(a_sum, axis=0))
-
-    if FORM == "critic" or FORM == "hinge":
-        b_sum = tl.zeros([BLOCK], acc)
-        for start in range(first, b_numel, stride):
-            mask = start + lanes < b_numel
-            b = tl.load(b_ptr + start + lanes, mask, other=0).to(acc)
-            if FORM == "hinge":
-                b = tl.where(mask, tl.maximum(1 + b, 0, propagate_nan=tl.PropagateNan.ALL), 0)
-            b_sum += b
-        tl.store(partial_ptr + MAX_PROGRAMS + program, tl.sum(b_sum, axis=0))
-
+    store_sums(partial_ptr, a_ptr, b_ptr, a_numel, b_numel, tl.num_programs(0), FORM, BLOCK, MAX_PROGRAMS)
     if is_last(counter_ptr):
-        mean_a = mean_of_partials(partial_ptr, a_numel, MAX_PROGRAMS)
         if FORM == "critic" or FORM == "hinge":
-            mean_b = mean_of_partials(partial_ptr + MAX_PROGRAMS, b_numel, MAX_PROGRAMS)
-            tl.store(stats_ptr + 0, mean_a)
-            tl.store(stats_ptr + 1, mean_b)
-            tl.store(stats_ptr + 2, mean_a - mean_b)
-            tl.store(stats_ptr + 3, mean_b - mean_a)
+            mean_a, mean_b = store_statistics(stats_ptr, partial_ptr, a_numel, b_numel, MAX_PROGRAMS)
+        else:
+            mean_a = mean_of_partials(partial_ptr, a_numel, MAX_PROGRAMS)
         if FORM == "critic":
             tl.store(loss_ptr, mean_b - mean_a)
         elif FORM == "generator":
             tl.store(loss_ptr, -mean_a)
-        elif FORM == "labels":
-            tl.store(loss_ptr, mean_a)
         else:
             tl.store(loss_ptr, mean_a)
+        if FORM == "hinge":
             tl.store(second_ptr, mean_b)
 
 
@@ -89,10 +105,10 @@ def mean_scores(form: str, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tens
     """Launch once; return (loss [], second loss [], stats [4]), of which a form fills what the table above says."""
     with torch.cuda.device_of(a):
         a, b = a.resolve_neg().contiguous(), b.resolve_neg().contiguous()
-        acc = torch.float64 if a.dtype == torch.float64 else torch.float32
-        loss, second = (torch.empty((), dtype=acc, device=a.device) for _ in range(2))
-        stats = torch.empty(4, dtype=acc, device=a.device)
-        partial = torch.empty(2, MAX_PROGRAMS, dtype=acc, device=a.device)
+        acc = accumulator(a.dtype)
+        loss, second, stats, partial = (
+            torch.empty(shape, dtype=acc, device=a.device) for shape in ((), (), 4, (2, MAX_PROGRAMS))
+        )
         programs = min(triton.cdiv(max(a.numel(), b.numel()), BLOCK), MAX_PROGRAMS)
         warps = min(BLOCK * a.itemsize // 512, 8)  # 16 bytes per thread; more warps than 8 were not measured
         _scores_kernel[(programs,)](

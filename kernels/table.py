@@ -133,34 +133,33 @@ class Tables:
     def addresses(
         self,
         params: Sequence[torch.Tensor],
-        grads: Sequence[torch.Tensor] | None,
-        states: Sequence[Sequence[torch.Tensor | None]],
-        steps: Sequence[torch.Tensor] | None,
-        hyper_rows: Sequence[int],
         blocks: int | Sequence[int],
-        averages: Sequence[torch.Tensor] | None = None,
+        hyper_rows: Sequence[int],
+        grads: Sequence[torch.Tensor] = (),
+        states: Sequence[Sequence[torch.Tensor | None]] = (),
+        steps: Sequence[torch.Tensor] = (),
+        averages: Sequence[torch.Tensor] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (rows [tensors, COLUMNS] int64, chunk owners [chunks] int32): which tensor each block is in.
 
-        ``blocks`` are the elements of a block, of all tensors or of each.
+        ``blocks`` are the elements of a block, of all tensors or of each. The optional ones are none or one to a
+        tensor.
         """
         if isinstance(blocks, int):
             blocks = [blocks] * len(params)
         rows, chunks = [], []
         first = 0
         for i, (param, block) in enumerate(zip(params, blocks, strict=True)):
-            pointers = [param.data_ptr(), grads[i].data_ptr() if grads else 0, 0, 0, 0, 0]
-            if averages is not None:
-                pointers[AVERAGE.value] = averages[i].data_ptr()
-            for k, state in enumerate(states[i]):
-                pointers[STATE0.value + k] = 0 if state is None else state.data_ptr()
-            numel = param.numel()
+            state = list(states[i]) if states else []
+            state += [None] * (3 - len(state))
+            arrays = (param, grads[i] if grads else None, *state, averages[i] if averages else None)  # as the columns
+            pointers = [0 if x is None else x.data_ptr() for x in arrays]
             aligned = all(pointer % 16 == 0 for pointer in pointers)
             step = steps[i].data_ptr() if steps else 0
+            numel = param.numel()
             rows.append((*pointers, step, numel, first, hyper_rows[i], int(aligned)))
-            count = -(-numel // block)
-            chunks.append(count)
-            first += count
+            chunks.append(-(-numel // block))
+            first += chunks[-1]
         device = params[0].device
         table = self._get(tuple(rows), device, lambda: torch.tensor(rows, dtype=torch.int64, device="cpu"))
         owners = self._get(tuple(chunks), device, lambda: _owners(chunks))

@@ -23,8 +23,9 @@ import triton
 import triton.language as tl
 
 from . import table
-from .arithmetic import divide, mean, one_minus_power, sqrt, toward
-from .arrival import is_last, zero
+from .arithmetic import divide, one_minus_power, sqrt, toward
+from .arrival import is_last, store_share, zero
+from .layout import accumulator, triton_dtype
 from .table import Mirror, Tables
 
 BLOCK = 2048
@@ -32,32 +33,16 @@ STEPS_BLOCK = tl.constexpr(512)  # no fewer than a program has threads, so that 
 
 
 @triton.jit
-def _bias_corrections(row_ptr, hyper_ptr):
-    """1 - beta1^t and 1 - beta2^t of the step to come."""
-    step = tl.load(tl.load(row_ptr + table.STEP).to(tl.pointer_type(tl.float32)))
-    step = step.to(hyper_ptr.dtype.element_ty) + 1
-    bias1 = one_minus_power(tl.load(hyper_ptr + table.BETA1_LOG), step)
-    return bias1, one_minus_power(tl.load(hyper_ptr + table.BETA2_LOG), step)
-
-
-@triton.jit
 def _update_chunk(
-    row_ptr,  # this tensor's row of the address table
-    hyper_ptr,  # this tensor's row of hyper-parameters
-    bias1,  # Adam's 1 - beta1^t
-    bias2,  # and 1 - beta2^t
-    factor,  # of gradients
-    start,
-    numel,
-    DTYPE: tl.constexpr,
-    ALGORITHM: tl.constexpr,
-    HAS_MOMENTUM: tl.constexpr,
-    CENTERED: tl.constexpr,
-    AVERAGED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FULL: tl.constexpr,  # every element in range and every address a multiple of 16: unmasked 128-bit accesses
-):
-    """Update one chunk; return how many of its weights lie on their bound."""
+    row_ptr, hyper_ptr, bias1, bias2, factor, start, numel, DTYPE: tl.constexpr, ALGORITHM: tl.constexpr,
+    HAS_MOMENTUM: tl.constexpr, CENTERED: tl.constexpr, AVERAGED: tl.constexpr, BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    """Update one chunk by its tensor's rows of the two tables; return how many of its weights lie on their bound.
+
+    bias1, bias2: Adam's 1 - beta1^t and 1 - beta2^t. FULL: every element is in range and every address a multiple of
+    16, for unmasked 128-bit accesses.
+    """
     acc = hyper_ptr.dtype.element_ty
     lanes = tl.arange(0, BLOCK)
     mask = None if FULL else lanes < numel - start
@@ -65,40 +50,34 @@ def _update_chunk(
     p = tl.load(p_ptr, mask).to(acc)
 
     if ALGORITHM != "clamp":
-        lr = tl.load(hyper_ptr + table.LR)
-        eps = tl.load(hyper_ptr + table.EPS)
-        decay = tl.load(hyper_ptr + table.DECAY)
-        beta2 = tl.load(hyper_ptr + table.BETA2)
-        beta2_c = tl.load(hyper_ptr + table.BETA2_C)
-        sign = tl.load(hyper_ptr + table.SIGN)
+        lr, eps = tl.load(hyper_ptr + table.LR), tl.load(hyper_ptr + table.EPS)
+        sign, decay = tl.load(hyper_ptr + table.SIGN), tl.load(hyper_ptr + table.DECAY)
+        beta2, beta2_c = tl.load(hyper_ptr + table.BETA2), tl.load(hyper_ptr + table.BETA2_C)
         g = sign * factor * tl.load(table.pointers(row_ptr, table.GRAD, start, lanes, DTYPE, FULL), mask).to(acc)
         if decay != 0:  # not g + 0 * p, which an infinite weight would turn into NaN
             g += decay * p
         s_ptr = table.pointers(row_ptr, table.STATE0, start, lanes, DTYPE, FULL)
         s = beta2 * tl.load(s_ptr, mask).to(acc) + beta2_c * g * g
         tl.store(s_ptr, s.to(DTYPE), mask)
-
-    if ALGORITHM == "rmsprop":
-        variance = s
-        if CENTERED:
+        if ALGORITHM == "adam" or CENTERED:
             m_ptr = table.pointers(row_ptr, table.STATE1, start, lanes, DTYPE, FULL)
-            m = tl.load(m_ptr, mask).to(acc)
-            m = toward(m, g, beta2, beta2_c)
+            beta, beta_c = beta2, beta2_c
+            if ALGORITHM == "adam":
+                beta, beta_c = tl.load(hyper_ptr + table.BETA1), tl.load(hyper_ptr + table.BETA1_C)
+            m = toward(tl.load(m_ptr, mask).to(acc), g, beta, beta_c)
             tl.store(m_ptr, m.to(DTYPE), mask)
-            # Rounding can leave this difference just below zero, where the root would be NaN.
-            variance = tl.maximum(s - m * m, 0, propagate_nan=tl.PropagateNan.ALL)
-        change = divide(g, sqrt(variance) + eps)
-        if HAS_MOMENTUM:
-            b_ptr = table.pointers(row_ptr, table.STATE2, start, lanes, DTYPE, FULL)
-            change += tl.load(hyper_ptr + table.MOMENTUM) * tl.load(b_ptr, mask).to(acc)
-            tl.store(b_ptr, change.to(DTYPE), mask)
-        p -= lr * change
-    elif ALGORITHM == "adam":
-        m_ptr = table.pointers(row_ptr, table.STATE1, start, lanes, DTYPE, FULL)
-        m = tl.load(m_ptr, mask).to(acc)
-        m = toward(m, g, tl.load(hyper_ptr + table.BETA1), tl.load(hyper_ptr + table.BETA1_C))
-        tl.store(m_ptr, m.to(DTYPE), mask)
-        p -= divide(lr, bias1) * divide(m, divide(sqrt(s), sqrt(bias2)) + eps)
+        if ALGORITHM == "adam":
+            p -= divide(lr, bias1) * divide(m, divide(sqrt(s), sqrt(bias2)) + eps)
+        else:
+            variance = s
+            if CENTERED:  # rounding can leave this difference just below zero, where the root would be NaN
+                variance = tl.maximum(s - m * m, 0, propagate_nan=tl.PropagateNan.ALL)
+            change = divide(g, sqrt(variance) + eps)
+            if HAS_MOMENTUM:
+                b_ptr = table.pointers(row_ptr, table.STATE2, start, lanes, DTYPE, FULL)
+                change += tl.load(hyper_ptr + table.MOMENTUM) * tl.load(b_ptr, mask).to(acc)
+                tl.store(b_ptr, change.to(DTYPE), mask)
+            p -= lr * change
 
     bound = tl.load(hyper_ptr + table.BOUND)
     p = tl.maximum(p, -bound, propagate_nan=tl.PropagateNan.ALL)
@@ -119,19 +98,15 @@ def _update_kernel(
     table_ptr,  # [tensors, table.COLUMNS] int64
     owner_ptr,  # [chunks] int32, the tensor each program works on
     hyper_ptr,  # [rows, table.HYPER_COLUMNS] in the accumulator's dtype
-    gate_ptr,  # [2] float32: 1 to do nothing, else 0; the factor of gradients
+    gate_ptr,  # [2] float32
     count_ptr,  # [1] int64, zero between launches
     share_ptr,  # [1] float32
     counter_ptr,  # [1] int32
     tensors: tl.int32,
     clamped: tl.int64,  # number of weights that have a bound
-    DTYPE: tl.constexpr,
-    ALGORITHM: tl.constexpr,
-    HAS_MOMENTUM: tl.constexpr,
-    CENTERED: tl.constexpr,
-    AVERAGED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    DTYPE: tl.constexpr, ALGORITHM: tl.constexpr, HAS_MOMENTUM: tl.constexpr, CENTERED: tl.constexpr,
+    AVERAGED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     skip = tl.load(gate_ptr) != 0
     factor = tl.load(gate_ptr + 1).to(hyper_ptr.dtype.element_ty)
     program = tl.program_id(0).to(tl.int64)
@@ -140,8 +115,10 @@ def _update_kernel(
     start = (program - tl.load(row_ptr + table.FIRST_CHUNK)) * BLOCK
     row_hyper_ptr = hyper_ptr + tl.load(row_ptr + table.HYPER_ROW) * table.HYPER_COLUMNS
     bias1, bias2 = 1.0, 1.0
-    if ALGORITHM == "adam":
-        bias1, bias2 = _bias_corrections(row_ptr, row_hyper_ptr)
+    if ALGORITHM == "adam":  # of the step to come
+        step = tl.load(tl.load(row_ptr + table.STEP).to(tl.pointer_type(tl.float32))).to(factor.dtype) + 1
+        bias1 = one_minus_power(tl.load(row_hyper_ptr + table.BETA1_LOG), step)
+        bias2 = one_minus_power(tl.load(row_hyper_ptr + table.BETA2_LOG), step)
     if (tl.load(row_ptr + table.ALIGNED) != 0) & (start + BLOCK <= numel):
         on_bound = _update_chunk(
             row_ptr, row_hyper_ptr, bias1, bias2, factor, start, numel, DTYPE, ALGORITHM, HAS_MOMENTUM, CENTERED,
@@ -159,8 +136,7 @@ def _update_kernel(
 
     if is_last(counter_ptr):
         if clamped > 0:
-            share = mean(tl.atomic_xchg(count_ptr, 0, sem="relaxed").to(tl.float32), clamped)
-            tl.store(share_ptr, tl.where(skip, float("nan"), share))  # nobody has looked
+            store_share(share_ptr, count_ptr, clamped, skip)
         if ALGORITHM != "clamp":
             for first in range(0, tl.where(skip, 0, tensors), STEPS_BLOCK):
                 slots = first + tl.arange(0, STEPS_BLOCK)
@@ -174,39 +150,29 @@ class Update:
     """The launcher for one (device, dtype) group of tensors on one stream, with the device tables it reuses."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._dtype = getattr(tl, str(dtype).removeprefix("torch."))
-        acc = torch.float64 if dtype == torch.float64 else torch.float32
-        self._hyper = Mirror(acc, device)
+        self._dtype = triton_dtype(dtype)
+        self._hyper = Mirror(accumulator(dtype), device)
         self._tables = Tables()
         self._open = torch.tensor([0.0, 1.0], device=device)
 
     def launch(
-        self,
-        algorithm: str,
-        params: Sequence[torch.Tensor],
-        grads: Sequence[torch.Tensor] | None,
-        states: Sequence[Sequence[torch.Tensor | None]],
-        steps: Sequence[torch.Tensor] | None,
-        hyper: tuple[tuple[float, ...], ...],
-        hyper_rows: Sequence[int],
-        *,
-        averages: Sequence[torch.Tensor] | None = None,
-        gate: torch.Tensor | None = None,
-        momentum: bool = False,
-        centered: bool = False,
-    ) -> torch.Tensor | None:
+        self, algorithm: str, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor],
+        states: Sequence[Sequence[torch.Tensor | None]], steps: Sequence[torch.Tensor],
+        hyper: tuple[tuple[float, ...], ...], hyper_rows: Sequence[int], *,
+        averages: Sequence[torch.Tensor] | None = None, gate: torch.Tensor | None = None,
+        momentum: bool = False, centered: bool = False,
+    ) -> torch.Tensor | None:  # fmt: skip
         """Launch once, in place.
 
         No tensor is empty; all are dense and laid out like their parameter. ``states`` are per tensor: (square_avg,
-        grad_avg or None, momentum_buffer or None) for rmsprop, (exp_avg_sq, exp_avg) for adam, () for clamp.
-        ``hyper_rows`` names each tensor's row of ``hyper``, whose columns table.py lists. ``averages`` are float32, or
-        float64 for float64. ``gate`` is [2] float32: 1 to do nothing, else 0; a factor of gradients. None is 0 and 1.
-        Returns the share of clamped weights on their bound (0-d float32; NaN if nothing was done), or None if no row
-        has a bound.
+        grad_avg or None, momentum_buffer or None) for rmsprop, (exp_avg_sq, exp_avg) for adam. ``hyper_rows`` names
+        each tensor's row of ``hyper``, whose columns table.py lists. ``averages`` are float32, or float64 for float64.
+        ``gate`` is guard.py's; None is 0 and 1. Returns the share of clamped weights on their bound (0-d float32; NaN
+        if nothing was done), or None if no row has a bound.
         """
         device = params[0].device
         with torch.cuda.device_of(params[0]):
-            rows, owners = self._tables.addresses(params, grads, states, steps, hyper_rows, BLOCK, averages)
+            rows, owners = self._tables.addresses(params, BLOCK, hyper_rows, grads, states, steps, averages or ())
             clamped = sum(p.numel() for p, i in zip(params, hyper_rows, strict=True) if hyper[i][-1] != float("inf"))
             share = torch.empty((), dtype=torch.float32, device=device)
             _update_kernel[(len(owners),)](
@@ -217,6 +183,13 @@ class Update:
                 enable_fp_fusion=True,
             )  # fmt: skip
         return share if clamped else None
+
+    def clamp(self, params: Sequence[torch.Tensor], bound: float, gate: torch.Tensor | None = None) -> torch.Tensor:
+        """Launch once: clamp weights to a finite bound, in place. Arguments and result are those of ``launch``."""
+        hyper = ((*[0.0] * (table.HYPER_COLUMNS.value - 1), bound),)
+        share = self.launch("clamp", params, (), (), (), hyper, [0] * len(params), gate=gate)
+        assert share is not None
+        return share
 
     def set_hyper(self, hyper: tuple[tuple[float, ...], ...]) -> None:
         """Have launches that a graph replays use other numbers than when they were captured."""

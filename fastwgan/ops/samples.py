@@ -9,13 +9,12 @@ from torch import Tensor
 from fastwgan import checks, reference
 from fastwgan.backend import Backend, kernels, resolve
 from fastwgan.ops.autograd import Op, apply
-from fastwgan.ops.layout import same_layout
 
 
 class _Perturb(Op):
     @staticmethod
     def forward(x: Tensor, scale: float | Tensor, seed: int, offset: int | Tensor) -> Any:
-        return kernels.perturb.perturb(x, None, scale, seed, offset)
+        return kernels.perturb.perturb(x, scale, seed, offset)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -67,22 +66,6 @@ def perturb(
         return reference.perturb(x, scale=scale, seed=seed, offset=offset)
     out: Tensor = apply(_Perturb, x, scale, seed, offset)
     return out
-
-
-def perturb_both(
-    real: Tensor, fake: Tensor, *, scale: float | Tensor, seed: int, offset: int | Tensor, backend: Backend
-) -> Tensor:
-    """One launch, no graph: real and fake samples with noise, one batch [2 N, ...]. For the trainer."""
-    if not same_layout(real, fake):  # the noise goes by the place in memory, and one batch has one layout
-        real, fake = real.contiguous(), fake.contiguous()
-    if resolve(backend, real.device) == "torch":
-        if real.stride() != fake.stride():  # one order of elements for both, as the kernel has it
-            real, fake = real.contiguous(), fake.contiguous()
-        both = ((real, 2), (fake, 3))
-        return torch.cat(
-            [reference.perturb(x, scale=scale, seed=seed, offset=offset, stream=stream) for x, stream in both]
-        )
-    return kernels.perturb.perturb(real.detach(), fake.detach(), scale, seed, offset)  # type: ignore[no-any-return]
 
 
 def _uniform(seed: int, offset: int | Tensor, n: int, device: torch.device) -> Tensor:

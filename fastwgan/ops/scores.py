@@ -238,7 +238,7 @@ def score_statistics(real_scores: Tensor, fake_scores: Tensor, backend: Backend)
     if resolve(backend, real_scores.device) == "torch":
         return reference.score_statistics(real_scores, fake_scores)
     *_, statistics = kernels.scores.mean_scores("critic", real_scores, fake_scores)
-    return statistics  # type: ignore[no-any-return]
+    return statistics
 
 
 def objective(
@@ -251,9 +251,8 @@ def objective(
     """
     scores = [x.detach() for x in (real_scores, fake_scores) if x is not None]
     if resolve(backend, fake_scores.device) == "triton":
-        a, b = (*scores, None)[:2]
-        _, statistics, slopes = kernels.objective.objective(a, b, blend, drift, weight, scale, fake_scores.dtype)
-        return statistics, slopes
+        b = None if real_scores is None else scores[1]
+        return kernels.objective.objective(scores[0], b, blend, drift, weight, scale, fake_scores.dtype)[1:]
     if real_scores is None:
         statistics = reference.generator_loss(fake_scores.detach(), blend=blend).reshape(1)
     else:

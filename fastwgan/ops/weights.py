@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from functools import cache, lru_cache
 from math import nan
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,12 +59,12 @@ def _by_kind(parameters: Iterable[Tensor], bound: float, backend: Backend) -> li
 
 
 @lru_cache(64)
-def _clipper(device: torch.device, dtype: torch.dtype, stream: int, bound: float) -> Any:
+def _clipper(device: torch.device, dtype: torch.dtype, stream: int, bound: float) -> "kernels.update.Update":
     """Return the launcher of one bound, as a CUDA graph reads it from there. A schedule of bounds drops the oldest."""
     return kernels.update.Update(device, dtype)
 
 
-_captured: set[Any] = set()  # launchers that a CUDA graph reads from, for as long as it lives
+_captured: set["kernels.update.Update"] = set()  # launchers that a CUDA graph reads from, for as long as it lives
 
 
 def _clamp(params: list[Tensor], limit: float, gate: Tensor | None) -> Tensor:
@@ -74,9 +73,7 @@ def _clamp(params: list[Tensor], limit: float, gate: Tensor | None) -> Tensor:
     launcher = _clipper(device, params[0].dtype, kernels.arrival.stream_of(device), limit)
     if kernels.arrival.capturing(device):
         _captured.add(launcher)
-    hyper = ((*[0.0] * (kernels.table.HYPER_COLUMNS.value - 1), limit),)
-    nothing, rows = [()] * len(params), [0] * len(params)
-    return launcher.launch("clamp", params, None, nothing, None, hyper, rows, gate=gate)  # type: ignore[no-any-return]
+    return launcher.clamp(params, limit, gate)
 
 
 def clip_and_count_(
@@ -101,7 +98,7 @@ def clip_and_count_(
 
 
 @cache
-def _projector(device: torch.device, dtype: torch.dtype, stream: int) -> Any:
+def _projector(device: torch.device, dtype: torch.dtype, stream: int) -> "kernels.project.Project":
     return kernels.project.Project(device, dtype)
 
 

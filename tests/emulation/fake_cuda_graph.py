@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 
 import poisoned_interpreter
 import torch
-from fastwgan.kernels import arrival, table
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fastwgan.kernels import arrival, table
 
 T = TypeVar("T")
 

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from fastwgan.kernels import guard, project, update
 from triton.runtime import interpreter
+
+from fastwgan.kernels import guard, project, update
 
 POISON = 97
 REGION = 52  # a stand-in for argument i lies at (i + 1) << REGION, where no memory is

@@ -4,12 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-from fastwgan.kernels import arrival, table
 from torch import nn
 from torch.nn import functional as F
 
 import fastwgan
 from fastwgan.constraints import GradientPenalty
+from fastwgan.kernels import arrival, table
 from fastwgan.ops.penalty import penalty_cotangent
 
 pytestmark = pytest.mark.emulated

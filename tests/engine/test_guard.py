@@ -48,6 +48,17 @@ def randn(shape, device, dtype=F32):
     return torch.randn(shape, device=device).to(dtype)
 
 
+def test_kernel_and_reference_have_the_same_places_and_constants():
+    ours = kernels.guard
+    assert {place.name: place.value for place in reference.Tally} == {
+        name: getattr(ours, name).value for name in reference.Tally.__members__
+    }
+    assert (len(reference.Tally), reference.TALLY) == (ours.COUNT.value, ours.TALLY)
+    assert ours.REACHED.value == ours.TALLY - 1
+    for name in ("GROWTH_INTERVAL", "LEAST_SCALE", "MOST_SCALE"):
+        assert getattr(ours, name).value == getattr(reference, name)
+
+
 # The launch
 
 
@@ -73,7 +84,7 @@ def test_large_networks_go_by_larger_blocks(dtype, device, monkeypatch):
     monkeypatch.setattr(kernels.guard, "LARGE", large)
     launcher, blocks = kernels.guard.Guard(), []
     addresses = launcher._tables.addresses
-    launcher._tables.addresses = lambda *args: blocks.append(args[-1]) or addresses(*args)
+    launcher._tables.addresses = lambda *args: blocks.append(args[1]) or addresses(*args)
     for numel in (large - 6, large - 5, 2 * large, 2 * large + 1):
         gradients = [randn(n, device, dtype) for n in (numel, 5)]
         gradients[0][[0, numel // 2, numel - 1]] = math.nan

@@ -13,7 +13,6 @@ from small_trainers import PAIRS, quietly, weights
 from torch import nn
 
 from fastwgan import GradientPenalty, Trainer, WeightClip, functional, reference
-from fastwgan.ops.samples import perturb_both
 from fastwgan.ops.scores import objective
 
 F64 = torch.float64
@@ -243,10 +242,9 @@ def test_infinite_scores_lose_what_the_limit_says(blend, drift, real, fake, expe
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_noise_is_normal_and_independent(backend):
-    """Moments and tails, between neighbours, samples and streams."""
+    """Moments and tails, between neighbours and samples."""
     n, size = 8, 20_003
     x = functional.perturb(torch.zeros(n, size), scale=1.0, seed=5, backend=backend)
-    both = perturb_both(torch.zeros(n, size), torch.zeros(n, size), scale=1.0, seed=5, offset=0, backend=backend)
     count = x.numel()
     assert abs(x.mean()) < 4 / math.sqrt(count)
     assert abs(x.var() - 1) < 4 * math.sqrt(2 / count)
@@ -254,8 +252,7 @@ def test_noise_is_normal_and_independent(backend):
     assert abs((x**4).mean() - 3) < 4 * math.sqrt(96 / count)
     share = (x.abs() > 3).double().mean()
     assert abs(share - 0.0026998) < 4 * math.sqrt(0.0027 / count)
-    rows = torch.cat((x, both))
-    correlation = torch.corrcoef(rows) - torch.eye(len(rows))
+    correlation = torch.corrcoef(x) - torch.eye(n)
     assert correlation.abs().max() < 5 / math.sqrt(size)
     for lag in (1, 2, 3, 4):
         assert abs((x[:, lag:] * x[:, :-lag]).mean()) < 4 / math.sqrt(count)
@@ -281,28 +278,16 @@ def test_noise_goes_by_index_alone():
 
 @pytest.mark.emulated
 @pytest.mark.parametrize("dtype", [F64, torch.bfloat16])
-def test_noise_on_two_arrays(dtype):
+def test_noise_in_each_layout(dtype):
     for shape in ((3, 17), (2, 2049), (2, 3, 4, 5)):
-        real, fake = (torch.randn(shape).to(dtype) for _ in range(2))
         for layout in (torch.contiguous_format, *([torch.channels_last] if len(shape) == 4 else [])):
-            pair = [x.to(memory_format=layout) for x in (real, fake)]
+            x = torch.randn(shape).to(dtype).to(memory_format=layout)
             results = [
-                perturb_both(*pair, scale=0.3, seed=1, offset=4, backend=backend) for backend in ("triton", "torch")
+                functional.perturb(x, scale=0.3, seed=1, offset=4, backend=backend) for backend in ("triton", "torch")
             ]
-            assert all(x.is_contiguous(memory_format=layout) for x in results)
+            assert all(noisy.is_contiguous(memory_format=layout) for noisy in results)
             tolerance = {F64: 1e-12, torch.bfloat16: 0.02}[dtype]
             torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.emulated
-def test_noise_on_two_arrays_of_different_layouts():
-    """Both get theirs in one order of elements, on both backends."""
-    last = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    for pair in ((last, torch.randn(2, 3, 4, 5)), (torch.randn(2, 3, 4, 5), last)):
-        fused, plain = (
-            perturb_both(*pair, scale=0.3, seed=1, offset=4, backend=backend) for backend in ("triton", "torch")
-        )
-        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

@@ -1,12 +1,14 @@
-"""What the public ops do not show: the pointer table and its uploads, and the bias correction."""
+"""What the public ops do not show: the pointer table and its uploads, the bias correction, and the launchers' types."""
 
+import ast
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
-from fastwgan.kernels import arrival, table
 
-from fastwgan import Adam
+from fastwgan import Adam, kernels
+from fastwgan.kernels import arrival, table
 
 CPU = torch.device("cpu")
 
@@ -22,7 +24,7 @@ def test_tables_upload_once_per_content(monkeypatch):
     calls = _uploads(monkeypatch)
     tables = table.Tables()
     params, grads = [torch.ones(5000), torch.ones(3)], [torch.ones(5000), torch.ones(3)]
-    args = (params, grads, [(), ()], None, [0, 0], 2048)
+    args = (params, 2048, [0, 0], grads)
     rows, owners = tables.addresses(*args)
     assert len(calls) == 2
     assert owners.tolist() == [0, 0, 0, 1]
@@ -30,7 +32,7 @@ def test_tables_upload_once_per_content(monkeypatch):
     assert tables.addresses(*args)[0] is rows
     assert len(calls) == 2
     moved = [torch.ones(5000), torch.ones(3)]
-    assert tables.addresses(params, moved, [(), ()], None, [0, 0], 2048)[0] is not rows
+    assert tables.addresses(params, 2048, [0, 0], moved)[0] is not rows
     assert len(calls) == 3  # the addresses, not the chunks
     assert tables.addresses(*args)[0] is rows
     assert len(calls) == 3
@@ -41,7 +43,7 @@ def test_one_unaligned_tensor_makes_a_row_unaligned():
 
     def aligned(*offsets):
         p, g, s = (torch.ones(40)[offset:][:33] for offset in offsets)
-        return table.Tables().addresses([p], [g], [(s,)], None, [0], 8)[0][0, table.ALIGNED.value].item()
+        return table.Tables().addresses([p], 8, [0], [g], [(s,)])[0][0, table.ALIGNED.value].item()
 
     assert torch.ones(40).data_ptr() % 16 == 0
     assert aligned(0, 0, 0) == aligned(4, 0, 4) == 1
@@ -52,7 +54,7 @@ def test_tables_forget_the_least_recently_used():
     tables = table.Tables()
     p = [torch.ones(3)]
     for _ in range(3 * table.CACHED):
-        tables.addresses(p, [torch.ones(3)], [()], None, [0], 8)
+        tables.addresses(p, 8, [0], [torch.ones(3)])
     assert len(tables._cache) <= table.CACHED
 
 
@@ -120,7 +122,7 @@ def test_captured_launches_have_counters_of_their_own_that_were_zeroed_before(dt
 def test_uploads_kept_back_during_a_capture_come_in_order_and_stay(monkeypatch):
     """As a graph capture would have it: no table is allocated in it, and what was kept back is not taken for done."""
     mirror, tables, p = table.Mirror(torch.float32, CPU), table.Tables(), [torch.ones(3)]
-    args, others = (p, p, [()], None, [0], 8), (p, [torch.ones(3)], [()], None, [0], 8)
+    args, others = (p, 8, [0], p), (p, 8, [0], [torch.ones(3)])
     cold = table.Mirror(torch.float32, CPU), table.Tables()
     eager, owners = tables.addresses(*args)
     first = mirror.set(((0.0,),))
@@ -138,7 +140,7 @@ def test_uploads_kept_back_during_a_capture_come_in_order_and_stay(monkeypatch):
     first.zero_()
     monkeypatch.setattr(table, "capturing", lambda device: False)
     table.fill_pending()
-    assert captured.tolist() == [[p[0].data_ptr(), others[1][0].data_ptr(), *eager[0, 2:].tolist()]]
+    assert captured.tolist() == [[p[0].data_ptr(), others[3][0].data_ptr(), *eager[0, 2:].tolist()]]
     assert first.item() == 2
     table.fill_pending()
     assert mirror.set(((2.0,),)) is first
@@ -153,3 +155,25 @@ def test_a_mean_without_memory_is_its_newest_value(dtype, device):
         p.grad = torch.full_like(p, g)
         opt.step()
     assert torch.equal(opt.state[p]["exp_avg"], p.grad)
+
+
+def _signatures(body, path=""):
+    """Yield (where, arguments, result) of the functions in a class or module, as text."""
+    for node in body:
+        if isinstance(node, ast.ClassDef):
+            yield from _signatures(node.body, f"{path}{node.name}.")
+        elif isinstance(node, ast.FunctionDef):
+            yield path + node.name, ast.unparse(node.args), ast.unparse(node.returns) if node.returns else None
+
+
+def test_the_stub_has_the_sources_signatures():
+    """Type checkers read kernels.pyi, in which each module of the kernels is a class."""
+    root = Path(__file__).parent.parent
+    stub = ast.parse((root / "fastwgan/kernels.pyi").read_text())
+    modules = [node for node in stub.body if isinstance(node, ast.ClassDef)]
+    assert len(modules) == 10
+    for module in modules:
+        source = ast.parse((root / f"kernels/{module.name}.py").read_text())
+        assert set(_signatures(module.body)) <= set(_signatures(source.body))
+        named = {node.target.id for node in module.body if isinstance(node, ast.AnnAssign)}
+        assert named <= vars(getattr(kernels, module.name)).keys()

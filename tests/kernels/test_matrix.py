@@ -5,12 +5,12 @@ from functools import partial
 import pytest
 import torch
 from cases import BATCHES, DTYPES, KINDS, LAYOUTS, OPS, OPTIMIZERS, OWNED, PARAMETERS, SHAPES, SIZES, VALUES
-from fastwgan.kernels import objective, scores
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerance import assert_close, check_op, check_optimizer, tensors
 
 from fastwgan import reference
+from fastwgan.kernels import objective, scores
 from fastwgan.ops.penalty import penalty_cotangent
 from fastwgan.ops.scores import score_statistics
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import poisoned_interpreter
 import torch
-from fastwgan.kernels import table
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+
+from fastwgan.kernels import table
 
 # Views, allocations and bookkeeping: dispatched, but nothing runs on the device for them.
 HOST_ONLY = {

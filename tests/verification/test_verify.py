@@ -320,8 +320,8 @@ IN_KERNELS = {  # a fault: (form, file, old, new, the op to be named)
                               "penalty"),
     "an eps inside the norm's root": ("penalty", "penalty", "norm = sqrt(tl.sum(g * g, axis=0))",
                                       "norm = sqrt(tl.sum(g * g, axis=0) + 1e-5)", "penalty"),
-    "mean of real over a wrong count": ("clip", "guard", "mean_a = mean_of_partials(partial_ptr, a_numel,",
-                                        "mean_a = mean_of_partials(partial_ptr, a_numel + 1,", "scores"),
+    "mean of real over a wrong count": ("clip", "guard", "store_statistics(stats_ptr, partial_ptr, a_numel,",
+                                        "store_statistics(stats_ptr, partial_ptr, a_numel + 1,", "scores"),
     "the guard refuses": ("clip", "guard", "skip = nonfinite > 0", "skip = nonfinite >= 0", "guard"),
     "RMSProp's eps inside the root": ("clip", "update", "sqrt(variance) + eps", "sqrt(variance + eps)", "update"),
     "RMSProp's decay off": ("clip", "update", "+ beta2_c * g * g", "+ 1.01 * beta2_c * g * g", "update"),
@@ -332,12 +332,8 @@ IN_KERNELS = {  # a fault: (form, file, old, new, the op to be named)
     "Adam's bias correction missing": ("penalty", "update", "divide(sqrt(s), sqrt(bias2))", "sqrt(s)", "update"),
     "learning rate off by 1%": ("penalty", "update", "p -= divide(lr, bias1)", "p -= 1.01 * divide(lr, bias1)",
                                 "update"),
-    "one noise for the batch": ("noise", "perturb", "index = sample + offset", "index = 0 * sample + offset",
-                                "perturb"),
-    "noise of the wrong sign": ("noise", "perturb", "x.to(acc) + factor", "x.to(acc) - factor", "perturb"),
-    "noise 1% wide": ("noise", "perturb", "x.to(acc) + factor", "x.to(acc) + 1.01 * factor", "perturb"),
-    "fake samples with the real ones' noise": ("noise", "perturb", "STREAM + second.to(tl.int32)",
-                                               "STREAM + 0 * second.to(tl.int32)", "perturb"),
+    "noise of the wrong sign": ("DRAGAN", "perturb", "x.to(acc) + factor", "x.to(acc) - factor", "perturb"),
+    "noise 1% wide": ("DRAGAN", "perturb", "x.to(acc) + factor", "x.to(acc) + 1.01 * factor", "perturb"),
     "DRAGAN's points with one noise": ("DRAGAN", "perturb", "index = sample + offset", "index = 0 * sample + offset",
                                        "perturb"),
     "norms 1% wide": ("norm clip", "project", "w * inverse * bound", "w * inverse * 1.01 * bound", "project"),
@@ -361,7 +357,6 @@ IN_KERNELS = {  # a fault: (form, file, old, new, the op to be named)
 }  # fmt: skip
 IN_GENERATOR = {  # likewise, in the generator's step
     "blend ignored": ("blend", "objective", "acc, -1, BLEND,", "acc, -1, BLEND if CRITIC else 0.0,", "objective"),
-    "the critic's noise once more": ("noise", "perturb", "index = sample + offset", "index = sample", "perturb"),
 }
 
 

@@ -1,0 +1,95 @@
+# What the package calls of fastwgan.kernels, for type checkers: in a checkout they cannot find it, as it lies in
+# ../kernels. There each class is a module. Signatures are those of the sources, which a test compares.
+
+from collections.abc import Sequence
+
+import torch
+
+INTERPRETED: bool
+
+class arrival:
+    @staticmethod
+    def stream_of(device: torch.device) -> int: ...
+    @staticmethod
+    def capturing(device: torch.device) -> bool: ...
+
+class guard:
+    class Guard:
+        def __init__(self) -> None: ...
+        def launch(
+            self,
+            gradients: Sequence[torch.Tensor],
+            scores: tuple[torch.Tensor, ...],
+            tally: torch.Tensor,
+            gate: torch.Tensor,
+            scale: torch.Tensor | None,
+        ) -> torch.Tensor: ...
+
+class interpolate:
+    @staticmethod
+    def interpolate(
+        real: torch.Tensor, fake: torch.Tensor, seed: int, offset: int | torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+class objective:
+    @staticmethod
+    def objective(
+        a: torch.Tensor,
+        b: torch.Tensor | None,
+        blend: float,
+        drift: float,
+        weight: float = 1.0,
+        scale: torch.Tensor | None = None,
+        slopes: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+class penalty:
+    @staticmethod
+    def gradient_penalty(
+        g: torch.Tensor, kind: str, target: float, weight: float, cotangent: torch.dtype | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+class perturb:
+    @staticmethod
+    def perturb(
+        x: torch.Tensor, scale: float | torch.Tensor, seed: int, offset: int | torch.Tensor
+    ) -> torch.Tensor: ...
+
+class project:
+    class Project:
+        def __init__(self, device: torch.device, dtype: torch.dtype) -> None: ...
+        def launch(
+            self, params: Sequence[torch.Tensor], sizes: Sequence[int], bound: float, gate: torch.Tensor | None = None
+        ) -> torch.Tensor: ...
+
+class scores:
+    @staticmethod
+    def mean_scores(form: str, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+class table:
+    NOT_WARM: str
+    @staticmethod
+    def fill_pending() -> None: ...
+
+class update:
+    class Update:
+        def __init__(self, device: torch.device, dtype: torch.dtype) -> None: ...
+        def launch(
+            self,
+            algorithm: str,
+            params: Sequence[torch.Tensor],
+            grads: Sequence[torch.Tensor],
+            states: Sequence[Sequence[torch.Tensor | None]],
+            steps: Sequence[torch.Tensor],
+            hyper: tuple[tuple[float, ...], ...],
+            hyper_rows: Sequence[int],
+            *,
+            averages: Sequence[torch.Tensor] | None = None,
+            gate: torch.Tensor | None = None,
+            momentum: bool = False,
+            centered: bool = False,
+        ) -> torch.Tensor | None: ...
+        def clamp(
+            self, params: Sequence[torch.Tensor], bound: float, gate: torch.Tensor | None = None
+        ) -> torch.Tensor: ...
+        def set_hyper(self, hyper: tuple[tuple[float, ...], ...]) -> None: ...
