@@ -62,6 +62,14 @@ def number(name: str, value: object, *, minimum: float, exclusive: bool = False)
     return float(value)
 
 
+def removed(given: dict[str, object], remedies: dict[str, str]) -> None:
+    """Raise on the first of the keyword arguments that a function does not have, with the remedy if it once had it."""
+    for name in given:
+        if name in remedies:
+            raise TypeError(f"{name}: was removed; {remedies[name]}")
+        raise TypeError(f"got an unexpected keyword argument {name!r}")
+
+
 def count(name: str, value: object, minimum: int = 1) -> int:
     """Return ``value`` as an int not below ``minimum``, or raise."""
     if isinstance(value, bool) or not isinstance(value, int):

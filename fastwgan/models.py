@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, relu
 
 __all__ = [
+    "InstanceNoise",
     "ctgan_critic",
     "ctgan_generator",
     "dcgan_critic",
@@ -17,6 +18,28 @@ __all__ = [
     "resnet_critic",
     "resnet_generator",
 ]
+
+
+class InstanceNoise(nn.Module):
+    """A critic that is shown its samples with Gaussian noise on them in training mode. arXiv 1701.04862.
+
+    Args:
+        critic: the network within.
+        scale: standard deviation of the noise, in the samples' units.
+    """
+
+    scale: Tensor
+
+    def __init__(self, critic: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.critic = critic
+        self.register_buffer("scale", torch.tensor(float(scale)))
+
+    def forward(self, x: Tensor, *cond: object) -> Tensor:
+        if self.training:
+            x = x + self.scale.to(x.dtype) * torch.randn_like(x)
+        scores: Tensor = self.critic(x, *cond)
+        return scores
 
 
 def mlp(
