@@ -131,17 +131,11 @@ def run(
     names: Sequence[str], networks: str | None, constraints: Sequence[str], device: torch.device | None,
     *, backend: Backend, seed: int, path: Path | None, **options: float,
 ) -> bool:  # fmt: skip
-    """Verify networks, print a report of each, and write ``path``; return whether all passed.
+    """Verify networks, print a report of each, and write all rows to ``path``; return whether all passed.
 
-    Args:
-        names: of built-in networks, where ``networks`` is None.
-        networks: MODULE:FACTORY; the factory takes nothing and returns (generator, critic, real), or a dict of
-            :func:`verify`'s arguments.
-        constraints: names in CONSTRAINTS; a constraint among a factory's arguments goes before.
-        device: to move networks to; None leaves a factory's where they are.
-        backend, seed: see :func:`verify`; networks are made under the seed, too.
-        path: of a JSON file with all rows, or None.
-        options: blend and drift; a factory's own go before.
+    The networks are built-in ones of ``names``, or what a factory, MODULE:FACTORY, makes, whose arguments go before
+    the others: (generator, critic, real), or a dict of :func:`verify`'s. They are made under the seed, and moved to
+    ``device`` unless it is None.
     """
     passed, reports = True, {}
     for name, arguments in _jobs(names, networks, constraints, device, seed):

@@ -18,8 +18,9 @@ from fastwgan.backend import Backend
 from fastwgan.constraints import Clip, WeightClip
 from fastwgan.metrics import Metrics
 from fastwgan.optim import RMSprop
+from fastwgan.verification import oracle
 from fastwgan.verification.observed import Observed, parts
-from fastwgan.verification.oracle import ADAM, CANCELLED, RMSPROP, Found, Step, gradients, to_dtype, updated
+from fastwgan.verification.oracle import Found, Step, Weights, to_dtype
 from fastwgan.verification.report import Row
 
 __all__ = ["Judge", "difference"]
@@ -27,7 +28,6 @@ __all__ = ["Judge", "difference"]
 THROUGH_NETWORKS = ("generate", "forward", "input gradient", "loss", "backward", "buffers")
 
 Formula = Callable[..., Tensor]
-Weights = dict[str, Tensor]
 
 
 def difference(x: Tensor | None, exact: Tensor, size: float) -> float:
@@ -68,12 +68,13 @@ class Judge:
     def judge(self) -> None:
         """Write the rows of all stages but the buffers, in the order of the step."""
         step, seen, metrics = self.step, self.seen, self.metrics
-        scores = parts(seen.scores, len(step.kinds))
+        kinds = oracle.KINDS[step.name]
+        scores = parts(seen.scores, len(kinds))
         loss = metrics.critic_loss if step.name == "critic" else metrics.generator_loss
         self._through("generate", {"fake samples": seen.fake})
         if step.penalty:
             self._points(perturbed=step.penalty.at == "perturbed")
-        self._through("forward", {f"{kind} scores": x for kind, x in zip(step.kinds, scores, strict=True)})
+        self._through("forward", {f"{kind} scores": x for kind, x in zip(kinds, scores, strict=True)})
         if all(x is not None for x in scores):
             self._scores(scores, loss)
         if step.penalty:
@@ -91,7 +92,7 @@ class Judge:
         """Compare one tensor; ``summands`` is the size of what ``exact`` is a sum of, where that may cancel."""
         exact = exact.detach().double()
         norm = exact.norm().item()
-        size = norm if norm > CANCELLED * summands else summands or 1.0
+        size = norm if norm > oracle.CANCELLED * summands else summands or 1.0
         errors = [difference(each, exact, size) for each in eagers]
         eager = torch.tensor(errors, dtype=torch.float64).max().item()  # NaN if there is one
         floor = 0.0
@@ -137,8 +138,12 @@ class Judge:
             self._stage(op, "wasserstein", metrics.wasserstein, scores, lambda a, b: a.mean() - b.mean(), _magnitude)
         leaves = [[x.detach().requires_grad_() for x in each] for each in (scores, to_dtype(scores, torch.float64))]
         (eager, _), (exact, size) = map(step.terms, leaves)
-        seeds = parts(self.seen.seeds, len(scores)), gradients(eager, leaves[0]), gradients(exact, leaves[1])
-        for kind, seed, (slope, _), (wide, summands) in zip(step.kinds, *seeds, strict=True):
+        seeds = (
+            parts(self.seen.seeds, len(scores)),
+            oracle.gradients(eager, leaves[0]),
+            oracle.gradients(exact, leaves[1]),
+        )
+        for kind, seed, (slope, _), (wide, summands) in zip(oracle.KINDS[step.name], *seeds, strict=True):
             self.row(op, f"seed at {kind} scores", seed, [slope], wide, summands)
         if critic:
             penalty = exact[0].new_zeros(()) if metrics.penalty is None else step.weight * metrics.penalty.double()
@@ -172,22 +177,21 @@ class Judge:
     def _update(self) -> None:
         """Judge weights and optimizer state, all from the trainer's own gradients."""
         clip = self.step.constraint if isinstance(self.step.constraint, Clip) else None
-        kind, options = (torch.optim.RMSprop, RMSPROP) if clip else (torch.optim.Adam, ADAM)
+        kind, options = (torch.optim.RMSprop, oracle.RMSPROP) if clip else (torch.optim.Adam, oracle.ADAM)
         named = dict(self.module.named_parameters())
         grads = {name: p.grad for name, p in named.items() if p.grad is not None}
         old = {name: self.before[name] for name in grads}
-        eager, eager_state = updated(kind, old, grads, foreach=False, **options)
-        exact, exact_state = updated(kind, *to_dtype((old, grads), torch.float64), foreach=False, **options)
-        new = {name: p.detach() for name, p in named.items()}
-        if clip and self.step.name == "critic":  # ours without the bound, which those in the critic have
-            new, _ = updated(RMSprop, old, grads, backend=self.backend, **RMSPROP)
-        for name in grads:
-            self.row("update", name, new[name], [eager[name]], exact[name])
-            for key, value in exact_state[name].items():
-                ours = self.optimizer.state.get(named[name], {}).get(key)
-                self.row("update", f"{name}: {key}", ours, [eager_state[name][key]], value)
-        if clip and self.step.name == "critic":
-            self._bound(clip, self.before | new, self.before | eager, self.before | exact)
+        eager = oracle.updated(kind, old, grads, foreach=False, **options)
+        exact = oracle.updated(kind, *to_dtype((old, grads), torch.float64), foreach=False, **options)
+        ours = oracle.with_state(named, self.optimizer)
+        bounded = clip and self.step.name == "critic"
+        if bounded:  # then those in the critic are not what the optimizer has left
+            new = oracle.updated(RMSprop, old, grads, backend=self.backend, **oracle.RMSPROP)
+            ours |= {name: new[name] for name in grads}
+        for name, x in exact.items():
+            self.row("update", name, ours.get(name), [eager[name]], x)
+        if clip and bounded:
+            self._bound(clip, ours, self.before | eager, self.before | exact)
 
     def _bound(self, clip: Clip, new: Weights, eager: Weights, exact: Weights) -> None:
         """Judge the critic's weights, from what they are without the bound, and how many of them lie on it."""

@@ -1,32 +1,23 @@
 """What goes through a trainer's step, as hooks on its networks see it."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Observed", "copied"]
+__all__ = ["Observed", "copied", "parts"]
 
 
 class Observed:
     """What went through two networks since the last :meth:`forget`, seen by hooks on them.
 
     Attributes:
-        z: the generator's input.
-        fake: its output.
+        z, fake: the generator's input and output.
         scores: what came out of each pass of the critic but the penalty's: of all samples at once, or of each kind.
         seeds: the gradients that the backward pass began with there.
-        x: where the penalty is taken.
-        gradient: the critic's there.
+        x, gradient: where the penalty is taken, and the critic's gradient there.
         cotangent: the gradient that the penalty's backward pass began with.
     """
-
-    z: Any
-    fake: Tensor | None
-    x: Tensor | None
-    gradient: Tensor | None
-    cotangent: Tensor | None
 
     def __init__(self, generator: nn.Module, critic: nn.Module) -> None:
         generator.register_forward_pre_hook(lambda _, args: self._keep("z", args[0]))
@@ -35,14 +26,13 @@ class Observed:
         self.forget()
 
     def forget(self) -> None:
-        self.z = self.fake = self.x = self.gradient = self.cotangent = None
+        self.z: Any = None
+        self.fake: Tensor | None = None
+        self.x: Any = None
+        self.gradient: Tensor | None = None
+        self.cotangent: Tensor | None = None
         self.scores: list[Tensor] = []
         self.seeds: list[Tensor | None] = []
-
-    @property
-    def together(self) -> bool:
-        """Return whether all samples shared a pass of the critic."""
-        return len(self.scores) == 1
 
     def _keep(self, name: str, x: Any) -> None:
         setattr(self, name, copied(x))
@@ -51,19 +41,19 @@ class Observed:
         x = args[0]
         if isinstance(x, Tensor) and x.requires_grad and x.is_leaf:  # which only the penalty's points are
             self.x = copied(x)
-            _hook(x, self._on_gradient)
+            x.register_hook(self._on_gradient)  # type: ignore[no-untyped-call]
         elif torch.is_grad_enabled() and isinstance(output, Tensor):  # or the trainer has something to complain about
             i = len(self.scores)
             self.scores.append(copied(output))
             self.seeds.append(None)
             if output.requires_grad:
-                _hook(output, lambda seed: self.seeds.__setitem__(i, copied(seed)))
+                output.register_hook(lambda seed: self.seeds.__setitem__(i, copied(seed)))  # type: ignore[no-untyped-call]
 
     def _on_gradient(self, gradient: Tensor) -> None:
         if self.gradient is None:
             self.gradient = copied(gradient)
             if gradient.requires_grad:
-                _hook(gradient, lambda cotangent: self._keep("cotangent", cotangent))
+                gradient.register_hook(lambda x: self._keep("cotangent", x))  # type: ignore[no-untyped-call]
 
 
 def parts(values: list[Any], n: int) -> list[Any]:
@@ -71,10 +61,6 @@ def parts(values: list[Any], n: int) -> list[Any]:
     if len(values) == 1 and values[0] is not None:
         return [*values[0].tensor_split(n)]
     return values if len(values) == n else [None] * n
-
-
-def _hook(x: Tensor, on_gradient: Callable[[Tensor], None]) -> None:
-    x.register_hook(on_gradient)  # type: ignore[no-untyped-call]
 
 
 def copied(x: Any) -> Any:

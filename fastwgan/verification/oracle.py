@@ -4,7 +4,7 @@ The formulas here are on purpose not those of :mod:`fastwgan.reference`, which t
 alone are its.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,15 +16,17 @@ from fastwgan import reference
 from fastwgan.constraints import GradientPenalty, NormClip, WeightClip
 from fastwgan.verification.observed import Observed, parts
 
-__all__ = ["ADAM", "CANCELLED", "RMSPROP", "Constraint", "Found", "Step", "gradients", "passes", "to_dtype", "updated"]
+__all__ = ["Constraint", "Found", "Step", "Weights", "gradients", "passes", "to_dtype", "updated", "with_state"]
 
 Constraint = WeightClip | NormClip | GradientPenalty
+Weights = dict[str, Tensor]
 Found = dict[tuple[str, str], tuple[Tensor, float]]  # by op and name, with the size of what a tensor is a sum of, or 0
 
 # The papers' optimizers, which a Trainer takes where it is given none.
 RMSPROP: dict[str, Any] = {"lr": 5e-5}
 ADAM: dict[str, Any] = {"lr": 1e-4, "betas": (0.0, 0.9)}
 CANCELLED = 1e-10  # of its summands' size: a sum below it is rounding, in float64 too
+KINDS = {"critic": ("real", "fake"), "generator": ("fake",)}  # of the samples that are scored in a network's step
 
 
 def to_dtype(value: Any, dtype: torch.dtype) -> Any:
@@ -68,11 +70,6 @@ class Step:
     def to(self, dtype: torch.dtype) -> "Step":
         """Return the same step on tensors in ``dtype``."""
         return replace(self, **to_dtype({"real": self.real, "cond": self.cond, "z": self.z}, dtype))
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Return the kinds of samples that are scored."""
-        return ("real", "fake") if self.name == "critic" else ("fake",)
 
     @property
     def penalty(self) -> GradientPenalty | None:
@@ -176,21 +173,21 @@ def passes(networks: nn.ModuleList, step: Step, seen: Observed, *, beside: bool 
     where they began.
     """
     generator, critic = networks
-    module, n = (critic, 2) if step.name == "critic" else (generator, 1)
+    module, kinds = critic if step.name == "critic" else generator, KINDS[step.name]
     with torch.set_grad_enabled(module is generator):
         made: Any = seen.fake if beside and module is critic else generator(step.z, *step.cond)
     found: Found = {} if beside else {("generate", "fake samples"): (made.detach(), 0.0)}
-    samples = (step.real, made.to(step.real.dtype))[-n:]
-    together = beside and seen.together
+    samples = (step.real, made.to(step.real.dtype))[-len(kinds) :]
+    together = beside and len(seen.scores) == 1
     if together:
         by_sample = (isinstance(c, Tensor) and c.dim() > 0 and len(c) == len(step.real) for c in step.cond)
-        cond = (torch.cat([c] * n) if each else c for c, each in zip(step.cond, by_sample, strict=True))
-        scores = critic(torch.cat(samples), *cond).tensor_split(n)
+        cond = (torch.cat([c] * len(kinds)) if each else c for c, each in zip(step.cond, by_sample, strict=True))
+        scores = critic(torch.cat(samples), *cond).tensor_split(len(kinds))
     else:
         scores = [critic(x, *step.cond) for x in samples]
-    found |= {("forward", f"{kind} scores"): (x.detach(), 0.0) for kind, x in zip(step.kinds, scores, strict=True)}
+    found |= {("forward", f"{kind} scores"): (x.detach(), 0.0) for kind, x in zip(kinds, scores, strict=True)}
     terms, summands = step.terms(scores)
-    roots = _seeded(scores, parts(seen.seeds, n)) if beside else [*terms]
+    roots = _seeded(scores, parts(seen.seeds, len(kinds))) if beside else [*terms]
     if together and roots:
         roots = [torch.stack(roots).sum()]  # in one backward pass, whose sums over the batch may cancel
     if step.penalty:
@@ -208,24 +205,30 @@ def passes(networks: nn.ModuleList, step: Step, seen: Observed, *, beside: bool 
         found["input gradient", "at the points"] = gradient.detach().requires_grad_(gradient.requires_grad), 0.0
     found["loss", f"{step.name} loss"] = torch.stack(terms).sum().detach(), summands
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    by_parameter = dict(zip(trained, gradients(roots, [*trained.values()]), strict=True))
-    largest = max(g.norm().item() for g, _ in by_parameter.values())
-    for name, (g, size) in by_parameter.items():
-        # Void, as a bias before BatchNorm is: what is left of it is rounding.
-        void = g.norm().item() <= CANCELLED * largest
+    by_parameter = gradients(roots, [*trained.values()])
+    largest = max(g.norm().item() for g, _ in by_parameter)
+    for name, (g, size) in zip(trained, by_parameter, strict=True):
+        void = g.norm().item() <= CANCELLED * largest  # as of a bias before BatchNorm: what is left of it is rounding
         found["backward", name] = g, max(size, largest) if void else size
     return found
 
 
-def updated(
-    kind: Any, weights: dict[str, Tensor], grads: dict[str, Tensor], **options: Any
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Return weights after the first step of a kind of optimizer, and its state, by name."""
+def updated(kind: Any, weights: Weights, grads: Weights, **options: Any) -> Weights:
+    """Return weights, and the state behind a colon, after the first step of a kind of optimizer."""
     parameters = {name: nn.Parameter(w.clone()) for name, w in weights.items()}
     for name, p in parameters.items():
         p.grad = grads[name].clone()
     if not parameters:
-        return {}, {}
+        return {}
     optimizer = kind(parameters.values(), **options)
     optimizer.step()
-    return {n: p.detach() for n, p in parameters.items()}, {n: optimizer.state[p] for n, p in parameters.items()}
+    return with_state(parameters, optimizer)
+
+
+def with_state(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Weights:
+    """Return parameters by name, and an optimizer's state of each behind a colon."""
+    return {
+        f"{name}: {key}" if key else name: x
+        for name, p in parameters.items()
+        for key, x in {"": p.detach(), **optimizer.state.get(p, {})}.items()
+    }

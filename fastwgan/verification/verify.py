@@ -38,6 +38,7 @@ from fastwgan.verification.report import Report, Row
 __all__ = ["verify"]
 
 RANDOM = {"dropout": _DropoutNd, "instance noise": models.InstanceNoise}  # layers to be put into evaluation mode
+UNTOLD = "expected a width or a callable, as the generator's first layer does not tell it; got None"
 REMOVED = {"instance_noise": "wrap the critic: fastwgan.models.InstanceNoise(critic, scale)"}
 
 
@@ -65,15 +66,11 @@ def verify(
     Args:
         generator, critic: as for a :class:`Trainer`, in any floating dtype, on one device.
         real: samples [N, ...] on that device. A small batch will do.
-        constraint: as for a Trainer. Its default optimizers take the steps: RMSprop for WeightClip and NormClip, Adam
-            for GradientPenalty.
-        blend, drift: as for a Trainer.
+        constraint, blend, drift, pack, backend: as for a Trainer, whose default optimizers take the steps.
         cond: conditions, which networks get after their first argument.
         latent: as for a Trainer: a width, or a callable (batch_size, device) -> z, which is called for each step and
             once before. None takes the width of the generator's first linear or transposed convolution layer.
-        pack: samples to a score.
-        seed: of latents, eps and the noise of the penalty's points.
-        backend: see :mod:`fastwgan.backend`.
+        seed: of latents, eps and noise.
 
     Returns:
         A :class:`Report`: ``print`` it, or ask it whether it ``passed`` and what ``failed``.
@@ -104,10 +101,14 @@ def verify(
     finally:
         set_process_streams(streams, device)
     dtype = next(p.dtype for p in networks[1].parameters() if p.is_floating_point())
+    versions = {
+        "fastwgan": fastwgan.__version__, "torch": torch.__version__, "python": platform.python_version(),
+        "triton": next((d.version for d in metadata.distributions(name="triton")), None),
+    }  # fmt: skip
     return Report(
         rows=tuple(rows), constraint=_in_short(constraint), backend=ran, batch=len(real), seed=seed,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        dtype=str(dtype).removeprefix("torch."), versions=_versions(), notes=tuple(notes),
+        dtype=str(dtype).removeprefix("torch."), versions=versions, notes=tuple(notes),
         options={name: float(value) for name, value in (("blend", blend), ("drift", drift)) if value},
     )  # fmt: skip
 
@@ -136,14 +137,6 @@ def _in_short(constraint: Constraint) -> str:
     return f"{type(constraint).__name__}({options})"
 
 
-def _versions() -> dict[str, str | None]:
-    versions = {"fastwgan": fastwgan.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    try:
-        return {**versions, "triton": metadata.version("triton")}
-    except metadata.PackageNotFoundError:
-        return {**versions, "triton": None}
-
-
 def _verified(
     networks: list[nn.Module], step: Step, latent: Latent | None, backend: Backend
 ) -> tuple[list[Row], list[str]]:
@@ -154,15 +147,14 @@ def _verified(
         notes += [f"{len(random)} {word} layers in evaluation mode"] if random else []
         for m in random:
             m.training = False  # by itself, whatever is within
-    if latent is None:
-        latent = _width(template, step)
     known = not step.cond and layers(template[1], step.real.dim()) is not None  # as hooks hide it
     ours, apart, beside, exact = (_copy(template) for _ in range(4))
     trainer = Trainer(
-        *ours, latent=latent, independent_samples=known, constraint=step.constraint, seed=step.seed, backend=backend,
-        cuda_graph=False, pack=step.pack, nonfinite="skip", blend=step.blend, drift=step.drift,
+        *ours, latent=_width(template[0]) if latent is None else latent, independent_samples=known,
+        constraint=step.constraint, blend=step.blend, drift=step.drift, pack=step.pack, seed=step.seed,
+        backend=backend, cuda_graph=False, nonfinite="skip",
     )  # fmt: skip
-    _check_networks(template, step, latent)
+    _check_networks(template, step, trainer.latent, guessed=latent is None)
     exact.double()
     seen = Observed(*ours)
     rows: list[Row] = []
@@ -208,37 +200,30 @@ def _match(networks: nn.ModuleList, others: nn.ModuleList) -> None:
         own.copy_(other)
 
 
-def _drawn(networks: nn.ModuleList, latent: Latent, batch: int) -> Any:
-    """Return latents to try a generator on."""
-    p = next(networks[0].parameters())
-    return latent(batch, p.device) if callable(latent) else torch.randn(batch, latent, device=p.device, dtype=p.dtype)
+def _width(generator: nn.Module) -> int:
+    """Return the latents' width, as the generator's first layer has it, which may be for something else."""
+    for m in generator.modules():
+        if isinstance(m, (nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+            return m.in_features if isinstance(m, nn.Linear) else m.in_channels
+    raise ValueError(f"latent: {UNTOLD}")
 
 
 @torch.no_grad()
-def _width(networks: nn.ModuleList, step: Step) -> int:
-    """Return the latents' width, by the generator's first layer; it is tried, as that may be for something else."""
-    problem: Exception | None = None
-    kinds = (nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    for first in [m for m in networks[0].modules() if isinstance(m, kinds)][:1]:
-        width = first.in_features if isinstance(first, nn.Linear) else first.in_channels
-        try:
-            fake = _copy(networks)[0](_drawn(networks, width, len(step.real)), *step.cond)
-            if fake.shape == step.real.shape:
-                return width
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            problem = error
-    raise ValueError(
-        "latent: expected a width or a callable, as the generator's first layer does not tell it; got None"
-    ) from problem
-
-
-@torch.no_grad()
-def _check_networks(networks: nn.ModuleList, step: Step, latent: Latent) -> None:
+def _check_networks(networks: nn.ModuleList, step: Step, latent: Latent, *, guessed: bool) -> None:
     """Raise unless each network, from the same state, does the same with the same input, and runs in float64."""
-    for i, (name, x) in enumerate((("generator", _drawn(networks, latent, len(step.real))), ("critic", step.real))):
-        first, second = (_copy(networks)[i](x, *step.cond) for _ in range(2))
+    p, n = next(networks[0].parameters()), len(step.real)
+    z = latent(n, p.device) if callable(latent) else torch.randn(n, latent, device=p.device, dtype=p.dtype)
+    for i, (name, x) in enumerate((("generator", z), ("critic", step.real))):
+        try:
+            first, second = (_copy(networks)[i](x, *step.cond) for _ in range(2))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if guessed and name == "generator":
+                raise ValueError(f"latent: {UNTOLD}") from error
+            raise
         if not isinstance(first, Tensor) or not isinstance(second, Tensor):
             return  # the trainer says what is wrong with that
+        if guessed and name == "generator" and first.shape != step.real.shape:
+            raise ValueError(f"latent: {UNTOLD}")
         size = first.double().norm().item() or 1.0
         if difference(second, first.double(), size) > torch.finfo(first.dtype).eps ** 0.5:
             got = "another in a second pass: verify it in a form without randomness"
