@@ -219,7 +219,6 @@ def _verify(args: argparse.Namespace) -> int:
         passed = verify_run.run(
             args.workload or list(verify_run.BUILT_IN), args.networks, args.constraint or list(verify_run.CONSTRAINTS),
             device, backend=args.backend, seed=args.seed, path=args.json, blend=args.blend, drift=args.drift,
-            instance_noise=args.instance_noise,
         )  # fmt: skip
     return 0 if passed else FAILED
 
@@ -385,7 +384,6 @@ def _parser() -> argparse.ArgumentParser:
     for option, meaning in (
         ("--blend", "share of the GAN's loss in WGAN's"),
         ("--drift", "what the critic's loss has mean(D(real)^2) added with"),
-        ("--instance-noise", "standard deviation of noise on what the critic is shown"),
     ):
         verify.add_argument(option, type=float, default=0.0, metavar="NUMBER", help=f"{meaning}; default: 0")
     verify.add_argument("--device", help="such as cpu or cuda:0; default: where --networks are, else as in bench")

@@ -16,99 +16,84 @@ from fastwgan import models
 from fastwgan.backend import Backend
 from fastwgan.constraints import GradientPenalty, NormClip, WeightClip
 from fastwgan.verification.oracle import Constraint
-from fastwgan.verification.report import HEADER, WORDS, Report
 from fastwgan.verification.verify import verify
-from fastwgan.workloads import WORKLOADS
 
 __all__ = ["BUILT_IN", "CONSTRAINTS", "run"]
 
 CONSTRAINTS: dict[str, Constraint] = {
     "clip": WeightClip(),
-    "norm-clip": NormClip(
-        0.5
-    ),  # below the 0.58 that PyTorch's layers start with, so that there is something to project
+    "norm-clip": NormClip(0.5),  # below the 0.58 that layers start with, so that there is something to project
     "penalty": GradientPenalty(),
     "dragan": GradientPenalty(at="perturbed"),
 }
-ARGUMENTS = tuple(inspect.signature(verify).parameters)
-PACK, CLASSES = 10, 10
-
 Arguments = dict[str, Any]  # verify's
+ARGUMENTS = [name for name, p in inspect.signature(verify).parameters.items() if p.kind is not p.VAR_KEYWORD]
 
 
-def _workload(name: str, constraint: str, width: int, batch: int) -> Arguments:
-    penalised = isinstance(CONSTRAINTS[constraint], GradientPenalty)
-    workload = WORKLOADS[f"{name}-{'penalty' if penalised else 'clip'}"]
-    return {
-        "generator": workload.generator(width),
-        "critic": workload.critic(width),
-        "real": torch.randn(batch, *workload.shape),
-        "latent": workload.latent,
-    }
+def _mlp(constraint: Constraint, gpu: bool) -> Arguments:
+    generator = models.mlp([100, 128, 256, 512, 1024, 784], slope=0.2, norm=True, tanh=True)
+    return {"generator": generator, "critic": models.mlp([784, 512, 256, 1], slope=0.2), "real": torch.randn(64, 784)}
 
 
-def _mlp(constraint: str, *, gpu: bool) -> Arguments:
-    return _workload("mlp", constraint, 0, 64)
+def _dcgan(constraint: Constraint, gpu: bool) -> Arguments:
+    width, batch = (64, 64) if gpu else (8, 8)
+    generator = models.dcgan_generator(width=width)
+    # A penalty takes each sample's gradient by itself, and BatchNorm mixes them.
+    critic = models.dcgan_critic(width=width, norm=not isinstance(constraint, GradientPenalty))
+    return {"generator": generator, "critic": critic, "real": torch.randn(batch, 3, 64, 64)}
 
 
-def _dcgan(constraint: str, *, gpu: bool) -> Arguments:
-    return _workload("dcgan", constraint, *((64, 64) if gpu else (8, 8)))
-
-
-def _resnet(constraint: str, *, gpu: bool) -> Arguments:
-    """WGAN-GP's, with the layer normalisation that its paper recommends where a critic wants one."""
+def _resnet(constraint: Constraint, gpu: bool) -> Arguments:
+    """Return WGAN-GP's, with the layer normalisation that its paper recommends where a critic wants one."""
     width, batch = (128, 64) if gpu else (16, 8)
-    critic = models.resnet_critic(width=width)
+    generator, critic = models.resnet_generator(width=width), models.resnet_critic(width=width)
     for name, m in critic.named_children():
         if isinstance(m, models.Residual):
             for norm in ("norm1", "norm2")[name == "0" :]:  # an image is not normalised
                 m.add_module(norm, nn.GroupNorm(1, width))  # in one group: LayerNorm
-    return _workload("resnet", constraint, width, batch) | {"critic": critic}
+    return {"generator": generator, "critic": critic, "real": torch.randn(batch, 3, 32, 32)}
 
 
-def _tabular(constraint: str, *, gpu: bool) -> Arguments:
-    """CTGAN's, whose critic here puts rows together itself."""
-    columns = 128
-    packed = nn.Sequential(nn.Unflatten(0, (-1, PACK)), nn.Flatten(), models.ctgan_critic(columns, pack=PACK))
-    generator = models.ctgan_generator(128, columns, pack=1)
-    real = torch.randn(500 if gpu else 100, columns)
-    return {"generator": generator, "critic": packed, "real": real, "latent": 128, "pack": PACK}
+def _tabular(constraint: Constraint, gpu: bool) -> Arguments:
+    """Return CTGAN's, whose critic here puts ten rows together itself."""
+    critic = nn.Sequential(nn.Unflatten(0, (-1, 10)), nn.Flatten(), models.ctgan_critic(128, pack=10))
+    generator = models.ctgan_generator(128, 128, pack=1)
+    return {"generator": generator, "critic": critic, "real": torch.randn(500 if gpu else 100, 128), "pack": 10}
 
 
 class _Labelled(nn.Module):
     """A network that gets an embedding of its labels beside its input."""
 
-    def __init__(self, network: nn.Module, width: int) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.embedding, self.network = nn.Embedding(CLASSES, width), network
+        self.embedding, self.network = nn.Embedding(10, 8), network
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         result: Tensor = self.network(torch.cat((x, self.embedding(labels)), dim=1))
         return result
 
 
-def _conditional(constraint: str, *, gpu: bool) -> Arguments:
-    generator = _Labelled(models.mlp([32 + 8, 128, 64], norm=True), 8)
-    critic = _Labelled(models.mlp([64 + 8, 128, 128, 1], slope=0.2), 8)
-    labels = torch.randint(CLASSES, (64,))
+def _conditional(constraint: Constraint, gpu: bool) -> Arguments:
+    generator = _Labelled(models.mlp([32 + 8, 128, 64], norm=True))
+    critic = _Labelled(models.mlp([64 + 8, 128, 128, 1], slope=0.2))
+    labels = torch.randint(10, (64,))
     return {"generator": generator, "critic": critic, "real": torch.randn(64, 64), "cond": (labels,), "latent": 32}
 
 
-BUILT_IN: dict[str, Callable[..., Arguments]] = {
+BUILT_IN: dict[str, Callable[[Constraint, bool], Arguments]] = {
     "mlp": _mlp, "dcgan": _dcgan, "resnet": _resnet, "tabular": _tabular, "conditional": _conditional,
 }  # fmt: skip
 
 
 def load(name: str) -> Arguments:
-    """What a user's factory, MODULE:FACTORY, has made; modules are looked for in the working directory, too."""
+    """Return what a user's factory, MODULE:FACTORY, makes; modules are looked for in the working directory, too."""
     path, _, attribute = name.partition(":")
     if not path or not attribute:
         raise ValueError(f"--networks: expected MODULE:FACTORY, got {name!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        factory = getattr(import_module(path), attribute)
-        made = factory()
+        made = getattr(import_module(path), attribute)()
     except Exception as error:  # whatever the user's code raises
         raise ValueError(f"--networks: {name} raised {error!r}") from error
     if isinstance(made, tuple) and len(made) == 3:
@@ -129,69 +114,34 @@ def _moved(value: Any, device: torch.device) -> Any:
 def _jobs(
     names: Sequence[str], networks: str | None, constraints: Sequence[str], device: torch.device | None, seed: int
 ) -> Iterator[tuple[str, Arguments]]:
-    """(name, verify's arguments) one by one, so that networks which are done with need not be kept."""
+    """Yield (name, verify's arguments) one by one, so that networks which are done with need not be kept."""
     gpu = device is not None and device.type == "cuda"
-    makers: dict[str, Callable[[str], Arguments]]
-    if networks is None:
-        makers = {name: lambda constraint, name=name: BUILT_IN[name](constraint, gpu=gpu) for name in names}  # type: ignore[misc]
-    else:
-        makers = {networks: lambda constraint: load(networks)}
-    for name, make in makers.items():
-        for constraint in constraints:
+    for name in names if networks is None else [networks]:
+        for kind, constraint in ((kind, CONSTRAINTS[kind]) for kind in constraints):
             torch.manual_seed(seed)
-            arguments = {"seed": seed} | make(constraint)
-            if device is not None:
-                arguments = {key: _moved(value, device) for key, value in arguments.items()}
-            if "constraint" in arguments:  # the factory's own
-                yield name, arguments
+            made = BUILT_IN[name](constraint, gpu) if networks is None else load(networks)
+            moved = made if device is None else {key: _moved(value, device) for key, value in made.items()}
+            own = "constraint" in made  # the factory's
+            yield name if own else f"{name}-{kind}", {"constraint": constraint, "seed": seed} | moved
+            if own:
                 break
-            yield f"{name}-{constraint}", arguments | {"constraint": CONSTRAINTS[constraint]}
-
-
-def _show(name: str, report: Report) -> None:
-    try:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        print(f"{name}: {report}\n", flush=True)
-        return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in HEADER:
-        table.add_column(column, justify="left" if column in WORDS else "right", no_wrap=column != "worst")
-    for line in report.lines():
-        table.add_row(*line, style="bold red" if line[-1] != "ok" else None)
-    console = Console(highlight=False, markup=False)
-    console.print(f"{name}: {report.title}")
-    console.print(table)
-    for note in report.notes:
-        console.print(f"note: {note}")
-    console.print(report.verdict, "\n", style=None if report.passed else "bold red")
 
 
 def run(
     names: Sequence[str], networks: str | None, constraints: Sequence[str], device: torch.device | None,
     *, backend: Backend, seed: int, path: Path | None, **options: float,
 ) -> bool:  # fmt: skip
-    """Verify networks, print a table for each, and write ``path``; return whether all passed.
+    """Verify networks, print a report of each, and write all rows to ``path``; return whether all passed.
 
-    Args:
-        names: of built-in networks, where ``networks`` is None.
-        networks: MODULE:FACTORY; the factory takes nothing and returns (generator, critic, real), or a dict of
-            :func:`verify`'s arguments.
-        constraints: names in CONSTRAINTS; a constraint among a factory's arguments goes before.
-        device: to move networks to; None leaves a factory's where they are.
-        backend, seed: see :func:`verify`; networks are made under the seed, too.
-        path: of a JSON file with all rows, or None.
-        options: blend, drift and instance_noise; a factory's own go before.
+    The networks are built-in ones of ``names``, or what a factory, MODULE:FACTORY, makes, whose arguments go before
+    the others: (generator, critic, real), or a dict of :func:`verify`'s. They are made under the seed, and moved to
+    ``device`` unless it is None.
     """
-    reports = {}
+    passed, reports = True, {}
     for name, arguments in _jobs(names, networks, constraints, device, seed):
-        reports[name] = verify(**{"backend": backend, **options, **arguments})
-        _show(name, reports[name])
+        report = verify(**{"backend": backend, **options, **arguments})
+        print(f"{name}: {report}\n", flush=True)
+        passed, reports[name] = passed and report.passed, report.as_dict()
         if path is not None:
-            record = {"passed": all(r.passed for r in reports.values())}
-            path.write_text(
-                json.dumps(record | {"reports": {n: r.as_dict() for n, r in reports.items()}}, indent=1) + "\n"
-            )
-    return all(report.passed for report in reports.values())
+            path.write_text(json.dumps({"passed": passed, "reports": reports}, indent=1) + "\n")
+    return passed

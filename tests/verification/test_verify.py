@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from small_trainers import assert_same_state
 from torch import nn
 
 import fastwgan
-from fastwgan import GradientPenalty, NormClip, Trainer, WeightClip, cli, models, reference
+from fastwgan import GradientPenalty, NormClip, WeightClip, cli, models, reference
 from fastwgan.backend import kernels
 from fastwgan.engine import eager, structure
 from fastwgan.ops import rectifiers
@@ -25,7 +26,7 @@ from fastwgan.verification.report import Report, Row
 
 CLIP, PENALTY = WeightClip(), GradientPenalty()
 CONSTRAINTS = {"clip": CLIP, "penalty": PENALTY}
-ALL = {"blend": 0.3, "drift": 0.1, "instance_noise": 0.2}
+ALL = {"blend": 0.3, "drift": 0.1}
 FORMS = {
     "norm clip": {"constraint": NormClip(0.1)},
     "norm clip of tensors": {"constraint": NormClip(0.5, per="tensor", exclude="*.bias")},
@@ -33,7 +34,6 @@ FORMS = {
     "blend": {"constraint": CLIP, "blend": 0.3},
     "the GAN": {"constraint": PENALTY, "blend": 1.0},
     "drift": {"constraint": PENALTY, "drift": 0.1},
-    "noise": {"constraint": CLIP, "instance_noise": 0.2},
     "all under a norm clip": {"constraint": NormClip(0.1), **ALL},
     "all under a penalty": {"constraint": PENALTY, **ALL},
     "all of DRAGAN": {"constraint": GradientPenalty(at="perturbed"), **ALL},
@@ -114,9 +114,8 @@ def test_every_objective_passes(form, networks, backend, device):
     constraint = options["constraint"]
     rows = {step: [(row.op, row.name) for row in report.rows if row.step == step] for step in ("critic", "generator")}
     noisy = {step: [name for op, name in rows[step] if op == "perturb"] for step in rows}
-    on_both = ["noisy real samples", "noisy fake samples"] if "instance_noise" in options else []
     points = ["points"] if getattr(constraint, "at", None) == "perturbed" else []
-    assert noisy == {"critic": on_both + points, "generator": on_both[1:]}
+    assert noisy == {"critic": points, "generator": []}
     for step, names in (("critic", ("blend", "drift")), ("generator", ("blend",))):
         objective = any(name in options for name in names)
         assert (("objective", "loss") in rows[step]) is objective
@@ -221,6 +220,22 @@ def test_all_sorts_of_networks_pass(name, constraint, device):
         real = real.to(memory_format=torch.channels_last)
     report = check(generator, critic, real, constraint=CONSTRAINTS[constraint], backend="triton")
     assert report.notes == (("1 dropout layers in evaluation mode",) if name == "dropout" else ())
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_instance_noise_is_left_out_with_a_note(constraint, device):
+    """What is within goes on in training mode."""
+    generator, critic = images().to(device), models.InstanceNoise(conv(nn.BatchNorm2d(6)), 0.2).to(device)
+    real = torch.randn(6, 3, 16, 16, device=device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "GradientPenalty with a critic that has BatchNorm")
+        report = check(generator, critic, real, constraint=CONSTRAINTS[constraint])
+    assert report.notes == ("1 instance noise layers in evaluation mode",)
+    (counted,) = (
+        row for row in report.rows if row.name == "critic: critic.3.num_batches_tracked" and row.step == "critic"
+    )
+    assert counted.error == 0
+    assert critic.training
 
 
 def test_batchnorm_critic_passes_under_a_clip(device):
@@ -332,10 +347,10 @@ IN_KERNELS = {  # a fault: (form, file, old, new, the op to be named)
     "Adam's bias correction missing": ("penalty", "update", "divide(sqrt(s), sqrt(bias2))", "sqrt(s)", "update"),
     "learning rate off by 1%": ("penalty", "update", "p -= divide(lr, bias1)", "p -= 1.01 * divide(lr, bias1)",
                                 "update"),
+    "one noise for the batch": ("DRAGAN", "perturb", "index = sample + offset", "index = 0 * sample + offset",
+                                "perturb"),
     "noise of the wrong sign": ("DRAGAN", "perturb", "x.to(acc) + factor", "x.to(acc) - factor", "perturb"),
     "noise 1% wide": ("DRAGAN", "perturb", "x.to(acc) + factor", "x.to(acc) + 1.01 * factor", "perturb"),
-    "DRAGAN's points with one noise": ("DRAGAN", "perturb", "index = sample + offset", "index = 0 * sample + offset",
-                                       "perturb"),
     "norms 1% wide": ("norm clip", "project", "w * inverse * bound", "w * inverse * 1.01 * bound", "project"),
     "norms of tensors 1% narrow": ("norm clip of tensors", "project", "w * inverse * bound",
                                    "w * inverse * 0.99 * BOUND", "project"),
@@ -414,17 +429,12 @@ def unblended(original):
     return lambda real, fake, **options: original(real, fake, **options | ({"blend": 0.0} if real is None else {}))
 
 
-def standing(original):
-    """Noise that does not go on."""
-    return lambda *args: 0
-
-
 def negated(original):
     return lambda *args: -original(*args)
 
 
 def lighter(original):
-    return lambda trainer, iteration: 0.999 * original(trainer, iteration)
+    return lambda constraint, iteration: 0.999 * original(constraint, iteration)
 
 
 def slanted(original):
@@ -460,7 +470,7 @@ ELSEWHERE = {  # a fault: (form, backend, what holds it, its name, what makes a 
     "one norm for the batch": ("penalty", "triton", kernels.penalty, "gradient_penalty", one_norm,
                                ("critic", "penalty")),
     "seeds of the wrong sign": ("clip", "triton", eager.Eager, "_seed", negated, ("critic", "scores")),
-    "penalty's weight off": ("penalty", "triton", Trainer, "_penalty_weight", lighter, ("critic", "penalty")),
+    "penalty's weight off": ("penalty", "triton", GradientPenalty, "penalty_weight", lighter, ("critic", "penalty")),
     "a rectifier's slope off": ("penalty", "triton", rectifiers._Rectify, "backward", slanted,
                                 ("critic", "input gradient")),
     "generator's gradient off": ("clip", "triton", eager.Eager, "generator", biased, ("generator", "backward")),
@@ -469,9 +479,8 @@ ELSEWHERE = {  # a fault: (form, backend, what holds it, its name, what makes a 
                                      ("critic", "penalty")),
     "norms of tensors for rows'": ("norm clip", "triton", kernels.project.Project, "launch", whole,
                                    ("critic", "project")),
-    "noise that does not go on": ("noise", "triton", Trainer, "_numbers", standing, ("generator", "perturb")),
     "torch: norms 1% narrow": ("norm clip", "torch", reference, "clip_norms_", tighter, ("critic", "project")),
-    "torch: one noise for the batch": ("noise", "torch", reference, "perturb", one_noise, ("critic", "perturb")),
+    "torch: one noise for the batch": ("DRAGAN", "torch", reference, "perturb", one_noise, ("critic", "perturb")),
     "torch: drift on fake scores": ("drift", "torch", reference, "score_slopes", drifting, ("critic", "objective")),
     "torch: blend ignored": ("blend", "torch", eager, "objective", unblended, ("generator", "objective")),
     "torch: bound 1% narrow": ("clip", "torch", reference, "clip_weights_", tighter, ("critic", "clamp")),
@@ -636,8 +645,9 @@ MISUSE = {
     "blend": ({"blend": 1.5}, ValueError, r"blend: expected a number in \[0, 1\], got 1.5"),
     "blend str": ({"blend": "all"}, TypeError, "blend: expected a number, got str"),
     "drift": ({"drift": -1}, ValueError, "drift: expected a finite number >= 0, got -1"),
-    "noise": ({"instance_noise": float("inf")}, ValueError, "instance_noise: expected a finite number >= 0, got inf"),
-    "noise callable": ({"instance_noise": len}, TypeError, "instance_noise: expected a number, got builtin"),
+    "noise": ({"instance_noise": 0.1}, TypeError,
+              r"instance_noise: was removed; wrap the critic: fastwgan\.models\.InstanceNoise\(critic, scale\)$"),
+    "no such argument": ({"depth": 3}, TypeError, "got an unexpected keyword argument 'depth'$"),
     "cond": ({"cond": REAL}, TypeError, "cond: expected a tuple of conditions, got Tensor"),
     "latent": ({"latent": "6"}, TypeError, "latent: expected an int or a callable, got str"),
     "latent zero": ({"latent": 0}, ValueError, "latent: expected an int >= 1, got 0"),
@@ -722,18 +732,18 @@ def test_command_on_a_users_networks(users, capsys):
 
 
 def test_command_takes_a_factorys_arguments(users, capsys):
-    options = ["--backend", "torch", "--seed", "3", "--blend", "0.3", "--instance-noise", "0.1"]
+    options = ["--backend", "torch", "--seed", "3", "--blend", "0.3", "--drift", "0.1"]
     assert cli.main(["verify", "--networks", "theirs:arguments", *options]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert text.startswith(
-        "theirs:arguments: WeightClip(bound=0.02), blend=0.3, instance_noise=0.1: torch on cpu, float32, batch 16"
+        "theirs:arguments: WeightClip(bound=0.02), blend=0.3, drift=0.1: torch on cpu, float32, batch 16"
     )
 
 
-def test_command_without_rich_prints_text(users, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "rich", None)
+def test_command_prints_the_report(users, capsys):
     assert cli.main(["verify", "--networks", "theirs:pair", "--constraint", "clip"]) == 0
-    assert "\nstep       op " in capsys.readouterr().out
+    (arguments,) = (arguments for _, arguments in command._jobs([], "theirs:pair", ["clip"], None, seed=0))
+    assert capsys.readouterr().out == f"theirs:pair-clip: {fastwgan.verify(**arguments)}\n\n"
 
 
 def test_command_fails_on_a_fault(users, capsys, monkeypatch):
