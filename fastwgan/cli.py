@@ -1,14 +1,14 @@
-"""The command line: fastwgan train | sample | bench | verify | info."""
+"""The command line: fastwgan train | sample | verify | info."""
 
 import argparse
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,65 +17,32 @@ import torch.distributed as dist
 import fastwgan
 from fastwgan import checkpoint, data, files, functional, runs, verify_run
 from fastwgan.backend import triton_problem
-from fastwgan.baselines import IMPLEMENTATIONS
-from fastwgan.bench import PRECISIONS
+from fastwgan.command import INTERRUPTED, Parser, UserError, device_named, ints, problems, run
 from fastwgan.fit import fit
 from fastwgan.streams import stream_seed
 from fastwgan.trainer import Trainer
-from fastwgan.workloads import WORKLOADS
 
 MOST = 1_000_000  # samples in a batch or a file
 AT_ONCE = 500  # samples that one forward pass makes for a file
 FAILED = 1  # exit status of a verification
-INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
-
-
-class _UserError(Exception):
-    """Something the user can mend; its one line is all that is shown."""
-
-
-@contextmanager
-def _problems() -> Iterator[None]:
-    """Whatever goes wrong while arguments and files are read is the user's to mend; later it would be ours."""
-    try:
-        yield
-    except ImportError as error:
-        extra = "train,tensorboard" if "tensorboard" in str(error) else "train"
-        raise _UserError(f"{error}; pip install 'fastwgan[{extra}]' has what this command needs") from error
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
-        raise _UserError(str(error)) from error
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.Generator(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: {name} cannot be used ({str(error).splitlines()[0]})") from error
-    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+MOVED = {  # once commands of this one: where they are now
+    "bench": "python -m benchmarks steps (or ops)",
+    "experiment": "python -m benchmarks experiment",
+}
 
 
 @contextmanager
 def _processes(name: str | None) -> Iterator[torch.device]:
     """This process's device, and the process group if torchrun has started several."""
     if not dist.is_torchelastic_launched():
-        with _problems():
-            device = _device(name)
+        with problems():
+            device = device_named(name)
         yield device
         return
-    with _problems():
+    with problems():
         if name is None and torch.cuda.is_available():
             name = f"cuda:{os.environ['LOCAL_RANK']}"
-        device = _device(name)
+        device = device_named(name)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -123,7 +90,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _train_on(device: torch.device, args: argparse.Namespace) -> int:
-    with _problems():
+    with problems():
         import rich  # noqa: F401 - what is needed at the end had better be there at the start
 
         from fastwgan import pictures
@@ -156,7 +123,7 @@ def _train_on(device: torch.device, args: argparse.Namespace) -> int:
 
 
 def _sample(args: argparse.Namespace) -> int:
-    with _problems():
+    with problems():
         if args.out.suffix not in (".npy", ".png"):
             raise ValueError(f"--out: expected a name ending in .npy or .png, got {args.out}")
         content = checkpoint.load(args.checkpoint)
@@ -175,44 +142,23 @@ def _sample(args: argparse.Namespace) -> int:
     if args.out.suffix == ".npy":
         np.save(args.out, samples.numpy())
     else:
-        with _problems():
+        with problems():
             runs.draw(config, samples, args.out, args.seed)
     print(f"{args.count} samples of shape {tuple(samples.shape[1:])}: {args.out}")
     return 0
 
 
-def _experiment(args: argparse.Namespace) -> int:
-    raise _UserError("experiment: expected in the source tree, whose python -m benchmarks experiment has them")
-
-
-def _bench(args: argparse.Namespace) -> int:
-    with _problems():
-        import rich  # noqa: F401 - for the tables
-
-        from fastwgan import bench_run
-
-        device = _device(args.device)
-        if args.json is not None and not args.json.absolute().parent.is_dir():
-            raise ValueError(f"--json: {args.json.parent} is no directory")
-        if args.ops and (args.workload or args.implementation or args.precision):
-            raise ValueError("--ops: has workloads, implementations and a precision of its own")
-    limits = {"rounds": args.rounds, "minutes": args.minutes, "path": args.json}
-    if args.ops:
-        bench_run.run_ops(device, **limits)
-    else:
-        workloads = args.workload or bench_run.default_workloads(device)
-        precisions = args.precision or (["float32", "bfloat16"] if device.type == "cuda" else ["float32"])
-        bench_run.run_steps(workloads, args.implementation or list(IMPLEMENTATIONS), precisions, device, **limits)
-    return 0
+def _moved(args: argparse.Namespace) -> int:
+    raise UserError(f"{args.name} has left the package: run {args.command} in a checkout of the source")
 
 
 def _verify(args: argparse.Namespace) -> int:
-    with _problems():
+    with problems():
         if args.networks is not None and args.workload:
             raise ValueError("--workload: names built-in networks, and --networks others")
         if args.json is not None and not args.json.absolute().parent.is_dir():
             raise ValueError(f"--json: {args.json.parent} is no directory")
-        device = None if args.networks is not None and args.device is None else _device(args.device)
+        device = None if args.networks is not None and args.device is None else device_named(args.device)
         passed = verify_run.run(
             args.workload or list(verify_run.BUILT_IN), args.networks, args.constraint or list(verify_run.CONSTRAINTS),
             device, backend=args.backend, seed=args.seed, path=args.json, blend=args.blend, drift=args.drift,
@@ -253,18 +199,6 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _int(minimum: int, maximum: int) -> Callable[[str], int]:
-    """An argument type: an int within bounds, both included."""
-
-    def parse(text: str) -> int:
-        value = int(text) if text.strip().removeprefix("-").isdigit() else None
-        if value is None or not minimum <= value <= maximum:
-            raise argparse.ArgumentTypeError(f"expected an int from {minimum:,} to {maximum:,}, got {text!r}")
-        return value
-
-    return parse
-
-
 def _data(text: str) -> str:
     """An argument type: the name of a data set, or KIND:PATH."""
     if not runs.is_known(text):
@@ -279,17 +213,6 @@ def _short(name: str) -> str:
     return Path(path).expanduser().resolve().stem or kind if path else kind
 
 
-def _minutes(text: str) -> float:
-    """An argument type: a number above zero."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 10**6:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return value
-
-
 def _decay(text: str) -> float:
     """An argument type: a number from 0 to 1, 1 excluded."""
     try:
@@ -302,7 +225,7 @@ def _decay(text: str) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="fastwgan", description="Wasserstein GANs on fused Triton kernels.")
+    parser = Parser(prog="fastwgan", description="Wasserstein GANs on fused Triton kernels.")
     parser.add_argument("--version", action="version", version=f"fastwgan {fastwgan.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -322,25 +245,25 @@ def _parser() -> argparse.ArgumentParser:
         "--channels", type=int, choices=(1, 3), help="of a folder's images, gray or RGB; default: as the first is"
     )
     train.add_argument(
-        "--workers", type=_int(0, 64), default=2, help="threads that read files, which changes no number; default: 2"
+        "--workers", type=ints(0, 64), default=2, help="threads that read files, which changes no number; default: 2"
     )
     train.add_argument("--constraint", choices=runs.CONSTRAINTS, help="WGAN or WGAN-GP; default: penalty")
-    train.add_argument("--steps", type=_int(1, 10**15), help="critic steps in all, resumed ones included")
-    train.add_argument("--batch-size", type=_int(1, MOST), help="real samples in a critic step")
-    train.add_argument("--n-critic", type=_int(1, 10**15), help="critic steps to a generator step")
+    train.add_argument("--steps", type=ints(1, 10**15), help="critic steps in all, resumed ones included")
+    train.add_argument("--batch-size", type=ints(1, MOST), help="real samples in a critic step")
+    train.add_argument("--n-critic", type=ints(1, 10**15), help="critic steps to a generator step")
     train.add_argument("--amp", choices=runs.PRECISIONS, help="mixed precision; default: none")
     train.add_argument("--ema", type=_decay, metavar="DECAY", help="keep a running average of the generator's weights")
     train.add_argument(
         "--nonfinite", choices=("raise", "skip"),
         help="at gradients that are infinite or NaN end the run, or go on unless they keep coming; default: raise",
     )  # fmt: skip
-    train.add_argument("--seed", type=_int(0, 2**63 - 1), help="of weights, data order, latents and eps; default: 0")
+    train.add_argument("--seed", type=ints(0, 2**63 - 1), help="of weights, data order, latents and eps; default: 0")
     train.add_argument("--device", help="such as cpu or cuda:0; default: the first GPU, else the CPU")
     train.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto")
     train.add_argument("--out", type=Path, help="directory; default: runs/DATA-CONSTRAINT")
-    train.add_argument("--save-every", type=_int(1, 10**15), default=2000, help="steps; default: 2000")
-    train.add_argument("--keep", type=_int(1, 10**6), default=1, help="checkpoints, the newest ones; default: 1")
-    train.add_argument("--sample-every", type=_int(1, 10**15), help="steps between pictures in samples/; default: none")
+    train.add_argument("--save-every", type=ints(1, 10**15), default=2000, help="steps; default: 2000")
+    train.add_argument("--keep", type=ints(1, 10**6), default=1, help="checkpoints, the newest ones; default: 1")
+    train.add_argument("--sample-every", type=ints(1, 10**15), help="steps between pictures in samples/; default: none")
     train.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard, too")
     train.add_argument("--resume", action="store_true", help="go on from the directory's last.pt")
 
@@ -348,27 +271,13 @@ def _parser() -> argparse.ArgumentParser:
     sample.set_defaults(run=_sample)
     sample.add_argument("--checkpoint", type=Path, required=True, help="a last.pt of fastwgan train")
     sample.add_argument("--ema", action="store_true", help="by the running average of the generator's weights")
-    sample.add_argument("--count", type=_int(1, MOST), default=100)
-    sample.add_argument("--seed", type=_int(0, 2**63 - 1), default=0)
+    sample.add_argument("--count", type=ints(1, MOST), default=100)
+    sample.add_argument("--seed", type=ints(0, 2**63 - 1), default=0)
     sample.add_argument("--out", type=Path, required=True, help="F.npy for the numbers, F.png for a picture")
 
-    experiment = commands.add_parser("experiment", help="python -m benchmarks experiment, in the source tree")
-    experiment.set_defaults(run=_experiment)
-
-    bench = commands.add_parser("bench", help="time a critic step against PyTorch's, or each op by itself")
-    bench.set_defaults(run=_bench)
-    for option, choices, default in (
-        ("--workload", WORKLOADS, "default: all, on a CPU the mlp and tabular ones"),
-        ("--implementation", IMPLEMENTATIONS, "beside the textbook; default: all"),
-        ("--precision", PRECISIONS, "default: float32, on a GPU both"),
-    ):
-        names = ", ".join(choices)
-        bench.add_argument(option, nargs="+", choices=choices, metavar="NAME", help=f"{names}; {default}")
-    bench.add_argument("--ops", action="store_true", help="time the ops, each by itself, and not critic steps")
-    bench.add_argument("--device", help="such as cpu or cuda:0; default: the first GPU, else the CPU")
-    bench.add_argument("--rounds", type=_int(1, MOST), default=200, help="samples of each figure; default: 200")
-    bench.add_argument("--minutes", type=_minutes, default=8.0, help="that it should take; default: 8")
-    bench.add_argument("--json", type=Path, help="file for all figures")
+    for name, command in MOVED.items():
+        moved = commands.add_parser(name, help=f"{command}, in a checkout of the source")
+        moved.set_defaults(run=_moved, name=name, command=command)
 
     verify = commands.add_parser("verify", help="judge a step on your networks and device, op by op, against float64")
     verify.set_defaults(run=_verify)
@@ -385,9 +294,9 @@ def _parser() -> argparse.ArgumentParser:
         ("--instance-noise", "standard deviation of noise on what the critic is shown"),
     ):
         verify.add_argument(option, type=float, default=0.0, metavar="NUMBER", help=f"{meaning}; default: 0")
-    verify.add_argument("--device", help="such as cpu or cuda:0; default: where --networks are, else as in bench")
+    verify.add_argument("--device", help="such as cpu or cuda:0; default: where --networks are, else as in train")
     verify.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto")
-    verify.add_argument("--seed", type=_int(0, 2**63 - 1), default=0)
+    verify.add_argument("--seed", type=ints(0, 2**63 - 1), default=0)
     verify.add_argument("--json", type=Path, help="file for all rows")
 
     info = commands.add_parser("info", help="versions, devices, and which backend each op uses there and why")
@@ -399,20 +308,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status: 0, 1 if a verification failed, 2 on a bad argument, 130 after Ctrl-C."""
     parser = _parser()
     given = sys.argv[1:] if argv is None else [*argv]
-    # An option may come first in what belongs to the other command.
-    args = parser.parse_args(given[:1] if given[:1] == ["experiment"] else given)
-    try:
-        status: int = args.run(args)
-        sys.stdout.flush()
-        if argv is None and dist.is_torchelastic_launched():
-            sys.stderr.flush()
-            os._exit(status)  # PyTorch's threads now and then abort an interpreter that shuts down round them
-        return status
-    except BrokenPipeError:  # the reader has seen enough, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (_UserError, files.BadDataError, FloatingPointError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+    # What follows one of these is for the other command.
+    args = parser.parse_args(given[:1] if given and given[0] in MOVED else given)
+    status = run(parser, args)
+    if argv is None and dist.is_torchelastic_launched():
+        sys.stderr.flush()
+        os._exit(status)  # PyTorch's threads now and then abort an interpreter that shuts down round them
+    return status

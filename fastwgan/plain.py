@@ -17,9 +17,13 @@ from fastwgan.constraints import GradientPenalty, NormClip, WeightClip
 from fastwgan.observed import Observed
 from fastwgan.passes import scores_of_both
 
-__all__ = ["Constraint", "Pass", "Step", "critic_pass", "generator_pass", "means", "to_dtype"]
+__all__ = ["ADAM", "RMSPROP", "Constraint", "Pass", "Step", "critic_pass", "generator_pass", "means", "to_dtype"]
 
 Constraint = WeightClip | NormClip | GradientPenalty
+
+# The papers' optimizers, which the trainer takes where it is given none.
+RMSPROP: dict[str, Any] = {"lr": 5e-5}
+ADAM: dict[str, Any] = {"lr": 1e-4, "betas": (0.0, 0.9)}
 
 
 def to_dtype(value: Any, dtype: torch.dtype) -> Any:

@@ -33,12 +33,11 @@ from torch.nn.modules.dropout import _DropoutNd
 from fastwgan import functional
 from fastwgan.arguments import check_count, check_mode
 from fastwgan.backend import Backend, resolve
-from fastwgan.baselines import ADAM, RMSPROP
 from fastwgan.constraints import Clip, GradientPenalty, NormClip, WeightClip
 from fastwgan.metrics import Metrics
 from fastwgan.observed import Observed, copied
 from fastwgan.optim import Adam, RMSprop
-from fastwgan.plain import Constraint, Pass, Step, critic_pass, generator_pass, means, to_dtype
+from fastwgan.plain import ADAM, RMSPROP, Constraint, Pass, Step, critic_pass, generator_pass, means, to_dtype
 from fastwgan.ranks import Ranks, unwrapped
 from fastwgan.report import Report, Row
 from fastwgan.streams import process_streams, set_process_streams

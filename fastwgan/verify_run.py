@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from fastwgan.constraints import GradientPenalty, NormClip, WeightClip
 from fastwgan.plain import Constraint
 from fastwgan.report import HEADER, WORDS, Report
 from fastwgan.verify import verify
-from fastwgan.workloads import WORKLOADS
 
 __all__ = ["BUILT_IN", "CONSTRAINTS", "run"]
 
@@ -36,43 +36,13 @@ PACK, CLASSES = 10, 10
 Arguments = dict[str, Any]  # verify's
 
 
-def _workload(name: str, constraint: str, width: int, batch: int) -> Arguments:
-    penalised = isinstance(CONSTRAINTS[constraint], GradientPenalty)
-    workload = WORKLOADS[f"{name}-{'penalty' if penalised else 'clip'}"]
-    return {
-        "generator": workload.generator(width),
-        "critic": workload.critic(width),
-        "real": torch.randn(batch, *workload.shape),
-        "latent": workload.latent,
-    }
-
-
-def _mlp(constraint: str, *, gpu: bool) -> Arguments:
-    return _workload("mlp", constraint, 0, 64)
-
-
-def _dcgan(constraint: str, *, gpu: bool) -> Arguments:
-    return _workload("dcgan", constraint, *((64, 64) if gpu else (8, 8)))
-
-
-def _resnet(constraint: str, *, gpu: bool) -> Arguments:
-    """WGAN-GP's, with the layer normalisation that its paper recommends where a critic wants one."""
-    width, batch = (128, 64) if gpu else (16, 8)
-    critic = models.resnet_critic(width=width)
+def _normalised(critic: nn.Sequential, width: int) -> nn.Sequential:
+    """Return WGAN-GP's residual critic with the layer normalisation that its paper recommends where one is wanted."""
     for name, m in critic.named_children():
         if isinstance(m, models.Residual):
             for norm in ("norm1", "norm2")[name == "0" :]:  # an image is not normalised
                 m.add_module(norm, nn.GroupNorm(1, width))  # in one group: LayerNorm
-    return _workload("resnet", constraint, width, batch) | {"critic": critic}
-
-
-def _tabular(constraint: str, *, gpu: bool) -> Arguments:
-    """CTGAN's, whose critic here puts rows together itself."""
-    columns = 128
-    packed = nn.Sequential(nn.Unflatten(0, (-1, PACK)), nn.Flatten(), models.ctgan_critic(columns, pack=PACK))
-    generator = models.ctgan_generator(128, columns, pack=1)
-    real = torch.randn(500 if gpu else 100, columns)
-    return {"generator": generator, "critic": packed, "real": real, "latent": 128, "pack": PACK}
+    return critic
 
 
 class _Labelled(nn.Module):
@@ -87,16 +57,42 @@ class _Labelled(nn.Module):
         return result
 
 
-def _conditional(constraint: str, *, gpu: bool) -> Arguments:
-    generator = _Labelled(models.mlp([32 + 8, 128, 64], norm=True), 8)
-    critic = _Labelled(models.mlp([64 + 8, 128, 128, 1], slope=0.2), 8)
-    labels = torch.randint(CLASSES, (64,))
-    return {"generator": generator, "critic": critic, "real": torch.randn(64, 64), "cond": (labels,), "latent": 32}
-
-
-BUILT_IN: dict[str, Callable[..., Arguments]] = {
-    "mlp": _mlp, "dcgan": _dcgan, "resnet": _resnet, "tabular": _tabular, "conditional": _conditional,
-}  # fmt: skip
+# Each makes networks and samples: smaller ones on a CPU, and a critic without BatchNorm, which mixes samples, for a
+# penalty.
+BUILT_IN: dict[str, Callable[[bool, bool], Arguments]] = {
+    "mlp": lambda gpu, penalised: {
+        "generator": models.mlp([100, 128, 256, 512, 1024, 784], slope=0.2, norm=True, tanh=True),
+        "critic": models.mlp([784, 512, 256, 1], slope=0.2),
+        "real": torch.randn(64, 784),
+        "latent": 100,
+    },
+    "dcgan": lambda gpu, penalised: {
+        "generator": models.dcgan_generator(100, width=64 if gpu else 8),
+        "critic": models.dcgan_critic(width=64 if gpu else 8, norm=not penalised),
+        "real": torch.randn(64 if gpu else 8, 3, 64, 64),
+        "latent": 100,
+    },
+    "resnet": lambda gpu, penalised: {
+        "critic": _normalised(models.resnet_critic(width=128 if gpu else 16), 128 if gpu else 16),
+        "generator": models.resnet_generator(128, width=128 if gpu else 16),
+        "real": torch.randn(64 if gpu else 8, 3, 32, 32),
+        "latent": 128,
+    },
+    "tabular": lambda gpu, penalised: {  # CTGAN's, whose critic here puts rows together itself
+        "critic": nn.Sequential(nn.Unflatten(0, (-1, PACK)), nn.Flatten(), models.ctgan_critic(128, pack=PACK)),
+        "generator": models.ctgan_generator(128, 128, pack=1),
+        "real": torch.randn(500 if gpu else 100, 128),
+        "latent": 128,
+        "pack": PACK,
+    },
+    "conditional": lambda gpu, penalised: {
+        "generator": _Labelled(models.mlp([32 + 8, 128, 64], norm=True), 8),
+        "critic": _Labelled(models.mlp([64 + 8, 128, 128, 1], slope=0.2), 8),
+        "cond": (torch.randint(CLASSES, (64,)),),
+        "real": torch.randn(64, 64),
+        "latent": 32,
+    },
+}
 
 
 def load(name: str) -> Arguments:
@@ -131,15 +127,15 @@ def _jobs(
 ) -> Iterator[tuple[str, Arguments]]:
     """(name, verify's arguments) one by one, so that networks which are done with need not be kept."""
     gpu = device is not None and device.type == "cuda"
-    makers: dict[str, Callable[[str], Arguments]]
+    makers: dict[str, Callable[[bool], Arguments]]
     if networks is None:
-        makers = {name: lambda constraint, name=name: BUILT_IN[name](constraint, gpu=gpu) for name in names}  # type: ignore[misc]
+        makers = {name: partial(BUILT_IN[name], gpu) for name in names}
     else:
-        makers = {networks: lambda constraint: load(networks)}
+        makers = {networks: lambda penalised: load(networks)}
     for name, make in makers.items():
         for constraint in constraints:
             torch.manual_seed(seed)
-            arguments = {"seed": seed} | make(constraint)
+            arguments = {"seed": seed} | make(isinstance(CONSTRAINTS[constraint], GradientPenalty))
             if device is not None:
                 arguments = {key: _moved(value, device) for key, value in arguments.items()}
             if "constraint" in arguments:  # the factory's own

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.workloads import WORKLOADS  # noqa: F401 - whole steps, which the benchmarks time too
 from fastwgan import functional, reference
-from fastwgan.workloads import WORKLOADS  # noqa: F401 - whole steps, which the benchmarks time too
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 KINDS = functional.PENALTY_KINDS
