@@ -110,7 +110,7 @@ def test_bad_arguments(options, problem, capsys):
         command.main(options)
     assert error.value.code == 2
     message = capsys.readouterr().err
-    assert message.startswith(" ".join(["python -m benchmarks", *options[:1]][: 2 if "argument " in message else 1]))
+    assert message.startswith("python -m benchmarks")
     assert problem in message
     assert message.count("\n") == 1
 
