@@ -69,7 +69,7 @@ def _experiment(args: argparse.Namespace) -> int:
 
 
 def _minutes(text: str) -> float:
-    """An argument type: a number above zero."""
+    """Return an argument's value: a number above zero."""
     try:
         value = float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What command lines have in common: arguments that are checked, errors in one line, and exit statuses."""
+"""Check the arguments of a command line and run its commands: an error is one line, an exit status says how it went."""
 
 import argparse
 import os
@@ -22,7 +22,7 @@ class UserError(Exception):
 
 @contextmanager
 def problems() -> Iterator[None]:
-    """Whatever goes wrong while arguments and files are read is the user's to mend; later it would be ours."""
+    """Take what goes wrong while arguments and files are read for the user's to mend; later it would be ours."""
     try:
         yield
     except ImportError as error:
@@ -34,7 +34,7 @@ def problems() -> Iterator[None]:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, status 2."""
+        """End with one line and status 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
