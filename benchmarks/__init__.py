@@ -1,1 +1,1 @@
-"""Benchmarks beyond ``fastwgan bench``: pytest-benchmark suites, the run for a GPU, and README's table and pictures."""
+"""Time FastWGAN against PyTorch, train the papers' claims again, and make README's tables: ``python -m benchmarks``."""

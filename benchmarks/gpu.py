@@ -1,4 +1,4 @@
-"""Run what wants a GPU, in two calls of six minutes: python -m benchmarks.gpu kernels|steps --out DIR [--minutes 6]
+"""Run what wants a GPU, in two calls of six minutes: python -m benchmarks gpu kernels|steps --out DIR [--minutes 6]
 
 ``kernels`` runs the tests that need a GPU and beside them compute-sanitizer, as no figure of a wrong kernel is worth
 having, and then times the ops. ``steps`` times critic steps without compilers, profiles them, and times them with
@@ -6,7 +6,6 @@ compilers, each of which may take minutes. A part that has to end because its ti
 by then. Records and logs lie in DIR; what matters of them is printed at the end.
 """
 
-import argparse
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks import summary
+from fastwgan.cli.common import Parser
 
 ROOT = Path(__file__).parent.parent
 TIME_OVER = 124  # the status of a part that had to be ended
@@ -28,7 +28,7 @@ GRACE = 15  # seconds that a part gets to say what it has found so far
 SAID = 100  # characters of what a part that did not start said last
 WORKERS = 11  # test processes, each with a context of its own on the GPU; the sanitizers have the other cores
 # The parts of each call that run at the same time, in order, and how they share the minutes that are left.
-CALLS = {
+CALLS: dict[str, dict[tuple[str, ...], int]] = {
     "kernels": {("tests", "sanitizer"): 5, ("ops",): 3},
     "steps": {("steps",): 3, ("profile",): 2, ("compiled",): 7},
 }
@@ -53,13 +53,14 @@ def tests() -> list[str]:
 def command(part: str, seconds: float, out: Path) -> list[str]:
     """Return the command that runs a part, told the time it has."""
     python, minutes = [sys.executable, "-m"], f"{max(0.1, 0.9 * (seconds - GRACE) / 60):.2f}"
-    bench = [*python, "fastwgan", "bench", "--device", "cuda", "--minutes", minutes, "--json", str(record(part, out))]
+    bench = [*python, "benchmarks"]
+    options = ["--device", "cuda", "--minutes", minutes, "--json", str(record(part, out))]
     return {
         "tests": [*python, *tests()],
         "sanitizer": [sys.executable, "tests/tools/sanitize.py"],
-        "ops": [*bench, "--ops"],
-        "steps": [*bench, "--precision", "float32", "--implementation", *PLAIN],
-        "compiled": [*bench, "--precision", "float32", "--workload", *COMPILED],
+        "ops": [*bench, "ops", *options],
+        "steps": [*bench, "steps", *options, "--precision", "float32", "--implementation", *PLAIN],
+        "compiled": [*bench, "steps", *options, "--precision", "float32", "--workload", *COMPILED],
         "profile": [*python, "benchmarks.profiling", "--out", str(out)],
     }[part]
 
@@ -120,7 +121,7 @@ def run_together(parts: Sequence[str], seconds: float, out: Path) -> dict[str, s
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Tests and benchmarks on a GPU.")
+    parser = Parser(prog="python -m benchmarks gpu", description="Tests and benchmarks on a GPU.")
     parser.add_argument("call", choices=CALLS, help="tests, sanitizer and ops; or critic steps")
     parser.add_argument("--out", type=Path, required=True, help="directory of the records and logs")
     parser.add_argument("--minutes", type=float, default=6.0, help="that all of it may take; default: 6")

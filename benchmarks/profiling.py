@@ -6,14 +6,15 @@ step, the replay alone, and a whole iteration beside the same steps one by one. 
 generator, each done in several ways. On a CPU all of it runs as well, with operators in place of kernels.
 """
 
-import argparse
 import cProfile
 import pstats
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -21,9 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fastwgan import Trainer, bench, bench_run, timing
+from benchmarks import timing
+from benchmarks.record import environment, write
+from benchmarks.steps import message, setting
+from benchmarks.workloads import WORKLOADS
+from fastwgan import Trainer
 from fastwgan.engine import structure
-from fastwgan.workloads import WORKLOADS
+from fastwgan.cli.common import Parser
 
 PROFILED = ("mlp-clip", "mlp-penalty", "tabular-penalty", "dcgan-penalty")
 N_CRITIC = 5
@@ -45,7 +50,7 @@ def kernels_by_name(call: Callable[[], object], device: torch.device) -> list[Re
             times.setdefault(event.name, []).append(event.time_range.elapsed_us())
         elif not gpu and event.self_cpu_time_total > 0:
             times.setdefault(event.name, []).append(event.self_cpu_time_total)
-    rows = [{"kernel": name, "count": len(us) / CALLS, "us": _rounded(timing.median(us))} for name, us in times.items()]
+    rows = [{"kernel": name, "count": len(us) / CALLS, "us": _rounded(median(us))} for name, us in times.items()]
     return sorted(rows, key=lambda row: -row["count"] * row["us"])
 
 
@@ -64,7 +69,7 @@ def products(call: Callable[[], object], networks: dict[str, nn.Module], device:
             us = sum(kernel.duration for kernel in event.kernels) if device.type == "cuda" else event.cpu_time_total
             found.setdefault((layer or "?", event.name, str(event.input_shapes)), []).append(us)
     rows = [
-        {"layer": layer, "op": op, "shapes": shapes, "count": len(us) / CALLS, "us": _rounded(timing.median(us))}
+        {"layer": layer, "op": op, "shapes": shapes, "count": len(us) / CALLS, "us": _rounded(median(us))}
         for (layer, op, shapes), us in found.items()
     ]
     return sorted(rows, key=lambda row: -row["count"] * row["us"])
@@ -144,11 +149,11 @@ def _place(file: str) -> str:
 
 
 def milliseconds(call: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
-    return _rounded(timing.median(timing.time_of(call, device, repeats) for _ in range(SAMPLES)))
+    return _rounded(median(timing.time_of(call, device, repeats) for _ in range(SAMPLES)))
 
 
 def _median_host(call: Callable[[], object], device: torch.device) -> float:
-    return _rounded(timing.median(timing.host_time(call, device) for _ in range(HOST_CALLS)))
+    return _rounded(median(timing.host_time(call, device) for _ in range(HOST_CALLS)))
 
 
 def _rounded(value: float) -> float:
@@ -163,12 +168,12 @@ def workload(name: str, device: torch.device) -> Record:
 
 def _figures(name: str, device: torch.device, *, cuda_graph: bool) -> Record:
     given = WORKLOADS[name]
-    made = bench.setting(given, device, torch.float32)
-    networks = {"generator": made.generator, "critic": made.critic}
+    made = setting(given, device, torch.float32)
     known = structure.layers(made.critic, made.real.dim()) is not None  # which patched classes hide
     trainer = Trainer(
-        **networks, latent=given.latent, constraint=given.constraint, cuda_graph=cuda_graph, independent_samples=known
-    )
+        made.generator, made.critic, latent=given.latent, constraint=given.constraint, cuda_graph=cuda_graph,
+        independent_samples=known,
+    )  # fmt: skip
     batches = [made.real] * N_CRITIC
 
     def step() -> None:
@@ -187,7 +192,7 @@ def _figures(name: str, device: torch.device, *, cuda_graph: bool) -> Record:
     figures: Record = {"step_ms": milliseconds(step, device)} | host(step, device)
     figures["kernels"] = kernels_by_name(step, device)
     if not cuda_graph:
-        figures["products"] = products(step, networks, device)
+        figures["products"] = products(step, {"generator": made.generator, "critic": made.critic}, device)
     trainer.generator_step(len(made.real))  # so that the next critic step is an iteration's first
     figures["steps_ms"], figures["iteration_ms"] = (milliseconds(call, device, 2) for call in (steps, iteration))
     return figures | replayed(trainer, device) if cuda_graph else figures
@@ -200,7 +205,8 @@ def replayed(trainer: Trainer, device: torch.device) -> Record:
         RuntimeError: one of the two has not been captured.
     """
     assert trainer._steps.graphs is not None
-    found = {key[0]: graph.replay for key, graph in trainer._steps.graphs._graphs.items() if graph.replay is not None}
+    graphs: Any = trainer._steps.graphs._graphs
+    found = {key[0]: graph.replay for key, graph in graphs.items() if graph.replay is not None}
     figures: Record = {}
     for name, work in (("replay", trainer._steps._critic_step), ("iteration_replay", trainer._steps._iteration)):
         if work.__name__ not in found:
@@ -214,7 +220,7 @@ def replayed(trainer: Trainer, device: torch.device) -> Record:
 def generator_products(device: torch.device) -> list[Record]:
     """Return microseconds of each product of the MLP's generator, at its batch, in each way that PyTorch has for it."""
     given = WORKLOADS["mlp-clip"]
-    generator = bench.setting(given, device, torch.float32).generator
+    generator = setting(given, device, torch.float32).generator
     rows = []
     for name, layer in generator.named_modules():
         if not isinstance(layer, nn.Linear):
@@ -231,9 +237,8 @@ def generator_products(device: torch.device) -> list[Record]:
         ways: Record = {}
         for (name_of, call), (by, options) in product((("addmm", addmm), ("mm+bias", mm)), WAYS.items()):
             with products_by(**options):
-                timed, repeats = call, 1
-                if device.type == "cuda":
-                    timed, repeats = timing.capture(call, repeats=20), 20
+                repeats = 20 if device.type == "cuda" else 1
+                timed: timing.Call = timing.capture(call, repeats=repeats) if device.type == "cuda" else call
                 ways[name_of + by] = _rounded(1e3 * milliseconds(timed, device) / repeats)
         shape = [given.batch, layer.in_features, layer.out_features]
         rows.append({"layer": f"generator.{name}", "shape": shape, "us": ways})
@@ -258,23 +263,25 @@ def products_by(library: str | None = None, *, tf32: bool = False) -> Iterator[N
 
 def run(workloads: Iterable[str], device: torch.device, path: Path) -> Record:
     """Measure all, write the record after each part, and return it."""
-    record: Record = {"environment": bench_run.environment(device), "workloads": [], "left_out": []}
-    jobs: list[tuple[str, Callable[[], None]]] = [
-        (name, lambda name=name: record["workloads"].append(workload(name, device))) for name in workloads
-    ]
+    record: Record = {"environment": environment(device), "workloads": [], "left_out": []}
+
+    def add(name: str) -> None:
+        record["workloads"].append(workload(name, device))
+
+    jobs: list[tuple[str, Callable[[], None]]] = [(name, partial(add, name)) for name in workloads]
     # Not last, as it is short and the time may be over by then.
     jobs.insert(1, ("generator_products", lambda: record.update(generator_products=generator_products(device))))
     for name, job in jobs:
         try:
             job()
         except Exception as error:  # whatever it is, the others can still be measured
-            record["left_out"].append(f"{name}: {bench.message(error)}")
-        bench_run.write(path, record)
+            record["left_out"].append(f"{name}: {message(error)}")
+        write(path, record)
     return record
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.profiling", description="Where a step's time goes.")
+    parser = Parser(prog="python -m benchmarks.profiling", description="Where a step's time goes.")
     parser.add_argument("--out", type=Path, required=True, help="directory of the record")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=PROFILED, metavar="NAME")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Make README's tables and pictures of records of fastwgan bench: python -m benchmarks.report [F.json ...] [--out DIR]
+"""Make README's tables and pictures of the benchmarks' records: python -m benchmarks report [F.json ...] [--out DIR]
 
 Without names the committed records are read, a GPU's first. Records of critic steps give the tables between README's
 markers and a picture of their ratios; records of ops give a picture of their share of the copy bandwidth. Whatever was
@@ -6,13 +6,13 @@ slower than a peer, or left out, is shown as it is.
 What a GPU's record falls short of is printed: kernels below SHARE of a copy's bandwidth, and steps below TARGETS.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from fastwgan.baselines import IMPLEMENTATIONS
+from benchmarks.implementations import IMPLEMENTATIONS
+from fastwgan.cli.common import Parser
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -28,7 +28,7 @@ Record = dict[str, Any]
 
 
 def read(path: Path) -> Record:
-    """A record of fastwgan bench.
+    """Return a record of the benchmarks.
 
     Raises:
         ValueError: it is none.
@@ -38,7 +38,7 @@ def read(path: Path) -> Record:
     except ValueError as error:
         raise ValueError(f"{path}: no JSON ({error})") from error
     if not isinstance(record, dict) or "environment" not in record or not {"critic_step", "ops"} & record.keys():
-        raise ValueError(f"{path}: not written by fastwgan bench")
+        raise ValueError(f"{path}: not written by python -m benchmarks")
     return record
 
 
@@ -237,8 +237,10 @@ def shortfalls(record: Record) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="README's table and pictures.")
-    parser.add_argument("records", type=Path, nargs="*", metavar="F.json", help="of fastwgan bench; default: committed")
+    parser = Parser(prog="python -m benchmarks report", description="README's table and pictures.")
+    parser.add_argument(
+        "records", type=Path, nargs="*", metavar="F.json", help="of python -m benchmarks; default: committed"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the pictures")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Launch parameters tried on a GPU: python -m benchmarks.tune --out DIR [--minutes M] [--kernels NAME ...]
+"""Launch parameters tried on a GPU: python -m benchmarks tune --out DIR [--minutes M] [--kernels NAME ...]
 
 For each kernel, on arrays far larger than the cache, all combinations of its module's block constants and of warps.
 Each has first to come to what the present setting comes to, and is then measured against the copy bandwidth of the same
@@ -6,14 +6,14 @@ run. DIR/gpu-tune.json has every combination; what is printed is the present set
 changed: a better setting is for whoever reads this to put into the kernel's module.
 """
 
-import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from statistics import median
 from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
@@ -21,10 +21,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fastwgan import bench_builders, bench_ops, bench_run, timing
-from fastwgan.bench import Schedule, message
-from fastwgan.bench_ops import Case
-from fastwgan.kernels import guard, interpolate, objective, penalty, perturb, project, scores, update
+from benchmarks import op_cases, ops, timing
+from benchmarks.op_cases import OPS, Case
+from benchmarks.record import environment, write
+from benchmarks.steps import Schedule, message
+from fastwgan.cli.common import Parser
 
 SAMPLES, REPEATS = 9, 10  # of a setting, and calls to a sample, on a GPU
 ON_CPU = 2**13  # elements there, where this only shows that it works
@@ -36,9 +37,9 @@ class Sweep(NamedTuple):
 
     case: Case
     module: ModuleType
-    constants: dict[str, tuple[int, ...]]
+    constants: Mapping[str, tuple[int, ...]]
     warps: tuple[int, ...]
-    batch: int = bench_builders.BATCH
+    batch: int = op_cases.BATCH
 
 
 POWERS = tuple(2**i for i in range(9, 15))
@@ -81,7 +82,7 @@ def setting(sweep: Sweep, constants: dict[str, int], warps: int | None) -> Itera
     name = next(name for name in vars(sweep.module) if name.endswith("_kernel"))
     launcher = _Launcher(getattr(sweep.module, name), warps)
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(bench_builders, "BATCH", sweep.batch))
+        stack.enter_context(mock.patch.object(op_cases, "BATCH", sweep.batch))
         for constant, value in {**constants, name: launcher}.items():
             stack.enter_context(mock.patch.object(sweep.module, constant, value))
         yield launcher
@@ -89,39 +90,39 @@ def setting(sweep: Sweep, constants: dict[str, int], warps: int | None) -> Itera
 
 def measured(case: Case, expected: list[Tensor] | None, device: torch.device) -> tuple[float, list[Tensor]]:
     """(milliseconds a call, what it comes to); raises ValueError where that is not what is ``expected``."""
-    made = bench_ops.builders(case, device)["fastwgan"]()
+    made = OPS[case.op].builders(case, device)["fastwgan"]()
     made.take()
     found = [x.detach().clone() for x in made.result()]
-    if expected is not None and not (away := bench_ops.difference(found, expected)) <= bench_ops.TOLERANCE:
+    if expected is not None and not (away := ops.difference(found, expected)) <= ops.TOLERANCE:
         raise ValueError(f"its result is {away:.3g} of the largest value away")
     repeats, samples = (REPEATS, SAMPLES) if device.type == "cuda" else (1, 1)
     call = timing.capture(made.take, repeats=repeats) if device.type == "cuda" else made.take
-    return timing.median(timing.time_of(call, device, 1) / repeats for _ in range(samples)), found
+    return median(timing.time_of(call, device, 1) / repeats for _ in range(samples)), found
 
 
 def sweep_through(name: str, device: torch.device, bandwidth: float, deadline: float) -> dict[str, Any]:
     """All settings of a kernel, the present one first: those that are measured by the best, and what failed."""
     sweep, case = SWEEPS[name], SWEEPS[name].case
     if device.type == "cpu":
-        sweep, case = sweep._replace(batch=bench_builders.BATCH), replace(case, elements=ON_CPU)
+        sweep, case = sweep._replace(batch=op_cases.BATCH), replace(case, elements=ON_CPU)
     present = {constant: getattr(sweep.module, constant) for constant in sweep.constants}
     tried: list[tuple[dict[str, int], int | None]] = [(present, None)]
     for warps, *values in product(sweep.warps, *sweep.constants.values()):
         tried.append((dict(zip(sweep.constants, values, strict=True)), warps))
     rows: list[dict[str, Any]] = []
     failed, expected = {}, None
-    for constants, warps in tried:
+    for constants, chosen in tried:
         if time.monotonic() > deadline and rows:
             break
-        with setting(sweep, constants, warps) as launcher:
+        with setting(sweep, constants, chosen) as launcher:
             try:
                 ms, found = measured(case, expected, device)
             except Exception as error:  # too many registers, say: the others can still be measured
-                failed[f"{constants}, {warps} warps"] = message(error)
+                failed[f"{constants}, {chosen} warps"] = message(error)
                 continue
         expected = expected or found
         share = float(f"{case.bytes / ms / 1e6 / bandwidth:.4g}")
-        rows.append(constants | {"warps": launcher.warps, "ms": ms, "share": share, "present": warps is None})
+        rows.append(constants | {"warps": launcher.warps, "ms": ms, "share": share, "present": chosen is None})
     left = len(tried) - len(rows) - len(failed)
     rows.sort(key=lambda row: row["ms"])
     return {"kernel": name, "case": str(case), "settings": rows, "failed": failed, "left_out": left}
@@ -140,7 +141,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description="Launch parameters tried on a GPU.")
+    parser = Parser(prog="python -m benchmarks tune", description="Launch parameters tried on a GPU.")
     parser.add_argument("--out", type=Path, required=True, help="directory of the record")
     parser.add_argument("--minutes", type=float, default=5.0, help="that all of it may take; default: 5")
     parser.add_argument(
@@ -150,13 +151,14 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     args.out.mkdir(parents=True, exist_ok=True)
     schedule = Schedule(args.minutes, len(args.kernels), SAMPLES)
-    record = {"environment": bench_run.environment(device), "copy_gb_s": bench_ops.copy_bandwidth(device), "sweeps": []}
-    print(f"a large copy moves {record['copy_gb_s']:.4g} GB/s")
+    bandwidth = ops.copy_bandwidth(device)
+    record: dict[str, Any] = {"environment": environment(device), "copy_gb_s": bandwidth, "sweeps": []}
+    print(f"a large copy moves {bandwidth:.4g} GB/s")
     for name in args.kernels:
-        result = sweep_through(name, device, record["copy_gb_s"], schedule.next_deadline())
+        result = sweep_through(name, device, bandwidth, schedule.next_deadline())
         record["sweeps"].append(result)
         show(result)
-        bench_run.write(args.out / "gpu-tune.json", record)
+        write(args.out / "gpu-tune.json", record)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""fastwgan bench end to end, what it drops and why, and the report that is made of its record."""
+"""python -m benchmarks end to end, what it drops and why, and the report that is made of its record."""
 
 import gc
 import json
@@ -18,20 +18,15 @@ import torch
 from cases import tiny
 from torch import nn
 
-from fastwgan import (
-    GradientPenalty,
-    WeightClip,
-    baselines,
-    bench,
-    bench_ops,
-    bench_run,
-    bench_together,
-    cli,
-    workloads,
-)
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks import report, tune
+from benchmarks import __main__ as command
+from benchmarks import ops, parallel, report, steps, timing, tune
+from benchmarks.implementations import IMPLEMENTATIONS, Setting, Step, foreach, textbook
+from benchmarks.op_cases import OPS, Case
+from benchmarks.record import environment
+from benchmarks.run import _step_table
+from benchmarks.steps import Schedule
+from benchmarks.workloads import WORKLOADS, Workload
+from fastwgan import GradientPenalty, WeightClip, models
 
 CPU = torch.device("cpu")
 # One thread: where the machine is busy, several wait for each other.
@@ -42,7 +37,7 @@ QUANTILES = ["q05", "q25", "q50", "q75", "q95", "samples"]
 @pytest.fixture(autouse=True)
 def _tiny_workloads(monkeypatch):
     for name, constraint in (("tiny-clip", WeightClip()), ("tiny-penalty", GradientPenalty())):
-        monkeypatch.setitem(workloads.WORKLOADS, name, tiny(constraint))
+        monkeypatch.setitem(WORKLOADS, name, tiny(constraint))
 
 
 def test_command_end_to_end(tmp_path):
@@ -50,9 +45,9 @@ def test_command_end_to_end(tmp_path):
     path = tmp_path / "cpu.json"
     chosen = ["foreach", "graphed", "fastwgan"]
     run = subprocess.run(
-        [sys.executable, "-m", "fastwgan", "bench", "--device", "cpu", "--workload", "mlp-penalty", "mlp-clip",
+        [sys.executable, "-m", "benchmarks", "steps", "--device", "cpu", "--workload", "mlp-penalty", "mlp-clip",
          "--implementation", *chosen, "--rounds", "6", "--json", str(path)],
-        env=ENV, capture_output=True, text=True, check=True,
+        cwd=report.ROOT, env=ENV, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "mlp-penalty, float32, batch 64" in run.stdout
     assert "dropped: graphed: RuntimeError: a CUDA graph needs a GPU" in run.stdout
@@ -78,58 +73,82 @@ def test_command_end_to_end(tmp_path):
             assert figures["device_ms"] is figures["host_ms"] is figures["kernels"] is figures["peak_mib"] is None
 
 
-@pytest.mark.parametrize(
-    ("options", "problem"),
-    [
-        (["--workload", "mnist"], "argument --workload: invalid choice: 'mnist'"),
-        (["--implementation", "magic"], "argument --implementation: invalid choice: 'magic'"),
-        (["--precision", "float16"], "argument --precision: invalid choice: 'float16'"),
-        (["--minutes", "0"], "argument --minutes: expected a number above 0, got '0'"),
-        (["--rounds", "0"], "argument --rounds: expected an int from 1"),
-        (["--json", "no/such/f.json"], "--json: no/such is no directory"),
-        (["--ops", "--workload", "mlp-clip"], "--ops: "),
-        (["--device", "tpu"], "--device: tpu cannot be used"),
-    ],
-)
+BAD = [
+    (["steps", "--workload", "mnist"], "argument --workload: invalid choice: 'mnist'"),
+    (["steps", "--implementation", "magic"], "argument --implementation: invalid choice: 'magic'"),
+    (["steps", "--precision", "float16"], "argument --precision: invalid choice: 'float16'"),
+    (["ops", "--workload", "mlp-clip"], "unrecognized arguments: --workload mlp-clip"),
+    (["gpu", "kernel"], "argument call: invalid choice: 'kernel'"),
+    (["tune", "--out", "x", "--kernels", "sort"], "argument --kernels: invalid choice: 'sort'"),
+    (["report", "--pictures"], "unrecognized arguments: --pictures"),
+    (["experiment"], "NAME: expected all or one of parallel-lines, "),
+    (["bench"], "argument COMMAND: invalid choice: 'bench'"),
+    ([], "the following arguments are required: COMMAND"),
+    *(
+        ([name, *options], problem)
+        for name in ("steps", "ops")
+        for options, problem in (
+            (["--minutes", "0"], "argument --minutes: expected a number above 0, got '0'"),
+            (["--rounds", "0"], "argument --rounds: expected an int from 1"),
+            (["--json", "no/such/f.json"], "--json: no/such is no directory"),
+            (["--device", "tpu"], "--device: tpu cannot be used"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "problem"), BAD, ids=[" ".join(options) for options, _ in BAD])
 def test_bad_arguments(options, problem, capsys):
     with pytest.raises(SystemExit) as error:
-        cli.main(["bench", *options])
+        command.main(options)
     assert error.value.code == 2
-    assert problem in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert message.startswith("python -m benchmarks")
+    assert problem in message
+    assert message.count("\n") == 1
+
+
+def test_ctrl_c_ends_it_with_a_word(monkeypatch, capsys):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run_ops", interrupted)
+    assert command.main(["ops", "--device", "cpu"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 # The check
 
 
 def step(name, precision="float32", rounds=5, minutes=1.0, implementations=("foreach",)):
-    schedule = bench.Schedule(minutes, 1, rounds)
-    return bench.critic_step(name, precision, bench.check(name, implementations, CPU, schedule), CPU, schedule)
+    schedule = Schedule(minutes, 1, rounds)
+    return steps.critic_step(name, precision, steps.check(name, implementations, CPU, schedule), CPU, schedule)
 
 
-class _OneEps(baselines.Setting):
+class _OneEps(Setting):
     def eps(self):
         return super().eps()[:1].expand(len(self.real))
 
 
-class _StaleLatents(baselines.Setting):
+class _StaleLatents(Setting):
     def latents(self):
         if not hasattr(self, "kept"):
             self.kept = super().latents()
         return self.kept
 
 
-class _Unclamped(baselines.Setting):
+class _Unclamped(Setting):
     def clamp_(self):
         pass
 
 
-class _HalfLoss(baselines.Setting):
+class _HalfLoss(Setting):
     def loss(self, fake):
         return 0.9 * self.critic(fake).mean() - self.critic(self.real).mean()
 
 
 def faulty(kind, setting):
-    return baselines.foreach(kind(**vars(setting)))
+    return foreach(kind(**vars(setting)))
 
 
 def test_all_that_is_right_is_kept():
@@ -150,7 +169,7 @@ def test_all_that_is_right_is_kept():
     ],
 )
 def test_planted_faults_are_dropped_with_their_error(workload, fault, monkeypatch):
-    monkeypatch.setitem(baselines.IMPLEMENTATIONS, "foreach", partial(faulty, fault))
+    monkeypatch.setitem(IMPLEMENTATIONS, "foreach", partial(faulty, fault))
     result = step(workload)
     assert list(result["implementations"]) == ["textbook"]
     assert "from the float64 textbook's" in result["dropped"]["foreach"]
@@ -160,17 +179,17 @@ def test_planted_faults_are_dropped_with_their_error(workload, fault, monkeypatc
 def test_another_penalty_weight_is_dropped(weight, monkeypatch):
     def other(setting):
         setting.workload = tiny(GradientPenalty(weight))
-        return baselines.foreach(setting)
+        return foreach(setting)
 
-    monkeypatch.setitem(baselines.IMPLEMENTATIONS, "foreach", other)
+    monkeypatch.setitem(IMPLEMENTATIONS, "foreach", other)
     assert "where" in step("tiny-penalty")["dropped"]["foreach"]
 
 
 def test_nan_is_dropped(monkeypatch):
     def nan(setting):
-        return baselines.Step(lambda: [p.data.fill_(float("nan")) for p in setting.critic.parameters()])
+        return Step(lambda: [p.data.fill_(float("nan")) for p in setting.critic.parameters()])
 
-    monkeypatch.setitem(baselines.IMPLEMENTATIONS, "foreach", nan)
+    monkeypatch.setitem(IMPLEMENTATIONS, "foreach", nan)
     assert "are nan from" in step("tiny-clip")["dropped"]["foreach"]
 
 
@@ -190,23 +209,23 @@ def test_time_that_is_over_is_said():
 @pytest.mark.parametrize("name", ["mlp-clip", "mlp-penalty", "tabular-penalty", "dcgan-clip", "resnet-penalty"])
 def test_compiled_peers_take_the_same_step(name, monkeypatch):
     """At a tenth of the width: what compiles and comes out the same does not depend on it."""
-    whole = workloads.WORKLOADS[name]
-    narrow = workloads.Workload(**(vars(whole) | {"width": 8, "batch": min(whole.batch, 10)}))
-    monkeypatch.setitem(workloads.WORKLOADS, name, narrow)
+    whole = WORKLOADS[name]
+    narrow = Workload(**(vars(whole) | {"width": 8, "batch": min(whole.batch, 10)}))
+    monkeypatch.setitem(WORKLOADS, name, narrow)
     result = step(name, minutes=60.0, implementations=("compiled", "compiled-step"))
     assert result["dropped"] == {}
     assert list(result["implementations"]) == ["textbook", "compiled", "compiled-step"]
 
 
-@pytest.mark.parametrize("name", [name for name in workloads.WORKLOADS if not name.startswith("tiny")])
+@pytest.mark.parametrize("name", [name for name in WORKLOADS if not name.startswith("tiny")])
 def test_every_workload_fits_together(name):
     """Generator, critic and the shape of a sample; and the textbook can take a step."""
-    workload = workloads.WORKLOADS[name]
-    narrow = workloads.Workload(**(vars(workload) | {"width": 8, "batch": 2}))
-    made = bench.setting(narrow, CPU, torch.float32)
+    workload = WORKLOADS[name]
+    narrow = Workload(**(vars(workload) | {"width": 8, "batch": 2}))
+    made = steps.setting(narrow, CPU, torch.float32)
     assert made.fakes().shape == made.real.shape
     before = [p.clone() for p in made.critic.parameters()]
-    baselines.textbook(made).take()
+    textbook(made).take()
     assert any(not torch.equal(p, q) for p, q in zip(made.critic.parameters(), before, strict=True))
 
 
@@ -218,43 +237,43 @@ def test_figures_of_a_gpu(monkeypatch):
             raise RuntimeError("it waits")
         return call
 
-    monkeypatch.setattr(bench.timing, "capture", capture)
-    monkeypatch.setattr(bench.timing, "time_of", lambda call, *_: 1.0)
-    monkeypatch.setattr(bench.timing, "host_time", lambda call, *_: 0.5)
+    monkeypatch.setattr(timing, "capture", capture)
+    monkeypatch.setattr(timing, "time_of", lambda call, *_: 1.0)
+    monkeypatch.setattr(timing, "host_time", lambda call, *_: 0.5)
     gpu = SimpleNamespace(type="cuda")
-    steps = {
-        "textbook": baselines.Step(lambda: None),
-        "fastwgan": baselines.Step(lambda: 1, random=(torch.Generator(),)),
-        "graphed": baselines.Step(lambda: 2, is_graph=True),
+    made = {
+        "textbook": Step(lambda: None),
+        "fastwgan": Step(lambda: 1, random=(torch.Generator(),)),
+        "graphed": Step(lambda: 2, is_graph=True),
     }
-    figures = bench._time(steps, gpu, 5, 0.0)
+    figures = steps._time(made, gpu, 5, 0.0)
     for result in figures.values():
         result.update(kernels=9, network_ms=0.4, peak_mib=1.0, setup_s=2.0)
-    bench._compare(figures)
+    steps._compare(figures)
     assert figures["textbook"]["device"] == "replayed"
     assert figures["fastwgan"]["device"] == "not captured: RuntimeError: it waits"
     assert figures["fastwgan"]["device_ms"] == figures["fastwgan"]["step_ms"]
     assert figures["graphed"]["device"] == "replays its own graph"
     assert all(result["host_ms"]["q50"] == 0.5 for result in figures.values())
     result = {"workload": "w", "precision": "float32", "batch": 1, "implementations": figures, "dropped": {}}
-    assert bench_run._step_table(result, gpu=True).row_count == 3
+    assert _step_table(result, gpu=True).row_count == 3
 
 
 def test_a_compilation_is_ended_when_the_time_for_set_up_is_over(monkeypatch):
     """And the others are measured all the same."""
-    schedule = bench.Schedule(1.0, 1, 5)
+    schedule = Schedule(1.0, 1, 5)
 
     def compiles(setting):
         schedule._end = 0.0
         signal.raise_signal(signal.SIGALRM)
 
-    monkeypatch.setitem(baselines.IMPLEMENTATIONS, "compiled", compiles)
+    monkeypatch.setitem(IMPLEMENTATIONS, "compiled", compiles)
     before = signal.getsignal(signal.SIGALRM)
-    bench_together.end_compilation(schedule)
+    parallel.end_compilation(schedule)
     try:
         signal.raise_signal(signal.SIGALRM)  # nothing is being compiled
-        checked = bench.check("tiny-clip", ["compiled", "compiled-step", "foreach"], CPU, schedule)
-        result = bench.critic_step("tiny-clip", "float32", checked, CPU, schedule, lambda: 0.0)
+        checked = steps.check("tiny-clip", ["compiled", "compiled-step", "foreach"], CPU, schedule)
+        result = steps.critic_step("tiny-clip", "float32", checked, CPU, schedule, lambda: 0.0)
     finally:
         signal.signal(signal.SIGALRM, before)
     assert result["dropped"] == {
@@ -268,7 +287,7 @@ def test_set_up_at_once_and_timed_one_by_one(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("TRITON_INTERPRET")
     jobs = [("mlp-clip", "float32"), ("mlp-clip", "bfloat16"), ("no such", "float32")]
-    with bench_together.Together(jobs, ["foreach", "graphed"], CPU, rounds=5, minutes=1.0) as together:
+    with parallel.Together(jobs, ["foreach", "graphed"], CPU, rounds=5, minutes=1.0) as together:
         results = [together.measure(job) for job in jobs[:2]]
         with pytest.raises(RuntimeError, match="^KeyError: 'no such'"):
             together.measure(jobs[2])
@@ -282,7 +301,7 @@ def test_set_up_at_once_and_timed_one_by_one(monkeypatch):
 
 def test_who_is_not_ready_in_time_is_left_out():
     job = ("mlp-clip", "float32")
-    together = bench_together.Together([job], ["foreach"], CPU, rounds=5, minutes=0.001)
+    together = parallel.Together([job], ["foreach"], CPU, rounds=5, minutes=0.001)
     with together, pytest.raises(RuntimeError, match="^not set up in time"):
         together.measure(job)
     assert not together._processes[0].is_alive()
@@ -292,20 +311,20 @@ def test_what_a_profiler_and_a_driver_say():
     """Rows and lines as they give them; what is asked of them needs a GPU."""
     rows = [("aten::addmm", 3000.0), ("aten::mm", 1500.0), ("aten::add", 9000.0), ("_update_kernel", 1.0)]
     rows = [SimpleNamespace(key=key, self_device_time_total=total) for key, total in rows]
-    assert bench.timing.network_share(rows, 3) == 1.5
-    assert bench.timing.network_share(rows[2:], 3) is None
-    assert bench.timing.clocks_of("1980, 3201, [N/A], 41") == {
+    assert timing.network_share(rows, 3) == 1.5
+    assert timing.network_share(rows[2:], 3) is None
+    assert timing.clocks_of("1980, 3201, [N/A], 41") == {
         "clocks.sm": 1980.0, "clocks.mem": 3201.0, "temperature.gpu": 41.0,
     }  # fmt: skip
-    assert bench.timing.clocks(CPU) is None
+    assert timing.clocks(CPU) is None
     assert hasattr(torch.autograd.profiler_util.FunctionEventAvg(), "self_device_time_total")
 
 
 def test_a_copy_without_history_takes_its_commit_from_the_environment(monkeypatch):
-    monkeypatch.setattr(bench_run, "output", lambda *command: None)
-    assert bench_run.environment(CPU)["commit"] is None
+    monkeypatch.setattr(timing, "output", lambda *command: None)
+    assert environment(CPU)["commit"] is None
     monkeypatch.setenv("FASTWGAN_COMMIT", "abc1234")
-    assert bench_run.environment(CPU)["commit"] == "abc1234"
+    assert environment(CPU)["commit"] == "abc1234"
 
 
 # Captures, by stand-ins for a GPU
@@ -355,33 +374,35 @@ def sampled(monkeypatch):
     def capturing(*_):
         yield SimpleNamespace(replay=lambda: None)  # which holds no tensors, as a CUDA graph
 
-    def builders(case, device):
-        return {name: watched(build) for name, build in bench_ops.OPS[case.op].builders(case, CPU).items()}
+    def on_cpu(builders, case, device):
+        return {name: watched(build) for name, build in builders(case, CPU).items()}
 
     def setting(workload, device, dtype, *, steps=0):
         return make_setting(workload, CPU, dtype, steps=steps)
 
-    make_setting = bench.setting
+    make_setting = steps.setting
     stand_ins = {
-        bench.timing: {"time_of": time_of, "host_time": time_of, "capturing": capturing, "wait": lambda device: None,
-                       "network_time": time_of, "kernels": lambda *_: 9, "Peak": lambda _: mock.Mock(mebibytes=float)},
+        timing: {"time_of": time_of, "host_time": time_of, "capturing": capturing, "wait": lambda device: None,
+                 "network_time": time_of, "kernels": lambda *_: 9, "Peak": lambda _: mock.Mock(mebibytes=float)},
         torch.cuda: dict.fromkeys(("Stream", "stream", "current_stream", "graph_pool_handle"), mock.MagicMock()),
         torch: {"compile": lambda function: function},
-        bench: {"setting": setting},
-        bench_ops: {"builders": builders, "fits": lambda *_: True},
+        steps: {"setting": setting},
+        ops: {"fits": lambda *_: True},
     }  # fmt: skip
     for owner, names in stand_ins.items():
         for name, value in names.items():
             monkeypatch.setattr(owner, name, value)
+    for name, op in OPS.items():
+        monkeypatch.setitem(OPS, name, op._replace(builders=partial(on_cpu, op.builders)))
     for name in ("foreach", "fastwgan"):
-        monkeypatch.setitem(baselines.IMPLEMENTATIONS, name, watched(baselines.IMPLEMENTATIONS[name]))
+        monkeypatch.setitem(IMPLEMENTATIONS, name, watched(IMPLEMENTATIONS[name]))
     return counts
 
 
-@pytest.mark.parametrize("op", bench_ops.OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_what_is_timed_is_not_freed_before(op, sampled):
     """An op's graph reads parameters and states that nothing else may hold by then."""
-    result = bench_ops.measure(bench_ops.Case(op, 64 * 20, 20), GPU, 10.0, bench.Schedule(1.0, 1, 5))
+    result = ops.measure(Case(op, 64 * 20, 20), GPU, 10.0, Schedule(1.0, 1, 5))
     assert result["dropped"] == {}
     assert {figures["how"] for figures in result["implementations"].values()} == {"replayed"}
     assert len(sampled) >= 5 * len(result["implementations"])
@@ -392,7 +413,7 @@ def test_what_is_timed_is_not_freed_before(op, sampled):
 @pytest.mark.parametrize("workload", ["tiny-clip", "tiny-penalty"])
 def test_steps_that_are_timed_are_not_freed_before(workload, sampled):
     checked = {"foreach": 1.0, "fastwgan": 1.0}
-    result = bench.critic_step(workload, "float32", checked, GPU, bench.Schedule(1.0, 1, 5))
+    result = steps.critic_step(workload, "float32", checked, GPU, Schedule(1.0, 1, 5))
     assert {figures["device"] for figures in result["implementations"].values()} == {"replayed"}
     assert len(sampled[-1]) == 2
     assert min(sampled[-1]) > 5
@@ -400,21 +421,21 @@ def test_steps_that_are_timed_are_not_freed_before(workload, sampled):
 
 @pytest.mark.emulated
 def test_settings_that_are_timed_are_not_freed_before(sampled):
-    tune.measured(bench_ops.Case("RMSprop", 64, 2), None, GPU)
+    tune.measured(Case("RMSprop", 64, 2), None, GPU)
     assert len(sampled) == tune.SAMPLES
     assert sampled[-1][0] > 2
 
 
-@pytest.mark.parametrize("name", bench.timing.CAPTURE_CHECKS)
+@pytest.mark.parametrize("name", timing.CAPTURE_CHECKS)
 def test_an_optimizers_refusal_of_a_capture_is_lifted_under_either_name(name, monkeypatch):
     def refuse(self):
         raise RuntimeError("capturable is False")
 
-    for other in bench.timing.CAPTURE_CHECKS:
+    for other in timing.CAPTURE_CHECKS:
         monkeypatch.delattr(torch.optim.Optimizer, other, raising=False)
     monkeypatch.setattr(torch.optim.Optimizer, name, refuse, raising=False)
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))])
-    with bench.timing.unchecked():
+    with timing.unchecked():
         getattr(optimizer, name)()
     with pytest.raises(RuntimeError, match="capturable is False"):
         getattr(optimizer, name)()
@@ -432,7 +453,7 @@ def test_the_installed_optimizers_can_be_captured(kind, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="capturable is False"):
         optimizer.step()
-    with bench.timing.unchecked():
+    with timing.unchecked():
         optimizer.step()
     assert (p < 1).all()
 
@@ -440,32 +461,32 @@ def test_the_installed_optimizers_can_be_captured(kind, monkeypatch):
 # Ops
 
 
-@pytest.mark.parametrize("op", bench_ops.OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_ops(op, monkeypatch):
     """Each implementation's result is checked; here compiled ones without their compiler."""
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    case = bench_ops.Case(op, 64 * 20, 20)
-    assert list(bench_ops.builders(case, CPU)) == list(bench_ops.OPS[op].names)
-    result = bench_ops.measure(case, CPU, 10.0, bench.Schedule(1.0, 1, 5))
+    case = Case(op, 64 * 20, 20)
+    assert list(OPS[op].builders(case, CPU)) == list(OPS[op].names)
+    result = ops.measure(case, CPU, 10.0, Schedule(1.0, 1, 5))
     assert result["dropped"] == {}
-    assert list(result["implementations"]) == list(bench_ops.OPS[op].names)
+    assert list(result["implementations"]) == list(OPS[op].names)
     for figures in result["implementations"].values():
         assert figures["share"] == pytest.approx(result["bytes"] / figures["ms"]["q50"] / 1e6 / 10, rel=1e-3)
 
 
 def test_a_wrong_op_is_dropped(monkeypatch):
     monkeypatch.setattr("fastwgan.functional.interpolate", lambda real, fake, seed: torch.lerp(real, fake, 0.5))
-    result = bench_ops.measure(bench_ops.Case("interpolate", 640), CPU, 10.0, bench.Schedule(1.0, 1, 5))
+    result = ops.measure(Case("interpolate", 640), CPU, 10.0, Schedule(1.0, 1, 5))
     assert list(result["implementations"]) == ["lerp"]
     assert "of the largest value away" in result["dropped"]["fastwgan"]
 
 
 def test_cases_of_a_gpu_and_of_a_cpu():
-    gpu = bench_ops.cases(torch.device("cuda"))
+    gpu = ops.cases(torch.device("cuda"))
     assert {c.elements for c in gpu if c.op == "RMSprop"} == {2**10, 2**20, 2**26, 2**28}
     assert {c.tensors for c in gpu if c.op == "Adam"} == {1, 20, 300}
-    assert max(c.elements for c in bench_ops.cases(CPU)) == bench_ops.LARGEST_ON_CPU
-    assert str(bench_ops.Case("Adam", 1024, 20)) == "Adam 1024 in 20"
+    assert max(c.elements for c in ops.cases(CPU)) == ops.LARGEST_ON_CPU
+    assert str(Case("Adam", 1024, 20)) == "Adam 1024 in 20"
 
 
 # The report
@@ -562,7 +583,7 @@ def test_report_of_no_record(tmp_path, capsys):
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(SystemExit):
         report.main([str(tmp_path / "x.json")])
-    assert "not written by fastwgan bench" in capsys.readouterr().err
+    assert "not written by python -m benchmarks" in capsys.readouterr().err
     with pytest.raises(ValueError, match="README.md: expected <!-- benchmarks -->"):
         report.into("no markers", [])
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,12 +15,13 @@ from cases import tiny
 from graphed_trainers import Recorded
 from torch import nn
 
-from fastwgan import GradientPenalty, Trainer, bench, bench_ops, cli
+from benchmarks import __main__ as command_line
+from benchmarks import gpu, ops, profiling, report, summary, tune
+from benchmarks.op_cases import Case
+from benchmarks.steps import setting
+from fastwgan import GradientPenalty, Trainer
 from fastwgan.engine import graphs
 from fastwgan.engine.settings import Settings
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks import gpu, profiling, report, summary, tune
 
 CPU = torch.device("cpu")
 
@@ -82,11 +82,11 @@ def test_parts_share_the_minutes_in_order(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("part", ["ops", "steps", "compiled"])
 def test_the_benchmarks_commands_are_understood(part, tmp_path):
     command = gpu.command(part, 90.0, tmp_path)
-    assert command[1:4] == ["-m", "fastwgan", "bench"]
-    args = cli._parser().parse_args(command[3:])
+    assert command[1:4] == ["-m", "benchmarks", "ops" if part == "ops" else "steps"]
+    args = command_line._parser().parse_args(command[3:])
     assert args.minutes == pytest.approx(0.9 * 75 / 60, abs=0.01)
     assert args.json == gpu.record(part, tmp_path)
-    assert args.ops == (part == "ops")
+    assert args.run == (command_line._ops if part == "ops" else command_line._steps)
     if part == "steps":
         assert not [name for name in args.implementation if "compiled" in name]
 
@@ -223,9 +223,7 @@ def test_a_graphs_figures(monkeypatch):
     monkeypatch.setattr(graphs, "Capture", Recorded)
     monkeypatch.setattr(Settings, "graph_problem", lambda settings, device: None)
     monkeypatch.setitem(profiling.WORKLOADS, "tiny", tiny(GradientPenalty()))
-    monkeypatch.setattr(
-        profiling.bench, "setting", partial(lambda make, w, _, dtype: make(w, CPU, dtype), bench.setting)
-    )
+    monkeypatch.setattr(profiling, "setting", lambda workload, _, dtype: setting(workload, CPU, dtype))
     for name, value in (("CALLS", 1), ("HOST_CALLS", 1), ("SAMPLES", 1), ("_events", lambda *_: [])):
         monkeypatch.setattr(profiling, name, value)
     for name, value in (("time_of", time_of), ("host_time", time_of), ("wait", lambda _: None)):
@@ -319,7 +317,7 @@ def test_the_sweeps_command(tmp_path, monkeypatch, capsys):
     """What cannot be compiled, or comes to something else, is left out and said."""
     sweep = tune.SWEEPS["scores"]._replace(constants={"BLOCK": (1024, 1000)}, warps=(4,))
     monkeypatch.setitem(tune.SWEEPS, "scores", sweep)
-    monkeypatch.setattr(bench_ops, "copy_bandwidth", lambda device: 10.0)
+    monkeypatch.setattr(ops, "copy_bandwidth", lambda device: 10.0)
     assert tune.main(["--out", str(tmp_path), "--kernels", "scores"]) == 0
     out = capsys.readouterr().out
     assert "BLOCK 1024, 8 warps  <- present" in out
@@ -327,5 +325,5 @@ def test_the_sweeps_command(tmp_path, monkeypatch, capsys):
     (result,) = json.loads((tmp_path / "gpu-tune.json").read_text())["sweeps"]
     assert len(result["settings"]) == 2
     with pytest.raises(ValueError, match="of the largest value away"):
-        tune.measured(bench_ops.Case("scores", 100), [torch.ones(())] * 4, CPU)
+        tune.measured(Case("scores", 100), [torch.ones(())] * 4, CPU)
     assert tune.sweep_through("scores", CPU, 10.0, 0.0)["left_out"] == 2

@@ -258,6 +258,23 @@ def test_bad_arguments_exit_with_one_line(args, capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("args", "command"),
+    [
+        (("bench",), "python -m benchmarks steps (or ops)"),
+        (("bench", "--ops", "--help"), "python -m benchmarks steps (or ops)"),
+        (("experiment", "--list"), "python -m benchmarks experiment"),
+        (("experiment", "digits", "--seeds", "2"), "python -m benchmarks experiment"),
+    ],
+)
+def test_what_has_left_the_package_says_where_it_is(args, command, capsys):
+    where = f"run {command} in a checkout of the source"
+    assert refused(capsys, *args) == f"fastwgan: error: {args[0]} has left the package: {where}\n"
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert command in capsys.readouterr().out
+
+
 def test_a_run_is_not_overwritten_or_mixed_up(tmp_path):
     out = tmp_path / "run"
     fastwgan("train", "--steps", 5, "--out", out)

@@ -9,7 +9,7 @@ import ptx
 import pytest
 import torch
 
-from fastwgan.bench_builders import OPS, Case
+from benchmarks.op_cases import OPS, Case
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="PTX is run by way of C: no C compiler here")
 

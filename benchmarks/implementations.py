@@ -6,6 +6,7 @@ pass, the critic's gradient, the optimizer, the clamp. All must come to the same
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +15,10 @@ from torch.func import functional_call
 from torch.optim.adam import adam
 from torch.optim.rmsprop import rmsprop
 
+from benchmarks.workloads import Workload
 from fastwgan import reference
 from fastwgan.constraints import GradientPenalty, WeightClip
 from fastwgan.trainer import Trainer
-from fastwgan.workloads import Workload
 
 __all__ = ["IMPLEMENTATIONS", "Given", "Implementation", "Setting", "Step"]
 
@@ -98,11 +99,15 @@ class Setting:
             fake: Tensor = self.generator(self.latents())
         return fake
 
-    def optimizer(self, *, capturable: bool = False) -> torch.optim.Optimizer:
-        """torch.optim's fastest: its Adam is fused, its RMSprop at best a few launches over all parameters."""
+    def optimizer(self, **options: Any) -> torch.optim.Optimizer:
+        """Return the paper's optimizer, as torch.optim has it."""
         if self.clip is not None:
-            return torch.optim.RMSprop(self.parameters, **RMSPROP, foreach=True, capturable=capturable)
-        return torch.optim.Adam(self.parameters, **ADAM, fused=True, capturable=capturable)
+            return torch.optim.RMSprop(self.parameters, **RMSPROP, **options)
+        return torch.optim.Adam(self.parameters, **ADAM, **options)
+
+    def fastest_optimizer(self, *, capturable: bool = False) -> torch.optim.Optimizer:
+        """Return torch.optim's fastest: its Adam is fused, its RMSprop at best a few launches over all parameters."""
+        return self.optimizer(**{"fused" if self.clip is None else "foreach": True}, capturable=capturable)
 
     def clamp_(self) -> None:
         if self.clip is not None:
@@ -140,11 +145,7 @@ Implementation = Callable[[Setting], Step]
 
 def textbook(setting: Setting) -> Step:
     """Algorithm 1 op by op, as popular code has it: loops over parameters, and a graph through the generator."""
-    optimizer: torch.optim.Optimizer
-    if setting.clip is not None:
-        optimizer = torch.optim.RMSprop(setting.parameters, **RMSPROP, foreach=False)
-    else:
-        optimizer = torch.optim.Adam(setting.parameters, **ADAM, foreach=False)
+    optimizer = setting.optimizer(foreach=False)
 
     def take() -> None:
         eps = None if setting.given is None or setting.penalty_weight is None else setting.eps()
@@ -158,7 +159,7 @@ def textbook(setting: Setting) -> Step:
 
 def foreach(setting: Setting) -> Step:
     """What eager PyTorch has for it: list operations or the fused Adam, and no graph through the generator."""
-    optimizer = setting.optimizer()
+    optimizer = setting.fastest_optimizer()
 
     def take() -> None:
         optimizer.zero_grad()
@@ -185,12 +186,7 @@ def compiled(setting: Setting) -> Step:
     """torch.compile of the generator, of the loss, and of update and clamp, with an eager backward between."""
     named: dict[str, Tensor] = dict(setting.critic.named_parameters())
     # Compiled, a foreach update is one loop over each weight. On a GPU its count of steps has to lie there too.
-    options: dict[str, Any] = {"foreach": True, "capturable": setting.on_gpu}
-    optimizer: torch.optim.Optimizer
-    if setting.clip is not None:
-        optimizer = torch.optim.RMSprop(setting.parameters, **RMSPROP, **options)
-    else:
-        optimizer = torch.optim.Adam(setting.parameters, **ADAM, **options)
+    optimizer = setting.optimizer(foreach=True, capturable=setting.on_gpu)
 
     @torch.compile(fullgraph=True)
     def loss(parameters: dict[str, Tensor], real: Tensor, fake: Tensor, eps: Tensor | None) -> Tensor:
@@ -264,7 +260,7 @@ def graphed(setting: Setting) -> Step:
     """The foreach step captured in a CUDA graph: what a careful user of plain PyTorch can have."""
     if not setting.on_gpu:
         raise RuntimeError("a CUDA graph needs a GPU")
-    optimizer = setting.optimizer(capturable=True)
+    optimizer = setting.fastest_optimizer(capturable=True)
     stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     graph = torch.cuda.CUDAGraph()
     taken = 0
@@ -307,26 +303,18 @@ class _Own(nn.Module):
         return scores
 
 
-def _trainer(own_class: bool = False, **options: Any) -> Implementation:
-    def build(setting: Setting) -> Step:
-        given = setting.given
-        critic = _Own(setting.critic) if own_class else setting.critic
-        trainer = Trainer(
-            setting.generator, critic, constraint=setting.workload.constraint,
-            latent=setting.workload.latent if given is None else lambda batch, device: given.latents(), **options,
-        )  # fmt: skip
-        return Step(
-            lambda: trainer.critic_step(setting.real),
-            random=(trainer._steps.latents.stream,),
-            is_graph=options["cuda_graph"] and setting.on_gpu,
-        )
-
-    return build
-
-
-def _trainer_compiled(setting: Setting) -> Step:
-    """Compiled networks, on a GPU in a graph as well."""
-    return _trainer(compile=True, cuda_graph=setting.on_gpu)(setting)
+def _trainer(setting: Setting, *, cuda_graph: bool, own_class: bool = False, compile: bool = False) -> Step:
+    given = setting.given
+    critic = _Own(setting.critic) if own_class else setting.critic
+    trainer = Trainer(
+        setting.generator, critic, constraint=setting.workload.constraint, compile=compile, cuda_graph=cuda_graph,
+        latent=setting.workload.latent if given is None else lambda batch, device: given.latents(),
+    )  # fmt: skip
+    return Step(
+        lambda: trainer.critic_step(setting.real),
+        random=(trainer._steps.latents.stream,),
+        is_graph=cuda_graph and setting.on_gpu,
+    )
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
@@ -335,8 +323,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "compiled": compiled,
     "compiled-step": compiled_step,
     "graphed": graphed,
-    "fastwgan": _trainer(cuda_graph=False),
-    "fastwgan-two-passes": _trainer(own_class=True, cuda_graph=False),
-    "fastwgan-graphed": _trainer(cuda_graph=True),
-    "fastwgan-compiled": _trainer_compiled,
+    "fastwgan": partial(_trainer, cuda_graph=False),
+    "fastwgan-two-passes": partial(_trainer, cuda_graph=False, own_class=True),
+    "fastwgan-graphed": partial(_trainer, cuda_graph=True),
+    "fastwgan-compiled": lambda setting: _trainer(setting, cuda_graph=setting.on_gpu, compile=True),
 }

@@ -1,4 +1,4 @@
-"""fastwgan bench --ops: each op by itself, against eager and compiled PyTorch, and against the copy bandwidth.
+"""Time each op by itself, against eager and compiled PyTorch, and against the copy bandwidth.
 
 An op that is bound by memory cannot be faster than a copy that moves as many bytes; so its figure is the bytes that it
 has to move, each input read once and each output written once, over its time and over the bandwidth of a large copy in
@@ -7,16 +7,17 @@ the same run. Arrays that fit into a cache are measured in it, and can do better
 
 import gc
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastwgan import timing
-from fastwgan.bench import Schedule, message
-from fastwgan.bench_builders import BATCH, OPS, Builder, Case
+from benchmarks import timing
+from benchmarks.op_cases import BATCH, OPS, Case
+from benchmarks.steps import Schedule, message
 
-__all__ = ["OPS", "Case", "builders", "cases", "copy_bandwidth", "fits", "measure"]
+__all__ = ["cases", "copy_bandwidth", "fits", "measure"]
 
 LARGEST_ON_CPU = 2**20
 TOLERANCE = 1e-5  # of the largest value: all are float32, summed in orders of their own
@@ -36,11 +37,6 @@ def cases(device: torch.device) -> list[Case]:
     return sorted(found, key=lambda case: case.tensors)
 
 
-def builders(case: Case, device: torch.device) -> dict[str, Builder]:
-    """What makes each implementation of a case; they share inputs, which it makes."""
-    return OPS[case.op].builders(case, device)
-
-
 def difference(result: list[Tensor], expected: list[Tensor]) -> float:
     """The largest, over the largest value, of all tensors."""
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(result, expected, strict=True))
@@ -51,7 +47,7 @@ def copy_bandwidth(device: torch.device) -> float:
     elements = 2**28 if device.type == "cuda" else 2**26
     source, target = torch.rand(elements, device=device), torch.zeros(elements, device=device)
     samples = [timing.time_of(lambda: target.copy_(source), device, REPEATS) for _ in range(10)]
-    return 2 * source.nbytes / timing.median(samples[2:]) / 1e6
+    return 2 * source.nbytes / median(samples[2:]) / 1e6
 
 
 def fits(case: Case, device: torch.device) -> bool:
@@ -98,7 +94,7 @@ def measure(case: Case, device: torch.device, bandwidth: float, schedule: Schedu
     torch.compiler.reset()  # it allows a function only so many forms
     samplers: dict[str, Callable[[], float]] = {}
     expected: list[Tensor] | None = None
-    for name, build in builders(case, device).items():
+    for name, build in OPS[case.op].builders(case, device).items():
         try:
             made = build()
             made.take()

@@ -1,4 +1,4 @@
-"""fastwgan bench: one critic step by several implementations, checked against each other and timed in one run.
+"""Time one critic step by several implementations, checked against each other, in one run.
 
 Each implementation has first to come to the textbook's weights; then rounds go through all of them in turn. Whatever
 fails is left out and its error is part of the result.
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastwgan import reference, timing
-from fastwgan.baselines import IMPLEMENTATIONS, Given, Setting, Step
-from fastwgan.workloads import WORKLOADS, Workload
+from benchmarks import timing
+from benchmarks.implementations import IMPLEMENTATIONS, Given, Setting, Step
+from benchmarks.workloads import WORKLOADS, Workload
+from fastwgan import reference
 
 __all__ = ["PRECISIONS", "Schedule", "check", "critic_step", "distance_allowed", "message", "setting", "weights_after"]
 
@@ -138,8 +139,8 @@ def check(
     """Whether each implementation comes to the textbook's weights, in float32 without TF32.
 
     Args:
-        name: of :data:`~fastwgan.workloads.WORKLOADS`.
-        implementations: of :data:`~fastwgan.baselines.IMPLEMENTATIONS`; the textbook's is always there.
+        name: of :data:`~benchmarks.workloads.WORKLOADS`.
+        implementations: of :data:`~benchmarks.implementations.IMPLEMENTATIONS`; the textbook's is always there.
         device: a CPU or a CUDA device.
         schedule: the textbook alone is looked at when its time is over.
 
@@ -214,7 +215,7 @@ def critic_step(
     """Time one workload.
 
     Args:
-        name: of :data:`~fastwgan.workloads.WORKLOADS`.
+        name: of :data:`~benchmarks.workloads.WORKLOADS`.
         precision: "float32" or "bfloat16", of networks and data wholly.
         checked: what :func:`check` found of the workload.
         device: a CPU or a CUDA device.

@@ -1,6 +1,5 @@
 """Times, launches and memory of a call, on a CPU or a CUDA GPU."""
 
-import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from fastwgan.backend import kernels as kernel_package
 from fastwgan.engine.graphs import capturing
 
 __all__ = [
-    "Peak", "capture", "clocks", "host_time", "interleaved", "kernels", "median", "network_time", "output", "quantiles",
+    "Peak", "capture", "clocks", "host_time", "interleaved", "kernels", "network_time", "output", "quantiles",
     "time_of", "unchecked", "wait",
 ]  # fmt: skip
 
@@ -103,10 +102,6 @@ def quantiles(samples: Sequence[float]) -> Quantiles:
     values = np.quantile(samples, [share / 100 for share in shares])
     result = {f"q{share:02d}": float(f"{value:.5g}") for share, value in zip(shares, values, strict=True)}
     return {**result, "samples": len(samples)}
-
-
-def median(samples: Iterable[float]) -> float:
-    return statistics.median(samples)
 
 
 def capture(call: Call, random: Iterable[torch.Generator] = (), *, repeats: int = 1) -> Call:

@@ -1,4 +1,4 @@
-"""What each op's implementations are in fastwgan bench --ops: ours, and the strongest that PyTorch has for it."""
+"""Build each op's implementations: ours, and the strongest that PyTorch has for it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -303,10 +303,13 @@ def _objective_builders(case: Case, device: torch.device) -> dict[str, Builder]:
 
 
 class Op(NamedTuple):
-    """What makes each implementation, their names, the bytes to be moved for an element, and whether these are in
-    tensors of any number.
+    """An op that is timed.
 
-    The first implementation is the one that the others have to equal.
+    Attributes:
+        builders: makes inputs, and returns by name what makes each implementation; they share these inputs.
+        names: of the implementations, the first being what the others have to equal.
+        bytes: to be moved for an element.
+        of_tensors: whether the elements may be in any number of tensors.
     """
 
     builders: Callable[[Case, torch.device], dict[str, Builder]]

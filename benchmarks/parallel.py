@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from fastwgan import bench
+from benchmarks import steps
+from benchmarks.record import prepared
 
 __all__ = ["Together"]
 
@@ -27,7 +28,7 @@ MARGIN = 0.15  # of the time for set-up, after which whoever is not ready is lef
 Job = tuple[str, str]  # workload, precision
 
 
-def end_compilation(schedule: bench.Schedule) -> None:
+def end_compilation(schedule: steps.Schedule) -> None:
     """Have an alarm, of which there may be several, end the set-up of an implementation that compiles."""
 
     def over(signum: int, frame: FrameType | None) -> None:
@@ -45,11 +46,9 @@ def work(
 
     At ``until``, a ``time.monotonic()``, a compilation is ended and no other begun.
     """
-    from fastwgan.bench_run import prepared
-
     torch.set_num_threads(1)
     left = max(0.1, until - time.monotonic())
-    schedule = bench.Schedule(left / 60, 1, rounds)
+    schedule = steps.Schedule(left / 60, 1, rounds)
     end_compilation(schedule)
     signal.setitimer(signal.ITIMER_REAL, left, 1.0)  # again and again: what is raised in a destructor is lost
 
@@ -66,10 +65,10 @@ def work(
             name, precision = job
             checked: dict[str, float | str] = dict.fromkeys(["textbook", *implementations], 0.0)
             if checks:
-                checked = bench.check(name, implementations, device, schedule)
-            pipe.send(bench.critic_step(name, precision, checked, device, schedule, ready))
+                checked = steps.check(name, implementations, device, schedule)
+            pipe.send(steps.critic_step(name, precision, checked, device, schedule, ready))
     except Exception as error:  # whatever it is, the others can still be measured
-        pipe.send(bench.message(error))
+        pipe.send(steps.message(error))
 
 
 class Together:
@@ -77,7 +76,7 @@ class Together:
 
     Args:
         jobs: (workload, precision). Results are checked in the first precision of a workload, for all.
-        implementations: of :data:`~fastwgan.baselines.IMPLEMENTATIONS`.
+        implementations: of :data:`~benchmarks.implementations.IMPLEMENTATIONS`.
         device: a CPU or a CUDA device.
         rounds: samples of each figure, at most.
         minutes: that all of it should take.
@@ -138,7 +137,7 @@ class Together:
         return found
 
     def measure(self, job: Job) -> dict[str, Any]:
-        """The result of :func:`fastwgan.bench.critic_step`.
+        """The result of :func:`benchmarks.steps.critic_step`.
 
         Raises:
             RuntimeError: there is none; the message says why.
