@@ -35,6 +35,11 @@ def samples(name: str, x: object, device: torch.device) -> Tensor:
     return x
 
 
+def is_batched(x: object, batch: int) -> bool:
+    """Return whether ``x`` is a tensor with a row for each of ``batch`` samples."""
+    return isinstance(x, Tensor) and x.dim() > 0 and len(x) == batch
+
+
 def like(name: str, x: Tensor, other_name: str, other: Tensor, *, shape: bool) -> None:
     """Raise unless ``x`` has the other's dtype and device, and its shape where ``shape``."""
     if x.dtype != other.dtype:
