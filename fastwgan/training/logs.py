@@ -17,7 +17,8 @@ from fastwgan.metrics import Metrics
 __all__ = ["Averages", "CSVLog", "Interval", "Progress", "TensorBoardLog"]
 
 COLUMNS = ("step", "generator_step", "seconds", *Metrics.NAMES, "skipped")
-EXTREMES: dict[str, Callable[[float, float], float]] = {"gradient_norm_min": min, "gradient_norm_max": max}
+Join = Callable[[float, float], float]
+EXTREMES: dict[str, Join] = {"gradient_norm_min": min, "gradient_norm_max": max}
 
 
 class Averages:
@@ -37,7 +38,7 @@ class Averages:
         for name, value in step.items():
             if math.isfinite(value):
                 self._counts[name] += 1
-                join = EXTREMES.get(name, operator.add)
+                join: Join = EXTREMES.get(name, operator.add)
                 self._totals[name] = join(self._totals[name], value) if name in self._totals else value
 
     def values(self) -> dict[str, float]:
