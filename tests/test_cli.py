@@ -19,8 +19,7 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
-from fastwgan import checkpoint, data
-from fastwgan.cli import main as cli
+from fastwgan import checkpoint, cli, data
 from fastwgan.cli import runs
 
 ENV = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -243,6 +242,8 @@ BAD = [
     ("train", "--device", "meta"),
     ("train", "--out", "x" * 300),
     ("evaluate",),
+    ("bench", "--ops"),
+    ("experiment", "digits", "--json", "x.json"),
     (),
 ]
 
@@ -257,6 +258,13 @@ def test_bad_arguments_exit_with_one_line(args, capsys, tmp_path, monkeypatch):
     assert message.startswith("fastwgan")
     assert message.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("command", "name"), [("bench", "steps"), ("experiment", "experiment")])
+def test_what_is_in_the_source_tree_is_named(command, name, capsys):
+    assert f"{command}: expected in the source tree, whose python -m benchmarks {name} has it" in refused(
+        capsys, command
+    )
 
 
 def test_a_run_is_not_overwritten_or_mixed_up(tmp_path):

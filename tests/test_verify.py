@@ -727,12 +727,10 @@ def test_command_on_a_users_networks(users, capsys):
 
 
 def test_command_takes_a_factorys_arguments(users, capsys):
-    options = ["--backend", "torch", "--seed", "3", "--blend", "0.3", "--instance-noise", "0.1"]
+    options = ["--backend", "torch", "--seed", "3", "--blend", "0.3"]
     assert cli.main(["verify", "--networks", "theirs:arguments", *options]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert text.startswith(
-        "theirs:arguments: WeightClip(bound=0.02), blend=0.3, instance_noise=0.1: torch on cpu, float32, batch 16"
-    )
+    assert text.startswith("theirs:arguments: WeightClip(bound=0.02), blend=0.3: torch on cpu, float32, batch 16")
 
 
 def test_command_without_rich_prints_text(users, capsys, monkeypatch):

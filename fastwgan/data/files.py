@@ -65,14 +65,14 @@ def _decode(path: Path) -> Any:
     return upright
 
 
-def _modes(paths: list[Path]) -> list[str | BadDataError]:
-    """The mode of each file, or why it cannot be used."""
-    modes: list[str | BadDataError] = []
+def _modes(paths: list[Path]) -> list[tuple[str, str]]:
+    """For each file (its mode, "") or ("", why it cannot be used)."""
+    modes = []
     for path in paths:
         try:
-            modes.append(_decode(path).mode)
+            modes.append((_decode(path).mode, ""))
         except BadDataError as error:
-            modes.append(error)
+            modes.append(("", str(error)))
     return modes
 
 
@@ -112,9 +112,9 @@ class ImageFolder:
         Image.init()  # else the first threads to meet a rare format race for it, and some find it unknown
         parts = [found[i : i + TOGETHER] for i in range(0, len(found), TOGETHER)]
         with ThreadPoolExecutor(max(1, workers)) as pool:
-            modes = [mode for part in pool.map(_modes, parts) for mode in part]
-        usable = {path: mode for path, mode in zip(found, modes, strict=True) if isinstance(mode, str)}
-        self.unusable = [(path, str(e)) for path, e in zip(found, modes, strict=True) if path not in usable]
+            modes = dict(zip(found, (mode for part in pool.map(_modes, parts) for mode in part), strict=True))
+        usable = {path: mode for path, (mode, _) in modes.items() if mode}
+        self.unusable = [(path, problem) for path, (_, problem) in modes.items() if problem]
         if not usable:
             first = f"; {self.unusable[0][0].name}: {self.unusable[0][1]}" if found else ""
             raise BadDataError(f"path: expected images in {root}, got {len(found)} files that could be one{first}")

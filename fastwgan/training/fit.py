@@ -121,7 +121,7 @@ def fit(
         save_every=save_every, keep=keep, callbacks=callbacks, progress=progress,
     )  # fmt: skip
     with ExitStack() as stack:
-        loop.open(stack)
+        loop.logs.extend(stack.enter_context(closing(log)) for log in loop.open_logs())
         stack.enter_context(_interruptible(loop.stop, alone=trainer.world == 1))
         return loop.run()
 
@@ -169,19 +169,19 @@ class _Loop:
         self.health = Health(self.trainer.constraint)
         self.logs: list[CSVLog | TensorBoardLog | Progress] = []
 
-    def open(self, stack: ExitStack) -> None:
-        """Open the logs, which ``stack`` closes, on rank 0."""
+    def open_logs(self) -> Iterator[CSVLog | TensorBoardLog | Progress]:
+        """Yield the logs that are asked for, each opened in its turn, on rank 0."""
         start = self.trainer.critic_iterations
         if self.trainer.rank:
             return
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
             checkpoint.clean(self.out)
-            self.logs.append(stack.enter_context(closing(CSVLog(self.out / "metrics.csv", start))))
+            yield CSVLog(self.out / "metrics.csv", start)
             if self.tensorboard:
-                self.logs.append(stack.enter_context(closing(TensorBoardLog(self.out, start))))
+                yield TensorBoardLog(self.out, start)
         if self.progress:
-            self.logs.append(stack.enter_context(closing(Progress(start, start + self.steps))))
+            yield Progress(start, start + self.steps)
 
     def run(self) -> int:
         """Take the steps; return how many were taken."""
