@@ -30,15 +30,15 @@ def _device(args: argparse.Namespace) -> torch.device:
 
         if args.json is not None and not args.json.absolute().parent.is_dir():
             raise ValueError(f"--json: {args.json.parent} is no directory")
-        return device_named(args.device)
+        return device(args.device)
 
 
 def _steps(args: argparse.Namespace) -> int:
-    device = _device(args)
-    workloads = args.workload or default_workloads(device)
-    precisions = args.precision or (["float32", "bfloat16"] if device.type == "cuda" else ["float32"])
+    chosen = _device(args)
+    workloads = args.workload or default_workloads(chosen)
+    precisions = args.precision or (["float32", "bfloat16"] if chosen.type == "cuda" else ["float32"])
     implementations = args.implementation or list(IMPLEMENTATIONS)
-    run_steps(workloads, implementations, precisions, device, rounds=args.rounds, minutes=args.minutes, path=args.json)
+    run_steps(workloads, implementations, precisions, chosen, rounds=args.rounds, minutes=args.minutes, path=args.json)
     return 0
 
 
@@ -68,17 +68,6 @@ def _experiment(args: argparse.Namespace) -> int:
     return 0 if all(passed) else 1
 
 
-def _minutes(text: str) -> float:
-    """Return an argument's value: a number above zero."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 10**6:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return value
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m benchmarks", description="FastWGAN's benchmarks and experiments.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -96,8 +85,15 @@ def _parser() -> argparse.ArgumentParser:
     ops.set_defaults(run=_ops)
     for command in (steps, ops):
         command.add_argument("--device", help="such as cpu or cuda:0; default: the first GPU, else the CPU")
-        command.add_argument("--rounds", type=ints(1, MOST), default=200, help="samples of each figure; default: 200")
-        command.add_argument("--minutes", type=_minutes, default=8.0, help="that it should take; default: 8")
+        command.add_argument(
+            "--rounds", type=integer(1, MOST), default=200, help="samples of each figure; default: 200"
+        )
+        command.add_argument(
+            "--minutes",
+            type=number(float, 1e-9, 10**6, "a number above 0"),
+            default=8.0,
+            help="that it should take; default: 8",
+        )
         command.add_argument("--json", type=Path, help="file for all figures")
 
     for name, meaning in OTHERS.items():
@@ -111,8 +107,8 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{names}, or all; the exit status is 1 if a check fails",
     )  # fmt: skip
     experiment.add_argument("--list", action="store_true", help="say what each of them shows")
-    experiment.add_argument("--seeds", type=ints(1, 10**6), default=3, help="how many; default: 3")
-    experiment.add_argument("--seed", type=ints(0, 2**62), default=0, help="the first of them; default: 0")
+    experiment.add_argument("--seeds", type=integer(1, 10**6), default=3, help="how many; default: 3")
+    experiment.add_argument("--seed", type=integer(0, 2**62), default=0, help="the first of them; default: 0")
     experiment.add_argument(
         "--out", type=Path, default=Path("runs") / "experiments", help="directory; default: runs/experiments"
     )

@@ -27,8 +27,8 @@ from benchmarks.record import environment, write
 from benchmarks.steps import message, setting
 from benchmarks.workloads import WORKLOADS
 from fastwgan import Trainer
-from fastwgan.engine import structure
 from fastwgan.cli.common import Parser
+from fastwgan.engine import structure
 
 PROFILED = ("mlp-clip", "mlp-penalty", "tabular-penalty", "dcgan-penalty")
 N_CRITIC = 5

@@ -14,7 +14,6 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import median
-from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -26,6 +25,7 @@ from benchmarks.op_cases import OPS, Case
 from benchmarks.record import environment, write
 from benchmarks.steps import Schedule, message
 from fastwgan.cli.common import Parser
+from fastwgan.kernels import guard, interpolate, objective, penalty, perturb, project, scores, update
 
 SAMPLES, REPEATS = 9, 10  # of a setting, and calls to a sample, on a GPU
 ON_CPU = 2**13  # elements there, where this only shows that it works
@@ -36,7 +36,7 @@ class Sweep(NamedTuple):
     """A kernel in use: the case, its module and the constants of it to be tried, how many warps; samples in a batch."""
 
     case: Case
-    module: ModuleType
+    module: Any  # of fastwgan.kernels
     constants: Mapping[str, tuple[int, ...]]
     warps: tuple[int, ...]
     batch: int = op_cases.BATCH

@@ -2,6 +2,6 @@
 
 import sys
 
-from fastwgan.cli.main import main
+from fastwgan.cli import main
 
 sys.exit(main())

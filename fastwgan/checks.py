@@ -34,6 +34,11 @@ def samples(name: str, x: object, device: torch.device) -> Tensor:
     return x
 
 
+def is_batched(x: object, batch: int) -> bool:
+    """Return whether ``x`` is a tensor with a row for each of ``batch`` samples."""
+    return isinstance(x, Tensor) and x.dim() > 0 and len(x) == batch
+
+
 def like(name: str, x: Tensor, other_name: str, other: Tensor, *, shape: bool) -> None:
     """Raise unless ``x`` has the other's dtype and device, and its shape where ``shape``."""
     if x.dtype != other.dtype:
@@ -177,8 +182,3 @@ def per(per: object) -> str:
     if per not in ("row", "tensor"):
         raise ValueError(f"per: expected 'row' or 'tensor', got {per!r}")
     return per
-
-
-def is_batched(cond: object, batch: int) -> bool:
-    """Return whether a condition has a row for each sample."""
-    return isinstance(cond, Tensor) and cond.dim() > 0 and len(cond) == batch

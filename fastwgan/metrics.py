@@ -1,12 +1,26 @@
 """What a step measured."""
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = ["Metrics", "read"]
+
+# The entries of a step's scores and of its penalty. The loss has no penalty in it yet.
+SCORES = ("real_score", "fake_score", "wasserstein", "critic_loss")
+PENALTY = ("penalty", "gradient_norm", "gradient_norm_min", "gradient_norm_max")
+
+
+def _entry(name: str, i: int) -> Tensor | None:
+    """Return a property that gives an entry of an attribute, None without one. It is typed as what it gives."""
+
+    def entry(metrics: "Metrics") -> Any:
+        entries = getattr(metrics, name)
+        return None if entries is None else entries[i]
+
+    return property(entry)  # type: ignore[return-value]
 
 
 class Metrics:
@@ -32,6 +46,9 @@ class Metrics:
         "gradient_norm_max", "saturation", "generator_loss", "nonfinite",
     )  # fmt: skip
 
+    real_score, fake_score, wasserstein, _loss = (_entry("_scores", i) for i in range(len(SCORES)))
+    penalty, gradient_norm, gradient_norm_min, gradient_norm_max = (_entry("_penalty", i) for i in range(len(PENALTY)))
+
     def __init__(
         self,
         *,
@@ -53,69 +70,32 @@ class Metrics:
         self._nonfinite += other._nonfinite
 
     @property
+    def critic_loss(self) -> Tensor | None:
+        if self._loss is None or self.penalty is None:
+            return self._loss
+        return self._loss + self._weight * self.penalty
+
+    @property
     def nonfinite(self) -> Tensor | None:
         return sum(self._nonfinite[1:], self._nonfinite[0]) if self._nonfinite else None
-
-    @property
-    def real_score(self) -> Tensor | None:
-        return None if self._scores is None else self._scores[0]
-
-    @property
-    def fake_score(self) -> Tensor | None:
-        return None if self._scores is None else self._scores[1]
-
-    @property
-    def wasserstein(self) -> Tensor | None:
-        return None if self._scores is None else self._scores[2]
-
-    @property
-    def critic_loss(self) -> Tensor | None:
-        if self._scores is None or self._penalty is None:
-            return None if self._scores is None else self._scores[3]
-        return self._scores[3] + self._weight * self._penalty[0]
-
-    @property
-    def penalty(self) -> Tensor | None:
-        return None if self._penalty is None else self._penalty[0]
-
-    @property
-    def gradient_norm(self) -> Tensor | None:
-        return None if self._penalty is None else self._penalty[1]
-
-    @property
-    def gradient_norm_min(self) -> Tensor | None:
-        return None if self._penalty is None else self._penalty[2]
-
-    @property
-    def gradient_norm_max(self) -> Tensor | None:
-        return None if self._penalty is None else self._penalty[3]
 
     def as_dict(self) -> dict[str, float]:
         """The values that there are, as floats. Waits for the device."""
         return read([self])[0]
 
-    def _parts(self) -> list[Tensor]:
-        parts = (self._scores, self._penalty, self.saturation, self.generator_loss, *self._nonfinite)
-        return [x.detach().reshape(-1) for x in parts if x is not None]
+    def _parts(self) -> list[tuple[Tensor, tuple[str, ...]]]:
+        """Return the tensors that there are, each with the names of its entries."""
+        counts = [(count, ("nonfinite",)) for count in self._nonfinite]
+        others = [(self.saturation, ("saturation",)), (self.generator_loss, ("generator_loss",)), *counts]
+        return [(x, names) for x, names in [(self._scores, SCORES), (self._penalty, PENALTY), *others] if x is not None]
 
     def _values(self, numbers: Iterator[float]) -> dict[str, float]:
-        """What :meth:`_parts` were, read from the device, by name."""
-        values = {}
-        if self._scores is not None:
-            values["real_score"], values["fake_score"], values["wasserstein"], values["critic_loss"] = islice(
-                numbers, 4
-            )
-        if self._penalty is not None:
-            names = ("penalty", "gradient_norm", "gradient_norm_min", "gradient_norm_max")
-            values |= dict(zip(names, islice(numbers, 4), strict=True))
-            if self._scores is not None:
-                values["critic_loss"] += self._weight * values["penalty"]
-        if self.saturation is not None:
-            values["saturation"] = next(numbers)
-        if self.generator_loss is not None:
-            values["generator_loss"] = next(numbers)
-        if self._nonfinite:
-            values["nonfinite"] = sum(islice(numbers, len(self._nonfinite)))
+        """Return by name what the parts were, read from the device."""
+        values: dict[str, float] = {}
+        for name in (name for _, names in self._parts() for name in names):
+            values[name] = next(numbers) + values.get(name, 0.0)
+        if "critic_loss" in values and "penalty" in values:
+            values["critic_loss"] += self._weight * values["penalty"]
         return {name: values[name] for name in self.NAMES if name in values}
 
     def __repr__(self) -> str:
@@ -124,6 +104,6 @@ class Metrics:
 
 def read(metrics: Sequence[Metrics]) -> list[dict[str, float]]:
     """The values of many steps as floats, with one transfer: :meth:`Metrics.as_dict` of each. Waits for the device."""
-    tensors = [part for each in metrics for part in each._parts()]
+    tensors = [x.detach().reshape(-1) for each in metrics for x, _ in each._parts()]
     numbers = iter(torch.cat(tensors).tolist() if tensors else ())
     return [each._values(numbers) for each in metrics]

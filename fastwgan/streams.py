@@ -3,16 +3,29 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["process_streams", "random_kept", "set_process_streams", "stream_seed"]
+__all__ = ["Stream", "process_streams", "random_kept", "set_process_streams", "stream_seed"]
+
+
+class Stream(IntEnum):
+    """The random streams that come from one seed. Checkpoints rest on the numbers."""
+
+    LATENT = 0  # the trainer's, of its steps
+    SAMPLE = 1  # the trainer's, of Trainer.sample
+    ORDER = 2  # the command line's, of the batches
+    PICTURE = 3  # the command line's, of the real points in a picture
+    DRAW = 4  # the command line's, of fastwgan sample's latents
+    GRID = 5  # the loop's, of the latents of its pictures
+    PROCESS = 6  # the command line's, of what networks and data draw in rank 0; those of other ranks are 7, 8, ...
 
 
 def stream_seed(seed: int, stream: int) -> int:
-    """A seed for one of several random streams that are to be independent though they come from one ``seed``."""
+    """Return a seed for one of the streams, each of which is independent of the others."""
     return int(np.random.SeedSequence((seed, stream)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: generated samples and training curves. Needs matplotlib."""
+"""Pictures of a run: generated samples and training curves. Needs Pillow and matplotlib."""
 
 import csv
 import math
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 __all__ = ["curves", "image_grid", "points"]
@@ -14,21 +15,15 @@ __all__ = ["curves", "image_grid", "points"]
 
 def image_grid(images: Tensor, path: Path) -> None:
     """Write gray or RGB images [N, C, H, W] in [-1, 1] as a near-square grid with white lines between them."""
-    array = ((images.float().cpu().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()
-    n, height, width, channels = array.shape
+    pixels = images.float().cpu().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    n, height, width, channels = pixels.shape
     columns = math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    canvas = np.ones((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), np.float32)
-    for i, image in enumerate(array):
+    canvas = np.full((math.ceil(n / columns) * (height + 1) + 1, columns * (width + 1) + 1, channels), 255, np.uint8)
+    for i, image in enumerate(pixels):
         top, left = (i // columns) * (height + 1) + 1, (i % columns) * (width + 1) + 1
         canvas[top : top + height, left : left + width] = image
     scale = max(1, 640 // canvas.shape[1])
-    pixels = canvas.repeat(scale, 0).repeat(scale, 1)
-    figure = Figure(figsize=(pixels.shape[1] / 100, pixels.shape[0] / 100), dpi=100)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.imshow(pixels.squeeze(-1) if channels == 1 else pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.axis("off")
-    figure.savefig(path)
+    Image.fromarray((canvas[..., 0] if channels == 1 else canvas).repeat(scale, 0).repeat(scale, 1)).save(path)
 
 
 def points(generated: Tensor, real: Tensor | None, path: Path) -> None:
@@ -64,11 +59,10 @@ def curves(log: Path, path: Path) -> None:
     """Draw ``metrics.csv``: the Wasserstein estimate, and under it the penalty or the clip's saturation."""
     with log.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    penalised = any(row["penalty"] for row in rows)
     figure = Figure(figsize=(8, 6), dpi=110, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     _panel(upper, rows, "wasserstein", "Wasserstein estimate")
-    if penalised:
+    if any(row["penalty"] for row in rows):
         _panel(lower, rows, "penalty", "penalty, unweighted")
     else:
         _panel(lower, rows, "saturation", "share of weights on the bound")

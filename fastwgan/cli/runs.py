@@ -3,34 +3,32 @@
 import math
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastwgan import data, models
+from fastwgan import models
+from fastwgan.backend import Backend
 from fastwgan.constraints import GradientPenalty, WeightClip
-from fastwgan.data import files
+from fastwgan.data import TOYS, SampledBatches, Samples, ShuffledBatches, digits, files
 from fastwgan.engine.ranks import Ranks
 from fastwgan.optim import Adam, RMSprop
-from fastwgan.streams import stream_seed
+from fastwgan.streams import Stream, stream_seed
 from fastwgan.trainer import Trainer
 
-__all__ = [
-    "CONSTRAINTS", "DATA", "PRECISIONS", "REPORTED", "SAMPLES", "Config", "draw", "is_known", "make_batches",
-    "make_generator", "make_trainer", "read_samples", "recipe_for",
-]  # fmt: skip
-
-DATA = ("digits", *data.TOYS)  # beside files.KINDS, each as KIND:PATH
+DATA = ("digits", *TOYS)  # beside files.KINDS, each as KIND:PATH
 CONSTRAINTS = ("clip", "penalty")
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 REPORTED = 10  # unusable files that are named
 
-# What takes a random stream of its own from the seed; the trainer takes 0 and 1, the loop 5, each process one from 6.
-ORDER, PICTURE, SAMPLES, PROCESS = 2, 3, 4, 6
+Batches = ShuffledBatches | SampledBatches
+Optimizer = Callable[..., torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -39,33 +37,33 @@ class Recipe:
 
     latent: int
     width: int
-    penalty_weight: float
-    penalty_lr: float
-    betas: tuple[float, float]
-    clip_bound: float
-    clip_lr: float
+    hidden: int  # layers of an MLP; 0 is a DCGAN
+    clip: tuple[WeightClip, Optimizer]
+    penalty: tuple[GradientPenalty, Optimizer]
     batch_size: int
     n_critic: int
     steps: int
-    hidden: int = 0  # layers of an MLP; 0 is a DCGAN
 
 
 SMALL_IMAGES = Recipe(
-    latent=64, width=256, hidden=2, penalty_weight=10.0, penalty_lr=1e-3, betas=(0.0, 0.9),
-    clip_bound=0.05, clip_lr=2e-4, batch_size=64, n_critic=3, steps=20_000,
+    latent=64, width=256, hidden=2, batch_size=64, n_critic=3, steps=20_000,
+    clip=(WeightClip(0.05), partial(RMSprop, lr=2e-4)),
+    penalty=(GradientPenalty(10.0), partial(Adam, lr=1e-3, betas=(0.0, 0.9))),
 )  # fmt: skip
 IMAGES = Recipe(
-    latent=100, width=32, penalty_weight=10.0, penalty_lr=2e-4, betas=(0.0, 0.9),
-    clip_bound=0.01, clip_lr=5e-5, batch_size=64, n_critic=5, steps=20_000,
+    latent=100, width=32, hidden=0, batch_size=64, n_critic=5, steps=20_000,
+    clip=(WeightClip(0.01), partial(RMSprop, lr=5e-5)),
+    penalty=(GradientPenalty(10.0), partial(Adam, lr=2e-4, betas=(0.0, 0.9))),
 )  # fmt: skip
 POINTS = Recipe(
-    latent=2, width=256, hidden=3, penalty_weight=0.1, penalty_lr=5e-4, betas=(0.5, 0.9),
-    clip_bound=0.1, clip_lr=2e-4, batch_size=256, n_critic=5, steps=6_000,
+    latent=2, width=256, hidden=3, batch_size=256, n_critic=5, steps=6_000,
+    clip=(WeightClip(0.1), partial(RMSprop, lr=2e-4)),
+    penalty=(GradientPenalty(0.1), partial(Adam, lr=5e-4, betas=(0.5, 0.9))),
 )  # fmt: skip
 
 
 def recipe_for(shape: tuple[int, ...]) -> Recipe:
-    """The recipe for samples of a shape.
+    """Return the recipe for samples of a shape.
 
     Raises:
         ValueError: they are images that no recipe makes.
@@ -100,12 +98,12 @@ class Config:
 
     data: str
     shape: tuple[int, ...]
-    size: int | None
-    channels: int | None
-    constraint: str
     batch_size: int
     n_critic: int
-    seed: int
+    size: int | None = None
+    channels: int | None = None
+    constraint: str = "penalty"
+    seed: int = 0
     amp: str | None = None
     ema: float | None = None
     nonfinite: str = "raise"
@@ -116,11 +114,8 @@ class Config:
         config = content.get("config")
         if not isinstance(config, dict) or config.keys() != cls.__dataclass_fields__.keys():
             raise ValueError(f"{path} was not written by fastwgan train")
-        if (
-            not is_known(config["data"])
-            or config["constraint"] not in CONSTRAINTS
-            or len(config["shape"]) not in (1, 3)
-        ):
+        known = is_known(config["data"]) and config["constraint"] in CONSTRAINTS and len(config["shape"]) in (1, 3)
+        if not known:
             raise ValueError(f"{path} is of a run that this version does not know: {config}")
         return cls(**config)
 
@@ -132,53 +127,70 @@ class Config:
                 option = "--" + field.replace("_", "-")
                 raise ValueError(f"{option}: the run in {out} has {known[field]}, got {value}")
 
+    @property
+    def recipe(self) -> Recipe:
+        return recipe_for(self.shape)
 
-def make_generator(shape: tuple[int, ...]) -> nn.Sequential:
-    recipe = recipe_for(shape)
-    if not recipe.hidden:
-        return models.dcgan_generator(recipe.latent, channels=shape[0], width=recipe.width, size=shape[-1])
-    sizes = [recipe.latent, *[recipe.width] * recipe.hidden, math.prod(shape)]
-    return models.mlp(sizes) if len(shape) == 1 else models.mlp(sizes, shape=shape, tanh=True)
+    def make_generator(self) -> nn.Sequential:
+        recipe, shape = self.recipe, self.shape
+        if not recipe.hidden:
+            return models.dcgan_generator(recipe.latent, channels=shape[0], width=recipe.width, size=shape[-1])
+        sizes = [recipe.latent, *[recipe.width] * recipe.hidden, math.prod(shape)]
+        return models.mlp(sizes) if len(shape) == 1 else models.mlp(sizes, shape=shape, tanh=True)
 
+    def make_critic(self) -> nn.Sequential:
+        recipe, shape = self.recipe, self.shape
+        if not recipe.hidden:  # a penalty takes each sample's gradient by itself, and BatchNorm mixes them
+            norm = self.constraint == "clip"
+            return models.dcgan_critic(channels=shape[0], width=recipe.width, norm=norm, size=shape[-1])
+        return models.mlp([math.prod(shape), *[recipe.width] * recipe.hidden, 1], slope=0.2)
 
-def make_critic(shape: tuple[int, ...], constraint: str) -> nn.Sequential:
-    recipe = recipe_for(shape)
-    if not recipe.hidden:  # a penalty takes each sample's gradient by itself, and BatchNorm mixes them
-        norm = constraint == "clip"
-        return models.dcgan_critic(channels=shape[0], width=recipe.width, norm=norm, size=shape[-1])
-    return models.mlp([math.prod(shape), *[recipe.width] * recipe.hidden, 1], slope=0.2)
+    def make_trainer(self, device: torch.device, backend: Backend) -> Trainer:
+        torch.manual_seed(self.seed)
+        generator, critic = self.make_generator().to(device), self.make_critic().to(device)
+        constraint, optimizer = self.recipe.clip if self.constraint == "clip" else self.recipe.penalty
+        trainer = Trainer(
+            generator, critic, latent=self.recipe.latent, constraint=constraint,
+            critic_optimizer=optimizer(critic.parameters(), backend=backend),
+            generator_optimizer=optimizer(generator.parameters(), backend=backend),
+            n_critic=self.n_critic, seed=self.seed, backend=backend,
+            amp=PRECISIONS[self.amp] if self.amp else None, ema=self.ema, nonfinite=self.nonfinite,
+        )  # fmt: skip
+        seed = stream_seed(self.seed, Stream.PROCESS + trainer.rank)  # another in each process
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        if trainer.rank:
+            torch.manual_seed(seed)
+        return trainer
 
+    def make_batches(self, samples: Samples | None, trainer: Trainer, workers: int) -> Batches:
+        """Return the batches of a run, of which each process gets its part."""
+        seed, part = stream_seed(self.seed, Stream.ORDER), {"rank": trainer.rank, "world": trainer.world}
+        if samples is None:
+            return SampledBatches(TOYS[self.data], self.batch_size, seed, trainer.device, **part)
+        if isinstance(samples, Tensor):
+            samples, workers = samples.to(trainer.device), 0
+        return ShuffledBatches(samples, self.batch_size, seed, workers=workers, **part)
 
-def make_trainer(config: Config, device: torch.device, backend: Any) -> Trainer:
-    recipe = recipe_for(config.shape)
-    torch.manual_seed(config.seed)
-    generator, critic = make_generator(config.shape).to(device), make_critic(config.shape, config.constraint).to(device)
-    constraint: WeightClip | GradientPenalty
-    optimizers: list[torch.optim.Optimizer]
-    if config.constraint == "clip":
-        constraint = WeightClip(recipe.clip_bound)
-        optimizers = [RMSprop(m.parameters(), lr=recipe.clip_lr, backend=backend) for m in (critic, generator)]
-    else:
-        constraint = GradientPenalty(recipe.penalty_weight)
-        optimizers = [
-            Adam(m.parameters(), lr=recipe.penalty_lr, betas=recipe.betas, backend=backend) for m in (critic, generator)
-        ]
-    trainer = Trainer(
-        generator, critic, latent=recipe.latent, constraint=constraint, critic_optimizer=optimizers[0],
-        generator_optimizer=optimizers[1], n_critic=config.n_critic, seed=config.seed, backend=backend,
-        amp=PRECISIONS[config.amp] if config.amp else None, ema=config.ema, nonfinite=config.nonfinite,
-    )  # fmt: skip
-    streams = stream_seed(config.seed, PROCESS + trainer.rank)  # another in each process
-    random.seed(streams)
-    np.random.seed(streams % 2**32)  # noqa: NPY002
-    if trainer.rank:
-        torch.manual_seed(streams)
-    return trainer
+    def draw(self, generated: Tensor, path: Path, samples: Samples | None = None, seed: int | None = None) -> None:
+        """Draw generated samples; points lie over as many real ones, where there are any."""
+        from fastwgan.cli import pictures
+
+        if len(self.shape) == 3:
+            pictures.image_grid(generated, path)
+            return
+        real = None
+        if self.data in TOYS:
+            random = torch.Generator().manual_seed(stream_seed(self.seed if seed is None else seed, Stream.PICTURE))
+            real = TOYS[self.data](len(generated), random)
+        elif samples is not None:
+            real = samples[torch.linspace(0, len(samples) - 1, min(len(samples), len(generated))).long()]
+        pictures.points(generated, real, path)
 
 
 def read_samples(
     name: str, size: int | None, channels: int | None, workers: int
-) -> tuple[data.Samples | None, tuple[int, ...]]:
+) -> tuple[Samples | None, tuple[int, ...]]:
     """(the samples of a data set, None if they are drawn afresh; the shape of one)."""
     kind, _, path = name.partition(":")
     if path:
@@ -189,9 +201,9 @@ def read_samples(
     for option, value in (("--size", size), ("--channels", channels)):
         if value is not None:
             raise ValueError(f"{option}: is for images in files, got {value} for {name}")
-    if name in data.TOYS:
+    if name in TOYS:
         return None, (2,)
-    images, _ = data.digits()
+    images, _ = digits()
     return images, tuple(images.shape[1:])
 
 
@@ -203,31 +215,3 @@ def _report(folder: files.ImageFolder) -> None:
         print(f"fastwgan: skipped {path}: {' '.join(reason.split())}", file=sys.stderr)
     if len(folder.unusable) > REPORTED:
         print(f"fastwgan: skipped {len(folder.unusable) - REPORTED} more files", file=sys.stderr)
-
-
-def make_batches(
-    config: Config, samples: data.Samples | None, trainer: Trainer, workers: int
-) -> data.ShuffledBatches | data.SampledBatches:
-    """The batches of a run, of which each process gets its part."""
-    seed, device, part = stream_seed(config.seed, ORDER), trainer.device, {"rank": trainer.rank, "world": trainer.world}
-    if samples is None:
-        return data.SampledBatches(data.TOYS[config.data], config.batch_size, seed, device, **part)
-    if isinstance(samples, torch.Tensor):
-        return data.ShuffledBatches(samples.to(device), config.batch_size, seed, **part)
-    return data.ShuffledBatches(samples, config.batch_size, seed, workers=workers, **part)
-
-
-def draw(config: Config, generated: torch.Tensor, path: Path, seed: int, samples: data.Samples | None = None) -> None:
-    """A picture of generated samples; points lie over as many real ones, where there are any."""
-    from fastwgan.cli import pictures
-
-    if len(config.shape) == 3:
-        pictures.image_grid(generated, path)
-        return
-    real = None
-    if config.data in data.TOYS:
-        random = torch.Generator().manual_seed(stream_seed(seed, PICTURE))
-        real = data.TOYS[config.data](len(generated), random)
-    elif samples is not None:
-        real = samples[torch.linspace(0, len(samples) - 1, min(len(samples), len(generated))).long()]
-    pictures.points(generated, real, path)

@@ -112,15 +112,14 @@ class ImageFolder:
         Image.init()  # else the first threads to meet a rare format race for it, and some find it unknown
         parts = [found[i : i + TOGETHER] for i in range(0, len(found), TOGETHER)]
         with ThreadPoolExecutor(max(1, workers)) as pool:
-            modes = [mode for part in pool.map(_modes, parts) for mode in part]
-        self.unusable = [(p, problem) for p, (_, problem) in zip(found, modes, strict=True) if problem]
-        if len(self.unusable) == len(found):
+            modes = dict(zip(found, (mode for part in pool.map(_modes, parts) for mode in part), strict=True))
+        usable = {path: mode for path, (mode, _) in modes.items() if mode}
+        self.unusable = [(path, problem) for path, (_, problem) in modes.items() if problem]
+        if not usable:
             first = f"; {self.unusable[0][0].name}: {self.unusable[0][1]}" if found else ""
             raise BadDataError(f"path: expected images in {root}, got {len(found)} files that could be one{first}")
-        self._paths = [p for p, (_, problem) in zip(found, modes, strict=True) if not problem]
-        if channels is None:
-            channels = 1 if next(mode for mode, problem in modes if not problem) in GRAY else 3
-        self.shape = (channels, size, size)
+        self._paths = list(usable)
+        self.shape = (channels or (1 if usable[self._paths[0]] in GRAY else 3), size, size)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -128,12 +127,12 @@ class ImageFolder:
     def _pixels(self, path: Path) -> np.ndarray:
         from PIL import ImageOps
 
-        channels, *size = self.shape
+        channels, height, width = self.shape
         try:
             image = _decode(path).convert("L" if channels == 1 else "RGB")
         except BadDataError as error:  # it was all right at the start
             raise BadDataError(f"path: {path} has become unusable ({error})") from error
-        return np.asarray(ImageOps.fit(image, (size[0], size[1]))).reshape(*size, channels)
+        return np.asarray(ImageOps.fit(image, (width, height))).reshape(height, width, channels)
 
     def __getitem__(self, indices: Tensor) -> Tensor:
         pixels = torch.from_numpy(np.stack([self._pixels(self._paths[i]) for i in indices.tolist()]))
@@ -148,23 +147,13 @@ def _check_size(size: int | None) -> None:
         raise ValueError(f"size: expected one of {', '.join(map(str, SIZES))}, got {size}")
 
 
-def _floats(array: np.ndarray, indices: Tensor, path: Path) -> Tensor:
-    """Rows of an array as float32, all of them finite."""
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is reported as such
-        rows = torch.from_numpy(np.ascontiguousarray(array[indices.numpy()], np.float32))
-    bad = ~rows.isfinite().flatten(1).all(1)
-    if bad.any():
-        raise BadDataError(f"path: sample {int(indices[bad][0])} of {path} has values that are not finite in float32")
-    return rows
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"path: no file at {path}")
+    return path
 
 
-class Points:
-    """The rows of a floating-point array [N, D], as they are. Well-behaved ones are of about unit size.
-
-    Attributes:
-        shape: (D,).
-    """
-
+class _Rows:
     def __init__(self, array: np.ndarray, path: Path) -> None:
         self._array, self._path = array, path
         self.shape = array.shape[1:]
@@ -173,10 +162,25 @@ class Points:
         return len(self._array)
 
     def __getitem__(self, indices: Tensor) -> Tensor:
-        return _floats(self._array, indices, self._path)
+        """The rows as float32, all of them finite."""
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is reported as such
+            rows = torch.from_numpy(np.ascontiguousarray(self._array[indices.numpy()], np.float32))
+        bad = ~rows.isfinite().flatten(1).all(1)
+        if bad.any():
+            i = int(indices[bad][0])
+            raise BadDataError(f"path: sample {i} of {self._path} has values that are not finite in float32")
+        return rows
 
 
-class ArrayImages:
+class Points(_Rows):
+    """The rows of a floating-point array [N, D], as they are. Well-behaved ones are of about unit size.
+
+    Attributes:
+        shape: (D,).
+    """
+
+
+class ArrayImages(_Rows):
     """Images [N, H, W], [N, C, H, W] or [N, H, W, C] of an array, C being 1 or 3.
 
     Args:
@@ -197,8 +201,8 @@ class ArrayImages:
             array = array[:, None]
         elif array.shape[1] not in (1, 3):
             array = np.moveaxis(array, -1, 1)
-        self._array, self._path, self._size = array, path, size
-        channels, height, width = array.shape[1:]
+        super().__init__(array, path)
+        channels, height, width = self.shape
         self._pad = (0, 0, 0, 0)
         if padded and (size is not None or max(height, width) > AS_THEY_ARE):
             side = 1 << (max(height, width) - 1).bit_length()
@@ -207,11 +211,8 @@ class ArrayImages:
             height = width = side
         self.shape = (channels, height, width) if size is None else (channels, size, size)
 
-    def __len__(self) -> int:
-        return len(self._array)
-
     def __getitem__(self, indices: Tensor) -> Tensor:
-        images = _floats(self._array, indices, self._path)
+        images = super().__getitem__(indices)
         if self._array.dtype == np.uint8:
             images = images / 127.5 - 1
         elif images.abs().max() > 1 + ROUNDING:
@@ -242,10 +243,8 @@ def read_npy(path: Path | str, size: int | None = None) -> Points | ArrayImages:
         ValueError: it is no such file, or ``size`` is given for points.
         FileNotFoundError: there is none.
     """
-    path = Path(path)
     _check_size(size)
-    if not path.is_file():
-        raise FileNotFoundError(f"path: no file at {path}")
+    path = _existing(Path(path))
     try:
         array = np.lib.format.open_memmap(path, mode="r")  # of numpy.load, the part that takes .npy and no pickles
     except (ValueError, EOFError, SyntaxError, TypeError) as error:  # the header is an expression
@@ -283,9 +282,7 @@ def read_idx(path: Path | str, size: int | None = None) -> ArrayImages:
         if not there:
             raise FileNotFoundError(f"path: no {' or '.join(IDX_NAMES)} in {path}")
         path = there[0]
-    if not path.is_file():
-        raise FileNotFoundError(f"path: no file at {path}")
-    content = path.read_bytes()
+    content = _existing(path).read_bytes()
     if content.startswith(b"\x1f\x8b"):
         try:
             content = gzip.decompress(content)

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from fastwgan.constraints import Draw
 from fastwgan.engine.ranks import Ranks
-from fastwgan.streams import process_streams, set_process_streams, stream_seed
+from fastwgan.streams import Stream, process_streams, set_process_streams, stream_seed
 
 __all__ = ["Latent", "Latents"]
 
 Latent = int | Callable[[int, torch.device], Any]
-TRAINING, SAMPLING = 0, 1  # the streams of the seed that training and sampling draw latents from
 
 
 class Latents:
@@ -36,8 +35,8 @@ class Latents:
     def __init__(self, latent: Latent, generator: nn.Module, ranks: Ranks, device: torch.device, seed: int) -> None:
         self.latent, self._generator, self._ranks, self._device = latent, generator, ranks, device
         self.seed, self.used = seed, 0
-        self.stream = torch.Generator(device).manual_seed(stream_seed(seed, TRAINING))
-        self._sampling = torch.Generator(device).manual_seed(stream_seed(seed, SAMPLING))
+        self.stream = torch.Generator(device).manual_seed(stream_seed(seed, Stream.LATENT))
+        self._sampling = torch.Generator(device).manual_seed(stream_seed(seed, Stream.SAMPLE))
         self._place: Tensor | None = None  # on the device, for steps that a graph replays
 
     def given(self, n: int) -> Any:

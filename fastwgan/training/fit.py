@@ -1,115 +1,63 @@
-"""The loop round a Trainer: batches in, progress, logs, pictures and checkpoints out."""
+"""The loop round a trainer: batches in, progress, logs, pictures and checkpoints out."""
 
 import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from itertools import count
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
 
 from fastwgan import checkpoint, checks
-from fastwgan.streams import stream_seed
+from fastwgan.metrics import Metrics
+from fastwgan.streams import Stream, stream_seed
+from fastwgan.training.batches import endless, refuse_samples
 from fastwgan.training.health import Health, HealthWarning
 from fastwgan.training.logs import CSVLog, Interval, Progress, TensorBoardLog
 
-__all__ = ["fit"]
+__all__ = ["TrainerLike", "fit"]
 
-GRID = 5  # the random stream of the sample grids' latents; the trainer and the command line take those before
-
-Callback = Callable[[Any, dict[str, float]], object]
+Callback = Callable[[Any, dict[str, float]], object]  # of the trainer and the averages of a row
 
 
-@contextmanager
-def _interruptible(*, alone: bool) -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, so that the step under way ends first. A second Ctrl-C interrupts at once, but not
-    among several processes, to which their launcher sends a second signal of its own.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may handle signals
-        return
+class Ranks(Protocol):
+    """The processes that take part, as the loop sees them."""
 
-    def handle(signum: int, frame: Any) -> None:
-        stop.set()
-        if alone:
-            signal.signal(signal.SIGINT, before)
-
-    before = signal.getsignal(signal.SIGINT) or signal.SIG_DFL  # None is a handler that Python knows nothing of
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def all(self, condition: bool, device: torch.device) -> bool: ...
+    def once(self, write: Callable[[], None]) -> None: ...
 
 
-def _check_batches(batches: object) -> None:
-    """Refuse what would be iterated sample by sample, which a network may well take for batches."""
-    if isinstance(batches, (Tensor, np.ndarray)):
-        raise TypeError(
-            f"batches: expected an iterable of batches, got {type(batches).__name__}; put a single batch into a list, "
-            "or make batches of samples by torch.utils.data.DataLoader"
-        )
-    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
-        raise TypeError(
-            f"batches: expected an iterable of batches, got the dataset {type(batches).__name__}, whose items are "
-            "single samples; torch.utils.data.DataLoader makes batches of them"
-        )
-    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
-        raise TypeError(f"batches: expected an iterable of batches, got {type(batches).__name__}")
+class TrainerLike(Protocol):
+    """The loop's view of a trainer."""
 
+    device: torch.device
+    rank: int
+    world: int
+    pack: int
+    seed: int
+    critic_iterations: int
+    generator_iterations: int
+    last_checkpoint: str | None
 
-def _endless(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches over and over, as a DataLoader's epochs."""
-    for epoch in count():
-        sampler = getattr(batches, "sampler", None)
-        if sampler is not None and hasattr(
-            sampler, "set_epoch"
-        ):  # a DistributedSampler would have the same order again
-            sampler.set_epoch(epoch)
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            raise ValueError(
-                "batches: expected more batches, but the iterable is empty, or has ended or been closed and cannot be "
-                "started again"
-            )
-
-
-def _parts(batch: Any, device: torch.device) -> list[Any]:
-    """The samples and conditions of a batch, tensors and arrays as tensors on ``device``."""
-    parts = list(batch) if isinstance(batch, (tuple, list)) else [batch]
-    if not parts:
-        raise ValueError("batches: expected samples in each batch, got an empty one")
-    for i, part in enumerate(parts):
-        if isinstance(part, np.ndarray):
-            try:
-                parts[i] = torch.tensor(part).to(device, non_blocking=True)
-            except TypeError as error:
-                raise TypeError(f"batches: expected arrays of numbers, got one of dtype {part.dtype}") from error
-        elif isinstance(part, Tensor):
-            parts[i] = part.to(device, non_blocking=True)
-    return parts
-
-
-def _whole_packs(parts: list[Any], pack: int) -> list[Any] | None:
-    """The batch without the samples at its end that fill no pack, as a short last batch has; None if none do."""
-    n = len(parts[0]) if pack > 1 and isinstance(parts[0], Tensor) and parts[0].dim() else 0
-    if n % pack == 0:
-        return parts
-    return [x[: n - n % pack] if checks.is_batched(x, n) else x for x in parts] if n > pack else None
+    @property
+    def constraint(self) -> object: ...
+    @property
+    def ema(self) -> float | None: ...
+    @property
+    def ranks(self) -> Ranks: ...
+    def step(self, real: Tensor, *cond: Any) -> Metrics: ...
+    def sample(self, n: int, *, ema: bool, seed: int) -> Tensor: ...
+    def check_finite(self) -> None: ...
+    def full_state_dict(self) -> dict[str, Any]: ...
 
 
 def fit(
-    trainer: Any,
+    trainer: TrainerLike,
     batches: Iterable[Any],
     steps: int,
     *,
@@ -167,112 +115,173 @@ def fit(
         ImportError: an optional package is missing.
         OSError: a file cannot be written. The last checkpoint is as it was.
     """
-    for name, value, minimum in (
-        ("steps", steps, 0), ("log_every", log_every, 1), ("save_every", save_every, 1), ("keep", keep, 1),
-        ("sample_count", sample_count, 1),
-    ):  # fmt: skip
-        checks.count(name, value, minimum)
-    if sample_every is not None:
-        checks.count("sample_every", sample_every, 1)
-    if (sample_every is None) != (draw is None):
-        raise ValueError("draw: expected together with sample_every, got one of them")
-    if out is None and (tensorboard or draw is not None):
-        raise ValueError("out: expected a directory for what tensorboard and draw write, got None")
-    _check_batches(batches)
-    if progress:
-        import rich  # noqa: F401 - a missing package shows before anything is written
-    if tensorboard:
-        import torch.utils.tensorboard  # noqa: F401
+    loop = _Loop(
+        trainer, batches, steps, out=None if out is None else Path(out), config=config, log_every=log_every,
+        tensorboard=tensorboard, sample_every=sample_every, draw=draw, sample_count=sample_count,
+        save_every=save_every, keep=keep, callbacks=callbacks, progress=progress,
+    )  # fmt: skip
+    with ExitStack() as stack:
+        loop.logs.extend(stack.enter_context(closing(log)) for log in loop.open_logs())
+        stack.enter_context(_interruptible(loop.stop, alone=trainer.world == 1))
+        return loop.run()
 
-    start = trainer.critic_iterations
-    directory = None if out is None else Path(out)
-    if directory is not None:
-        if start == 0 and (directory / checkpoint.LAST).exists():
-            raise ValueError(f"out: {directory} holds a run, which a new one would overwrite")
-        if trainer.rank == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            checkpoint.clean(directory)
-    interval, health = Interval(), Health(trainer.constraint)
-    done = 0
 
-    def save() -> None:
-        if directory is None:
+@dataclass
+class _Loop:
+    """A call of :func:`fit`, which documents the arguments."""
+
+    trainer: TrainerLike
+    batches: Iterable[Any]
+    steps: int
+    _: KW_ONLY
+    out: Path | None
+    config: dict[str, Any] | None
+    log_every: int
+    tensorboard: bool
+    sample_every: int | None
+    draw: Callable[[Tensor, Path], None] | None
+    sample_count: int
+    save_every: int
+    keep: int
+    callbacks: Sequence[Callback]
+    progress: bool
+
+    def __post_init__(self) -> None:
+        """Check the arguments; nothing is written before they are all right."""
+        for name, minimum in (("steps", 0), ("log_every", 1), ("save_every", 1), ("keep", 1), ("sample_count", 1)):
+            checks.count(name, getattr(self, name), minimum)
+        if self.sample_every is not None:
+            checks.count("sample_every", self.sample_every)
+        if (self.sample_every is None) != (self.draw is None):
+            raise ValueError("draw: expected together with sample_every, got one of them")
+        if self.out is None and (self.tensorboard or self.draw is not None):
+            raise ValueError("out: expected a directory for what tensorboard and draw write, got None")
+        refuse_samples(self.batches)
+        if self.progress:
+            import rich  # noqa: F401 - a missing package shows before anything is written
+        if self.tensorboard:
+            import torch.utils.tensorboard  # noqa: F401
+        if self.out is not None and not self.trainer.critic_iterations and (self.out / checkpoint.LAST).exists():
+            raise ValueError(f"out: {self.out} holds a run, which a new one would overwrite")
+        self.done = 0
+        self.stop = threading.Event()
+        self.interval = Interval()
+        self.health = Health(self.trainer.constraint)
+        self.logs: list[CSVLog | TensorBoardLog | Progress] = []
+
+    def open_logs(self) -> Iterator[CSVLog | TensorBoardLog | Progress]:
+        """Yield the logs that are asked for, each opened in its turn, on rank 0."""
+        start = self.trainer.critic_iterations
+        if self.trainer.rank:
             return
-        data = batches.state_dict() if hasattr(batches, "state_dict") else None
-        content = {"trainer": trainer.full_state_dict(), "data": data, "config": config}
-        step = trainer.critic_iterations
-        trainer.ranks.once(lambda: checkpoint.save_newest(directory, content, step=step, keep=keep))
-        trainer.last_checkpoint = str(directory / checkpoint.LAST)
+        if self.out is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
+            checkpoint.clean(self.out)
+            yield CSVLog(self.out / "metrics.csv", start)
+            if self.tensorboard:
+                yield TensorBoardLog(self.out, start)
+        if self.progress:
+            yield Progress(start, start + self.steps)
+
+    def run(self) -> int:
+        """Take the steps; return how many were taken."""
+        trainer, alone = self.trainer, self.trainer.world == 1
+        stream = endless(self.batches, trainer.device, trainer.pack)
+        while self.done < self.steps and not self._ended():
+            with self._saved_on(BaseException):
+                parts = next(stream)
+            with self._saved_on(TypeError, ValueError):  # the batch cannot be used; no weight has changed
+                metrics = trainer.step(*parts)
+            self.done += 1
+            with self._saved_on(BaseException):
+                row = self._due(self.log_every)
+                self._advise(self.interval.add(metrics, last=row))
+                if row:
+                    self._report()
+                if self._due(self.sample_every):
+                    self._picture()
+            if self._due(self.save_every) and self.done < self.steps and not (alone and self.stop.is_set()):
+                self._save()
+        with self._saved_on(BaseException):
+            if self.interval:
+                self._advise(self.interval.read())
+                self._report()
+            if not self._due(self.sample_every):
+                self._picture()
+        trainer.check_finite()
+        self._save()
+        return self.done
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.trainer.critic_iterations % every == 0
+
+    def _ended(self) -> bool:
+        """Return whether to end early, which several ranks agree on at the rows of the log."""
+        if self.trainer.world > 1 and not self._due(self.log_every):
+            return False
+        return not self.trainer.ranks.all(not self.stop.is_set(), self.trainer.device)
 
     @contextmanager
-    def saved_on(*errors: type[BaseException]) -> Iterator[None]:
-        """For what may fail while the trainer is between steps."""
+    def _saved_on(self, *errors: type[BaseException]) -> Iterator[None]:
+        """Save on what may fail while the trainer is between steps."""
         try:
             yield
         except errors:
-            if done and trainer.world == 1:  # the others would have to help
-                save()
+            if self.done and self.trainer.world == 1:  # the others would have to help
+                self._save()
             raise
 
-    def picture() -> None:
-        if directory is not None and draw is not None and trainer.rank == 0:
-            path = directory / "samples" / f"step-{trainer.critic_iterations:08d}.png"
-            path.parent.mkdir(exist_ok=True)
-            draw(trainer.sample(sample_count, ema=trainer.ema is not None, seed=stream_seed(trainer.seed, GRID)), path)
+    def _save(self) -> None:
+        if (out := self.out) is None:
+            return
+        step = self.trainer.critic_iterations
+        data = self.batches.state_dict() if hasattr(self.batches, "state_dict") else None
+        content = {"trainer": self.trainer.full_state_dict(), "data": data, "config": self.config}
+        self.trainer.ranks.once(lambda: checkpoint.save_newest(out, content, step=step, keep=self.keep))
+        self.trainer.last_checkpoint = str(out / checkpoint.LAST)
 
-    def advise(values: list[dict[str, float]]) -> None:
-        for advice in health.watch(values) if trainer.rank == 0 else ():
-            warnings.warn(f"step {trainer.critic_iterations}: {advice}", HealthWarning, stacklevel=3)
+    def _picture(self) -> None:
+        trainer = self.trainer
+        if self.out is None or self.draw is None or trainer.rank:
+            return
+        path = self.out / "samples" / f"step-{trainer.critic_iterations:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        latents = stream_seed(trainer.seed, Stream.GRID)
+        self.draw(trainer.sample(self.sample_count, ema=trainer.ema is not None, seed=latents), path)
 
-    with ExitStack() as stack:
-        logs: list[CSVLog | TensorBoardLog | Progress] = []
-        if directory is not None and trainer.rank == 0:
-            logs.append(stack.enter_context(closing(CSVLog(directory / "metrics.csv", start))))
-            if tensorboard:
-                logs.append(stack.enter_context(closing(TensorBoardLog(directory, start))))
-        if progress and trainer.rank == 0:
-            logs.append(stack.enter_context(closing(Progress(start, start + steps))))
-        alone = trainer.world == 1
-        stop = stack.enter_context(_interruptible(alone=alone))
+    def _advise(self, values: list[dict[str, float]]) -> None:
+        for advice in self.health.watch(values) if self.trainer.rank == 0 else ():
+            message = f"step {self.trainer.critic_iterations}: {advice}"
+            warnings.warn(message, HealthWarning, stacklevel=4)  # fit's caller, beyond run and fit
 
-        def report() -> None:
-            values = interval.end()
-            for log in logs:
-                log.write(trainer.critic_iterations, trainer.generator_iterations, values)
-            for callback in callbacks if trainer.rank == 0 else ():
-                answer = callback(trainer, dict(values))
-                if isinstance(answer, (bool, np.bool_)) and answer:
-                    stop.set()
+    def _report(self) -> None:
+        """Write a row of the log and call back; a callback that returns True ends the training."""
+        values = self.interval.end()
+        for log in self.logs:
+            log.write(self.trainer.critic_iterations, self.trainer.generator_iterations, values)
+        for callback in self.callbacks if self.trainer.rank == 0 else ():
+            answer = callback(self.trainer, dict(values))
+            if isinstance(answer, (bool, np.bool_)) and answer:
+                self.stop.set()
 
-        def ended() -> bool:
-            if trainer.world > 1 and trainer.critic_iterations % log_every:
-                return False
-            return not trainer.ranks.all(not stop.is_set(), trainer.device)
 
-        stream = _endless(batches)
-        while done < steps and not ended():
-            with saved_on(BaseException):
-                parts = _whole_packs(_parts(next(stream), trainer.device), trainer.pack)
-            if parts is None:
-                continue
-            with saved_on(TypeError, ValueError):  # the batch cannot be used; no weight has changed
-                metrics = trainer.step(*parts)
-            done += 1
-            with saved_on(BaseException):
-                row = trainer.critic_iterations % log_every == 0
-                advise(interval.add(metrics, last=row))
-                if row:
-                    report()
-                if sample_every is not None and trainer.critic_iterations % sample_every == 0:
-                    picture()
-            if trainer.critic_iterations % save_every == 0 and done < steps and not (alone and stop.is_set()):
-                save()
-        with saved_on(BaseException):
-            if interval:
-                advise(interval.read())
-                report()
-            if sample_every is not None and trainer.critic_iterations % sample_every:
-                picture()
-        trainer.check_finite()
-        save()
-    return done
+@contextmanager
+def _interruptible(stop: threading.Event, *, alone: bool) -> Iterator[None]:
+    """Have Ctrl-C set ``stop``, so that the step under way ends first. A second Ctrl-C interrupts at once, but not
+    among several processes, to which their launcher sends a second signal of its own.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+
+    def handle(signum: int, frame: Any) -> None:
+        stop.set()
+        if alone:
+            signal.signal(signal.SIGINT, before)
+
+    before = signal.getsignal(signal.SIGINT) or signal.SIG_DFL  # None is a handler that Python knows nothing of
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

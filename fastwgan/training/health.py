@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from fastwgan.constraints import Clip, GradientPenalty, WeightClip
+from fastwgan.constraints import WeightClip
 
 __all__ = ["Health", "HealthWarning"]
 
@@ -44,48 +44,62 @@ def _mean(steps: Sequence[Mapping[str, float]], name: str) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def _finite(step: Mapping[str, float]) -> bool:
-    return step.get("nonfinite", 0) == 0 and math.isfinite(step.get("wasserstein", 0))
-
-
 class Health:
     """Looks at every step's values and gives each piece of advice once.
 
     Args:
-        constraint: how the critic is kept Lipschitz, which is what its gradient norms are measured by.
+        constraint: how the critic is kept Lipschitz. Gradient norms are measured by its ``kind`` and ``target``.
     """
 
-    def __init__(self, constraint: Clip | GradientPenalty) -> None:
-        self._constraint = constraint
+    def __init__(self, constraint: object) -> None:
+        self._kind, self._target = getattr(constraint, "kind", None), getattr(constraint, "target", 0.0)
+        self._clamps = isinstance(constraint, WeightClip)  # rows on NormClip's bound still have a direction
         self._window: list[Mapping[str, float]] = []
+        self._bad = 0  # steps of the window
         self._first = True
         self._lagged = False  # in the window before
         self._given: set[str] = set()
 
     def watch(self, steps: Sequence[Mapping[str, float]]) -> list[str]:
         """Take up the values of the next steps; return advice, a sentence each, that has not been given yet."""
-        advice: dict[str, str] = {}
+        new = []
         for step in steps:
             self._window.append(step)
-            bad = 0 if _finite(step) else sum(not _finite(step) for step in self._window)
-            if bad >= NONFINITE:
-                advice.setdefault(
-                    "finite",
-                    f"{bad} of {len(self._window)} steps had gradients or scores that were infinite or NaN: lower the "
-                    "learning rates, and look for such numbers in the data",
+            self._bad += step.get("nonfinite", 0) != 0 or not math.isfinite(step.get("wasserstein", 0))
+            advice = {}
+            if self._bad >= NONFINITE:
+                advice["finite"] = (
+                    f"{self._bad} of {len(self._window)} steps had gradients or scores that were infinite or NaN: "
+                    "lower the learning rates, and look for such numbers in the data"
                 )
             if len(self._window) == WINDOW:
-                if not self._first:
-                    advice = self._judge() | advice
-                self._first = False
-                self._window = []
-        new = {kind: text for kind, text in advice.items() if kind not in self._given}
-        self._given |= new.keys()
-        return list(new.values())
+                advice |= {} if self._first else self._judge_window()
+                self._window, self._bad, self._first = [], 0, False
+            new += [text for kind, text in advice.items() if kind not in self._given]
+            self._given |= advice.keys()
+        return new
 
-    def _judge(self) -> dict[str, str]:
-        """Advice on a full window, by kind."""
-        advice = self._judge_norms() if isinstance(self._constraint, GradientPenalty) else self._judge_clip()
+    def _judge_window(self) -> dict[str, str]:
+        """Return the advice on a full window, by kind."""
+        kind, target, norm = self._kind, self._target, _mean(self._window, "gradient_norm")
+        most = max(step.get("gradient_norm_max", 0.0) for step in self._window)
+        saturation = _mean(self._window, "saturation")
+        advice = {}
+        if kind in ("two-sided", "one-sided") and target and (norm > STEEP_MEAN * target or most > STEEP_MAX * target):
+            advice["steep"] = (
+                f"the critic's gradient norm was {norm:.3g} on average and {most:.3g} at most, far above the "
+                f"penalty's target {target:g}: raise the penalty's weight or lower the critic's learning rate"
+            )
+        elif norm <= (FLAT_MEAN * target if kind == "two-sided" else 0):
+            advice["flat"] = (
+                f"the critic's gradient norm was {norm:.3g} on average, so the generator learns next to nothing from "
+                "it: raise the critic's learning rate or n_critic, and look for layers that died"
+            )
+        elif self._clamps and saturation > SATURATION:
+            advice["saturation"] = (
+                f"{saturation:.0%} of the clipped weights lie on their bound, which leaves the critic little but "
+                "their signs: widen WeightClip's bound or lower the critic's learning rate"
+            )
         values = [step["wasserstein"] for step in self._window if "wasserstein" in step]
         negative = sum(value < 0 for value in values) / max(1, len(values))
         changes = sum(a * b < 0 for a, b in pairwise(values)) / max(1, len(values))
@@ -98,31 +112,3 @@ class Health:
             )
         self._lagged = lags
         return advice
-
-    def _judge_norms(self) -> dict[str, str]:
-        assert isinstance(self._constraint, GradientPenalty)
-        kind, target = self._constraint.kind, self._constraint.target
-        mean = _mean(self._window, "gradient_norm")
-        most = max((step.get("gradient_norm_max", 0.0) for step in self._window), default=0.0)
-        if kind in ("two-sided", "one-sided") and (mean > STEEP_MEAN * target or most > STEEP_MAX * target) and target:
-            return {
-                "steep": f"the critic's gradient norm was {mean:.3g} on average and {most:.3g} at most, far above the "
-                f"penalty's target {target:g}: raise the penalty's weight or lower the critic's learning rate"
-            }
-        if mean <= (FLAT_MEAN * target if kind == "two-sided" else 0):
-            return {
-                "flat": f"the critic's gradient norm was {mean:.3g} on average, so the generator learns next to "
-                "nothing from it: raise the critic's learning rate or n_critic, and look for layers that died"
-            }
-        return {}
-
-    def _judge_clip(self) -> dict[str, str]:
-        if not isinstance(self._constraint, WeightClip):  # rows on their bound still have a direction
-            return {}
-        share = _mean(self._window, "saturation")
-        if share > SATURATION:
-            return {
-                "saturation": f"{share:.0%} of the clipped weights lie on their bound, which leaves the critic little "
-                "but their signs: widen WeightClip's bound or lower the critic's learning rate"
-            }
-        return {}

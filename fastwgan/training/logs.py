@@ -3,8 +3,10 @@
 import csv
 import io
 import math
+import operator
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from fastwgan.metrics import Metrics
 __all__ = ["Averages", "CSVLog", "Interval", "Progress", "TensorBoardLog"]
 
 COLUMNS = ("step", "generator_step", "seconds", *Metrics.NAMES, "skipped")
-EXTREMES = {"gradient_norm_min": min, "gradient_norm_max": max}
+Join = Callable[[float, float], float]
+EXTREMES: dict[str, Join] = {"gradient_norm_min": min, "gradient_norm_max": max}
 
 
 class Averages:
@@ -27,26 +30,21 @@ class Averages:
 
     def __init__(self) -> None:
         self._totals: dict[str, float] = {}
-        self._counts: dict[str, int] = {}
-        self._skipped = 0
+        self._counts: Counter[str] = Counter()
 
     def add(self, step: Mapping[str, float]) -> None:
         """Take up one step's values."""
-        self._skipped += step.get("nonfinite", 0) > 0
+        self._counts["skipped"] += step.get("nonfinite", 0) > 0
         for name, value in step.items():
-            if not math.isfinite(value):
-                continue
-            if name in EXTREMES:
-                self._totals[name] = EXTREMES[name](value, self._totals.get(name, value))
-                self._counts[name] = 1
-            else:
-                self._totals[name] = self._totals.get(name, 0.0) + value
-                self._counts[name] = self._counts.get(name, 0) + 1
+            if math.isfinite(value):
+                self._counts[name] += 1
+                join: Join = EXTREMES.get(name, operator.add)
+                self._totals[name] = join(self._totals[name], value) if name in self._totals else value
 
     def values(self) -> dict[str, float]:
         """The averages that there are, and ``skipped``."""
-        means = {name: total / self._counts[name] for name, total in self._totals.items()}
-        return means | {"skipped": self._skipped}
+        averages = {name: x if name in EXTREMES else x / self._counts[name] for name, x in self._totals.items()}
+        return averages | {"skipped": self._counts["skipped"]}
 
 
 class Interval:
@@ -84,20 +82,19 @@ class Interval:
         return values
 
 
-def _is_row(row: Mapping[str | None, Any]) -> bool:
-    """Whether a row has all columns, no more, and numbers where they are needed."""
-    try:
-        int(row["step"]), float(row["seconds"])
-    except (KeyError, TypeError, ValueError):
-        return False
-    return None not in row and None not in row.values()
-
-
 def _rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """The columns and complete rows of a log; what a killed process left without a line's end is no row."""
+
+    def complete(row: Mapping[str | None, Any]) -> bool:
+        try:
+            int(row["step"]), float(row["seconds"])
+        except (KeyError, TypeError, ValueError):
+            return False
+        return None not in row and None not in row.values()  # which stand for cells too many and too few
+
     text = path.read_bytes().decode(errors="replace") if path.exists() else ""
     reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
-    rows = [row for row in reader if _is_row(row)]
+    rows = [row for row in reader if complete(row)]
     return list(reader.fieldnames or ()), rows
 
 

@@ -26,7 +26,7 @@ from benchmarks.record import environment
 from benchmarks.run import _step_table
 from benchmarks.steps import Schedule
 from benchmarks.workloads import WORKLOADS, Workload
-from fastwgan import GradientPenalty, WeightClip, models
+from fastwgan import GradientPenalty, WeightClip
 
 CPU = torch.device("cpu")
 # One thread: where the machine is busy, several wait for each other.

@@ -242,6 +242,8 @@ BAD = [
     ("train", "--device", "meta"),
     ("train", "--out", "x" * 300),
     ("evaluate",),
+    ("bench", "--ops"),
+    ("experiment", "digits", "--json", "x.json"),
     (),
 ]
 

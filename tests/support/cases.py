@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.workloads import WORKLOADS  # noqa: F401 - whole steps, which the benchmarks time too
-from fastwgan import functional, reference
+from benchmarks.workloads import WORKLOADS, Workload  # noqa: F401 - whole steps, which the benchmarks time too
+from fastwgan import GradientPenalty, WeightClip, functional, models, reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 KINDS = tuple(reference.PENALTY_KINDS)

@@ -1,0 +1,131 @@
+"""Streams of batches: endless iterators whose position can be saved and restored.
+
+A resumed run sees the batches that the uninterrupted one would have seen.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["SampledBatches", "Samples", "ShuffledBatches"]
+
+
+class Samples(Protocol):
+    """A fixed set of samples, read when they are asked for. A tensor [N, ...] is one, too."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: Tensor, /) -> Tensor:
+        """The samples [n, ...] of int64 ``indices`` [n] on the CPU. May be called by several threads at once."""
+
+
+class _Batches(Iterator[Tensor]):
+    """What the streams share: random numbers, and the rows of each batch of all ranks that are this rank's."""
+
+    def __init__(self, batch_size: int, seed: int, rank: int, world: int) -> None:
+        if world < 1 or batch_size < 1 or batch_size % world:
+            raise ValueError(f"batch_size: expected a positive multiple of world, {world}, got {batch_size}")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank: expected an int from 0 to {world - 1}, got {rank}")
+        own = batch_size // world
+        self._batch_size, self._rows = batch_size, slice(rank * own, (rank + 1) * own)
+        self._random = torch.Generator().manual_seed(seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch that was handed out; the same on all ranks."""
+        return {"random": self._random.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position."""
+        self._random.set_state(state["random"].cpu())
+
+
+class ShuffledBatches(_Batches):
+    """Endless batches of a fixed set of samples, each drawn once per epoch, every batch full.
+
+    Args:
+        samples: a tensor [N, ...], or anything that reads its samples when they are asked for.
+        batch_size: of all ranks together; may exceed N, as a batch runs on into the next epoch.
+        seed: of the order, the same for all ranks.
+        rank, world: which process of how many this is. Of each batch it reads batch_size / world rows, its own.
+        workers: threads that read the batches to come, one each; 0 reads a batch when it is due. The batches are the
+            same for any number.
+
+    Raises:
+        ValueError: there are no samples, or ``batch_size``, ``rank`` and ``world`` do not fit together.
+    """
+
+    def __init__(
+        self, samples: Samples, batch_size: int, seed: int, *, rank: int = 0, world: int = 1, workers: int = 0
+    ) -> None:
+        if not len(samples):
+            raise ValueError("samples: expected at least one, got none")
+        super().__init__(batch_size, seed, rank, world)
+        self._samples, self._workers = samples, workers
+        self._order = torch.empty(0, dtype=torch.int64)  # what comes next; also what workers are reading
+        self._reading: deque[Future[Tensor]] = deque()
+        self._pool = ThreadPoolExecutor(workers, "fastwgan-read") if workers else None
+
+    def _read(self, indices: Tensor) -> Tensor:
+        own = indices[self._rows]
+        if isinstance(self._samples, Tensor):
+            own = own.to(self._samples.device, non_blocking=True)
+        return self._samples[own]
+
+    def __next__(self) -> Tensor:
+        size = self._batch_size
+        while len(self._order) < size * (1 + self._workers):
+            self._order = torch.cat((self._order, torch.randperm(len(self._samples), generator=self._random)))
+        if self._pool is None:
+            batch = self._read(self._order[:size])
+        else:
+            for i in range(len(self._reading), 1 + self._workers):
+                self._reading.append(self._pool.submit(self._read, self._order[i * size : (i + 1) * size]))
+            batch = self._reading[0].result()
+            self._reading.popleft()
+        self._order = self._order[size:]  # only now, so that a batch that could not be read is not lost
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples": len(self._samples), "order": self._order.clone(), **super().state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position.
+
+        Raises:
+            ValueError: it is one in another number of samples.
+        """
+        if state["samples"] != len(self._samples):
+            raise ValueError(f"state: expected one of {len(self._samples)} samples, got {state['samples']}")
+        super().load_state_dict(state)
+        self._reading.clear()
+        self._order = state["order"].cpu()
+
+
+class SampledBatches(_Batches):
+    """Endless batches of fresh points.
+
+    Args:
+        draw: (n, generator) -> points [n, ...], one of :data:`fastwgan.data.TOYS`.
+        batch_size: points in a batch of all ranks together.
+        seed: of the points, the same for all ranks.
+        device: where the batches go.
+        rank, world: which process of how many this is; each gets batch_size / world of a batch's points, its own.
+
+    Raises:
+        ValueError: ``batch_size``, ``rank`` and ``world`` do not fit together.
+    """
+
+    def __init__(
+        self, draw: Callable[[int, torch.Generator], Tensor], batch_size: int, seed: int, device: torch.device,
+        *, rank: int = 0, world: int = 1,
+    ) -> None:  # fmt: skip
+        super().__init__(batch_size, seed, rank, world)
+        self._draw, self._device = draw, device
+
+    def __next__(self) -> Tensor:
+        return self._draw(self._batch_size, self._random)[self._rows].to(self._device, non_blocking=True)

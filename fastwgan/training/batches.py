@@ -1,0 +1,67 @@
+"""Batches of every kind as a trainer takes them: over and over, on its device, in whole packs."""
+
+from collections.abc import Iterable, Iterator
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from fastwgan import checks
+
+__all__ = ["endless", "refuse_samples"]
+
+
+def refuse_samples(batches: object) -> None:
+    """Raise TypeError on what would be iterated sample by sample, which a network may well take for batches."""
+    kind, remedy = type(batches).__name__, ""
+    if isinstance(batches, (Tensor, np.ndarray)):
+        remedy = "; put a single batch into a list, or make batches of samples by torch.utils.data.DataLoader"
+    elif isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+        kind = f"the dataset {kind}, whose items are single samples"
+        remedy = "; torch.utils.data.DataLoader makes batches of them"
+    elif hasattr(batches, "__iter__") or hasattr(batches, "__getitem__"):
+        return
+    raise TypeError(f"batches: expected an iterable of batches, got {kind}{remedy}")
+
+
+def endless(batches: Iterable[Any], device: torch.device, pack: int) -> Iterator[list[Any]]:
+    """Yield the samples and conditions of each batch, and begin again when the batches end.
+
+    Args:
+        batches: samples, or tuples (samples, *conditions). Tensors and arrays become tensors on ``device``.
+        pack: samples at the end of a batch that fill no pack, as a short last batch has, are left out.
+
+    Raises:
+        TypeError, ValueError: a batch holds no numbers or nothing at all, or there are no batches any more.
+    """
+    set_epoch = getattr(getattr(batches, "sampler", None), "set_epoch", None)
+    for epoch in count():
+        if set_epoch is not None:  # a DistributedSampler would have the same order again
+            set_epoch(epoch)
+        empty = True
+        for batch in batches:
+            parts = [_moved(part, device) for part in (batch if isinstance(batch, (tuple, list)) else [batch])]
+            if not parts:
+                raise ValueError("batches: expected samples in each batch, got an empty one")
+            n = len(parts[0]) if isinstance(parts[0], Tensor) and parts[0].dim() else 0
+            whole = n - n % pack
+            if whole or not n:
+                empty = False
+                yield parts if whole == n else [x[:whole] if checks.is_batched(x, n) else x for x in parts]
+        if empty:
+            raise ValueError(
+                "batches: expected more batches, but the iterable is empty, has no batch that fills a pack, or has "
+                "ended or been closed and cannot be started again"
+            )
+
+
+def _moved(part: Any, device: torch.device) -> Any:
+    if isinstance(part, np.ndarray):
+        try:
+            part = torch.tensor(part)
+        except TypeError as error:
+            raise TypeError(f"batches: expected arrays of numbers, got one of dtype {part.dtype}") from error
+    return part.to(device, non_blocking=True) if isinstance(part, Tensor) else part
