@@ -6,8 +6,7 @@ from fastwgan.metrics import Metrics
 from fastwgan.optim import Adam, RMSprop
 from fastwgan.trainer import Trainer, warmup_schedule
 from fastwgan.verification.verify import verify
-
-__version__ = "0.1.0"
+from fastwgan.version import __version__
 
 __all__ = [
     "Adam",
@@ -17,6 +16,7 @@ __all__ = [
     "RMSprop",
     "Trainer",
     "WeightClip",
+    "__version__",
     "distances",
     "functional",
     "reference",

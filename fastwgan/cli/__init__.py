@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
-import fastwgan
 from fastwgan.cli import info, sample, train, verify
 from fastwgan.cli.common import INTERRUPTED, Parser, run
+from fastwgan.version import __version__
 
 __all__ = ["INTERRUPTED", "main"]
 
@@ -23,7 +23,7 @@ MOVED = {"bench": "python -m benchmarks steps (or ops)", "experiment": "python -
 
 def _parser() -> Parser:
     parser = Parser(prog="fastwgan", description="Wasserstein GANs on fused Triton kernels.")
-    parser.add_argument("--version", action="version", version=f"fastwgan {fastwgan.__version__}")
+    parser.add_argument("--version", action="version", version=f"fastwgan {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (module, meaning) in COMMANDS.items():
         command = commands.add_parser(name, help=meaning)

@@ -5,9 +5,9 @@ import platform
 
 import torch
 
-import fastwgan
 from fastwgan import functional
 from fastwgan.backend import triton_problem
+from fastwgan.version import __version__
 
 SHARED_PASSES = """
 real and fake samples in a critic step
@@ -29,7 +29,7 @@ def _version(module: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    print(f"fastwgan {fastwgan.__version__}")
+    print(f"fastwgan {__version__}")
     print(f"python   {platform.python_version()} on {platform.platform()}")
     for module in ("torch", "triton", "numpy"):
         print(f"{module:<8} {_version(module)}")

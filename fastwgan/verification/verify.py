@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-import fastwgan
 from fastwgan import checks, models
 from fastwgan.backend import Backend, resolve
 from fastwgan.constraints import GradientPenalty, NormClip, WeightClip
@@ -35,6 +34,7 @@ from fastwgan.verification.judge import Judge, difference
 from fastwgan.verification.observed import Observed, copied
 from fastwgan.verification.oracle import Constraint, Step, passes, to_dtype
 from fastwgan.verification.report import Report, Row
+from fastwgan.version import __version__
 
 __all__ = ["verify"]
 
@@ -103,7 +103,7 @@ def verify(
         set_process_streams(streams, device)
     dtype = next(p.dtype for p in networks[1].parameters() if p.is_floating_point())
     versions = {
-        "fastwgan": fastwgan.__version__, "torch": torch.__version__, "python": platform.python_version(),
+        "fastwgan": __version__, "torch": torch.__version__, "python": platform.python_version(),
         "triton": next((d.version for d in metadata.distributions(name="triton")), None),
     }  # fmt: skip
     return Report(
