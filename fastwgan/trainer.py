@@ -50,46 +50,41 @@ class Trainer:
             :func:`warmup_schedule`.
         seed: of the latents and of eps; int in [0, 2^63).
         backend: see :mod:`fastwgan.backend`.
-        compile: have torch.compile make each step's forward and backward passes one graph. The first step of each kind
-            takes a while, as does each new batch size; layers that torch.compile cannot take whole make it raise.
-            Random layers such as dropout draw other numbers than without.
-        cuda_graph: whether steps are captured in CUDA graphs, after a few that are not, and replayed from then on. A
-            replay runs no Python. "auto" captures networks made of PyTorch's layers and this package's alone, whose
-            numbers, hooks and parts are compared at each step, and warns once where it captures nothing on a GPU. True
-            captures networks of any class, and raises where that cannot be done: it is your word that their forward
-            passes read nothing that changes but tensors and plain attributes of modules.
-        independent_samples: your word that no score of the critic depends on another sample of its batch, and that
-            each tensor among its conditions has a row for each sample. Real and fake samples then share one forward
-            pass of the critic. They do without it where its layers are known to keep samples apart (a Sequential of
-            PyTorch's own, without conditions); see ``repr(trainer)``.
-        amp: torch.bfloat16 or torch.float16 to run the networks under autocast in it, or None. Weights, gradients,
-            penalty and statistics stay float32. With float16 each network has a loss scale, which starts at 65536, is
-            halved where gradients overflow (that step is left out, as the first few may be) and doubled after 2000
-            steps without.
-        ema: decay in [0, 1) of a running average of the generator's weights, kept in its update's launch, or None.
+        compile: whether torch.compile makes each step's forward and backward passes one graph. The first step of each
+            kind and each new batch size take a while. Layers that torch.compile cannot take whole make it raise.
+            Random layers, such as dropout, draw other numbers than without.
+        cuda_graph: whether steps are captured in CUDA graphs after a few runs, and replayed from then on. A replay runs
+            no Python. "auto" captures networks of PyTorch's and this package's layers alone, whose numbers, hooks and
+            parts are compared at each step, and warns once where it captures nothing on a GPU. True captures networks
+            of any class, or raises: it is your word that their forward passes read nothing that changes but tensors
+            and plain attributes of modules.
+        independent_samples: your word that no score depends on another sample of its batch, and that each tensor among
+            the critic's conditions has a row for each sample. Real and fake samples then share one pass of the critic.
+            A Sequential of PyTorch's layers that keep samples apart needs no such word; see ``repr(trainer)``.
+        amp: torch.bfloat16 or torch.float16 to run the networks under autocast, or None. Weights, gradients, penalty
+            and statistics stay float32. With float16 each network has a loss scale: it starts at 65536, is halved where
+            gradients overflow (that step is left out, as the first few may be) and doubled after 2000 other steps.
+        ema: decay in [0, 1) of a running average of the generator's weights, or None.
         blend: alpha in [0, 1]: the losses are alpha times the non-saturating GAN's and 1 - alpha times WGAN's; see
             :func:`fastwgan.functional.critic_loss`.
-        drift: what the critic's loss has mean(D(real)^2) added with, which keeps its scores near zero; >= 0.
-        pack: how many samples, one after the other in the batch, the critic gives one score for. The penalty is then
-            of a pack.
-        nonfinite: what to do about gradients that are infinite or NaN. They never enter a weight or an optimizer's
-            state: such a step is left out whole. "raise" raises FloatingPointError at the first, "skip" after
-            20 in a row; so does "raise" with float16, where steps are left out to find a loss scale. On a
-            GPU the host does not wait for the verdict, so the error comes some steps late. What a forward pass itself
-            writes to, as BatchNorm to its running averages, is written to all the same.
+        drift: weight (>= 0) of the term mean(D(real)^2) in the critic's loss. It keeps the scores near zero.
+        pack: how many consecutive samples of a batch get one score together. The penalty is then of a pack.
+        nonfinite: what to do about gradients that are infinite or NaN. Such a step is left out whole: no weight and no
+            optimizer's state changes, only what a forward pass itself writes, such as BatchNorm's averages. "raise"
+            raises FloatingPointError at the first, "skip" after 20 in a row; so does "raise" with float16, where steps
+            are left out to find a loss scale. On a GPU, where the host does not wait, the error comes some steps late.
 
-    Under ``torch.distributed``, initialised before the trainer is made, every process makes the same trainer, takes the
-    same steps, and gives its own part of each batch, all of one size, in the order of ranks.
-    Weights and seed are rank 0's, gradients are averaged, metrics are of the whole batch, and latents and eps are each
-    rank's part of what one process would draw: N ranks with batches B / N train as one does with batch B, but for
-    layers like BatchNorm, whose batch is the rank's own, as are its averages (a checkpoint has rank 0's). Networks are
-    passed without DistributedDataParallel, or in it; one that lives on keeps backward passes from being captured, as it
-    holds parts of theirs that belong to the stream it was made on.
+    Under ``torch.distributed``, initialised before, every process makes the same trainer, takes the same steps, and
+    gives its own part of each batch, all of one size, in the order of ranks. Weights and seed are rank 0's, gradients
+    are averaged, metrics are of the whole batch, and latents and eps are each rank's part of what one process would
+    draw: N ranks with batches B / N train as one with batch B, but for layers like BatchNorm, whose batch is the
+    rank's own (a checkpoint has rank 0's averages). Networks in DistributedDataParallel are taken out of it, but while
+    you hold the wrapper, backward passes cannot be captured in CUDA graphs.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, or they do not fit together.
-        RuntimeError: ``backend="triton"`` or ``cuda_graph=True`` cannot be met; the message says why. Also where a
-            trainer is made, steps or loads inside ``torch.inference_mode``.
+        RuntimeError: ``backend="triton"`` or ``cuda_graph=True`` cannot be met, or it is used inside
+            ``torch.inference_mode``.
 
     Attributes:
         critic_iterations, generator_iterations: steps taken so far, those left out included.
@@ -241,17 +236,9 @@ class Trainer:
         )  # fmt: skip
 
     def generator_step(self, batch_size: int, *cond: Any) -> Metrics:
-        """Update the generator once.
+        """Update the generator once on ``batch_size`` latents; return Metrics with ``generator_loss`` alone.
 
-        Args:
-            batch_size: number of latents to draw.
-            cond: conditions, passed on to generator and critic after their first argument.
-
-        Returns:
-            Metrics with ``generator_loss`` alone.
-
-        Raises:
-            TypeError, ValueError: an argument or a network's output cannot be used. No weight is changed then.
+        Conditions and errors: as :meth:`critic_step`.
         """
         checks.refuse_inference_mode()
         checks.count("batch_size", batch_size)
@@ -269,9 +256,9 @@ class Trainer:
         return Metrics(generator_loss=found.scores[0], nonfinite=(found.nonfinite,))
 
     def step(self, real: Tensor, *cond: Any) -> Metrics:
-        """A critic step, and then a generator step if ``n_critic`` critic steps have been taken since the last.
+        """Take a critic step, and then a generator step if ``n_critic`` critic steps have been taken since the last.
 
-        Args, Returns, Raises: as :meth:`critic_step`; ``generator_loss`` is set when a generator step was due.
+        As :meth:`critic_step`; ``generator_loss`` is set when a generator step was due.
         """
         self._check_real(real)
         left = self._critic_steps_left()
@@ -283,18 +270,15 @@ class Trainer:
         return metrics
 
     def iteration(self, batches: Iterable[Any]) -> list[Metrics]:
-        """The critic steps up to the next generator step, and that one, as ``step`` takes them on each batch in turn.
+        """Take the critic steps up to the next generator step, and that one, as ``step`` does on each batch in turn.
 
         On a GPU the whole iteration is one CUDA graph, where that can be.
 
         Args:
-            batches: for each critic step its real samples [N, ...], or a tuple of them and their conditions.
+            batches: for each critic step left its real samples [N, ...], or a tuple of them and their conditions.
 
         Returns:
             The Metrics of each critic step; ``generator_loss`` is set in the last.
-
-        Raises:
-            TypeError, ValueError: as :meth:`step`, or there are not as many batches as critic steps left.
         """
         if not isinstance(batches, Iterable):
             raise TypeError(f"batches: expected an iterable, got {type(batches).__name__}")
@@ -322,12 +306,9 @@ class Trainer:
         return metrics
 
     def check_finite(self) -> None:
-        """Wait for the steps taken so far, and raise what ``nonfinite`` asks for if their gradients were not finite.
+        """Wait for the steps so far, and raise FloatingPointError if ``nonfinite`` asks for it.
 
         Steps raise it as well, but on a GPU some steps late, so that the last ones may go unnoticed.
-
-        Raises:
-            FloatingPointError: they were not.
         """
         for player in self._steps.players:
             player.guard.watch(self.last_checkpoint, wait=True)

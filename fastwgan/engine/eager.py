@@ -71,12 +71,7 @@ def has_hooks(p: Tensor) -> bool:
 
 
 class Eager:
-    """The passes, op by op.
-
-    Args:
-        generator, critic, settings: the trainer's.
-        share: what the gradients are multiplied by beside the loss scale: this rank's share of the batch.
-    """
+    """The passes, op by op. ``share`` is this rank's share of the batch, which its gradients are multiplied by."""
 
     def __init__(self, generator: nn.Module, critic: nn.Module, settings: Settings, share: float) -> None:
         self._generator, self._critic, self._settings, self._share = generator, critic, settings, share
@@ -124,18 +119,12 @@ class Eager:
         self, parameters: list[nn.Parameter], batch: tuple[Tensor, ...], penalised: Penalised | None,
         cond: tuple[Any, ...], *, known: bool = False, scale: Tensor | None = None,
     ) -> Passed:  # fmt: skip
-        """Take the gradients of the critic's loss.
+        """Take the gradients of the critic's loss, times the loss scale, for parameters without gradients.
 
-        Args:
-            parameters: the critic's that are trained, without gradients.
-            batch: real and fake samples [N, ...], without a graph; or both as one batch [2 N, ...], real ones first, to
-                go through the critic in one pass.
-            penalised: the penalty and its points, or None.
-            cond: further arguments of the critic.
-            known: whether the critic's layers are known. Then the scores have a backward pass of their own, which
-                frees what their forward pass has kept before the penalty needs as much. In others two parameters'
-                gradients may share memory, into which a second backward pass would add twice.
-            scale: of the gradients, 0-d, or None for 1.
+        ``batch`` is real and fake samples [N, ...] without a graph, or both as one batch [2 N, ...], real ones first.
+        If the critic's layers are ``known``, the scores have a backward pass of their own, which frees what their
+        forward pass has kept before the penalty needs as much. In other critics two parameters' gradients may share
+        memory, into which a second backward pass would add twice.
         """
         pack, penalty = self._settings.pack, None
         with torch.enable_grad():
@@ -171,11 +160,7 @@ class Eager:
         self, parameters: list[nn.Parameter], z: Any, cond: tuple[Any, ...], batch: int, dtype: torch.dtype,
         scale: Tensor | None = None,
     ) -> Passed:  # fmt: skip
-        """Take the gradients of the generator's loss.
-
-        ``parameters`` are the generator's that are trained, without gradients; ``dtype`` is the samples', where the
-        critic has them in another than the generator's.
-        """
+        """Take the gradients of the generator's loss; the critic gets its samples in ``dtype``."""
         with torch.enable_grad(), _frozen(self._critic):
             fake = self.samples(z, *cond)
             if len(fake) != batch:

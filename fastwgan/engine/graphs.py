@@ -245,7 +245,7 @@ def made(
     if required:
         raise RuntimeError(f"cuda_graph: True was asked for, but {problem}")
     if device.type == "cuda":
-        warnings.warn(f"cuda_graph: steps run without CUDA graphs, as {problem}", stacklevel=5)
+        warnings.warn(f"cuda_graph: steps run without CUDA graphs, as {problem}", stacklevel=4)
     return None
 
 

@@ -23,13 +23,7 @@ PATIENCE = 20  # steps in a row that a loss scale may take to come down
 
 
 class Guard:
-    """Looks at one network's gradients before each of its updates.
-
-    Args:
-        name, module: the network, by name for messages.
-        backend: see :mod:`fastwgan.backend`.
-        limit: how many steps may be left out in a row; one more raises.
-        scaled: whether there is a loss scale.
+    """Looks at one network's gradients before each of its updates; more than ``limit`` steps left out in a row raise.
 
     Attributes:
         gate: [2] float32: 1 to leave the step out, else 0; what gradients are to be multiplied by.
@@ -59,12 +53,7 @@ class Guard:
         return [p for p in self._module.parameters() if p.requires_grad]
 
     def gradients(self) -> list[Tensor]:
-        """Return the last backward pass's gradients, each in memory of its own; a compiled pass leaves expanded ones.
-
-        Raises:
-            ValueError: there are none.
-            TypeError: one is sparse, as ``nn.Embedding(sparse=True)`` makes it, where they have to be dense.
-        """
+        """Return the last backward pass's gradients, each in memory of its own (compiled passes expand some)."""
         gradients = []
         for name, p in self._module.named_parameters():
             if p.grad is None or not p.numel():
@@ -80,14 +69,10 @@ class Guard:
         return gradients
 
     def check(self, scores: tuple[Tensor, ...] = ()) -> tuple[Tensor | None, Tensor]:
-        """Look at all gradients, and set the gate.
+        """Look at all gradients, and set the gate; return (statistics of scores, how many elements were not finite).
 
-        Args:
-            scores: (real, fake) or (fake,), whose means the same launch takes, or none.
-
-        Returns:
-            ([mean real, mean fake, mean real - mean fake, mean fake - mean real], [-mean fake], or None; how many
-            elements were not finite, 0-d).
+        ``scores`` are (real, fake) or (fake,), whose statistics the same launch takes, or none: [mean real, mean fake,
+        mean real - mean fake, mean fake - mean real], [-mean fake] or None.
         """
         gradients, scores = self.gradients(), tuple(x.detach() for x in scores)
         if resolve(self._backend, self._device) == "triton":

@@ -20,13 +20,8 @@ Latent = int | Callable[[int, torch.device], Any]
 class Latents:
     """Latents and places in the stream of eps. With several ranks, each has its part of what one process would draw.
 
-    Args:
-        latent: width of the latents, or the caller's function that makes them.
-        generator: the network that they are for.
-        ranks, device, seed: the trainer's.
-
     Attributes:
-        latent: as given; it may be set to another.
+        latent: width of the latents, or the caller's function that makes them; it may be set to another.
         seed: the seed of all streams.
         used: how many numbers of the stream of eps are used up.
         stream: the random stream of the latents.
@@ -121,25 +116,23 @@ class Latents:
         """Go on from there; warn where that cannot be."""
         self.seed, self.used = int(state["seed"]), int(state["eps_offset"])
         random, own = state["random"], state["ranks"].get(self._ranks.rank)
+        told = None
         if random["device"] != self._device.type:
-            warnings.warn(
-                f"state_dict: saved on {random['device']} and loaded on {self._device.type}, whose random numbers "
-                "differ: training goes on with fresh random streams",
-                stacklevel=6,
+            told = (
+                f"saved on {random['device']} and loaded on {self._device.type}, whose random numbers differ: training "
+                "goes on with fresh random streams"
             )
-            return
-        self.stream.set_state(random["latent"].cpu())
-        self._sampling.set_state(random["sample"].cpu())
-        if own is None or state["world"] != self._ranks.world:
-            warnings.warn(
-                f"state_dict: saved by {state['world']} processes, has the random streams of ranks "
-                f"{sorted(state['ranks'])}; those of rank {self._ranks.rank} of {self._ranks.world} go on as they are",
-                stacklevel=6,
-            )
-            return
-        set_process_streams(own, self._device)
-        if own.get("fakes") is not None:
-            warnings.warn(
-                "state_dict: has fake samples that were made ahead, as an older version did; they are made anew",
-                stacklevel=6,
-            )
+        else:
+            self.stream.set_state(random["latent"].cpu())
+            self._sampling.set_state(random["sample"].cpu())
+            if own is not None and state["world"] == self._ranks.world:
+                set_process_streams(own, self._device)
+                if own.get("fakes") is not None:
+                    told = "has fake samples that were made ahead, as an older version did; they are made anew"
+            else:
+                told = (
+                    f"saved by {state['world']} processes, has the random streams of ranks {sorted(state['ranks'])}; "
+                    f"those of rank {self._ranks.rank} of {self._ranks.world} go on as they are"
+                )
+        if told is not None:
+            warnings.warn(f"state_dict: {told}", stacklevel=6)

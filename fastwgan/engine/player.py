@@ -53,18 +53,11 @@ def _wide_copy(p: Tensor) -> Tensor:
 
 
 class Player:
-    """The generator or the critic.
-
-    Args:
-        name: "generator" or "critic".
-        module: the network.
-        optimizer: the user's, or None for the constraint's default.
-        settings, ranks: the trainer's.
-        ema: the decay of running averages of its weights, or None.
-        constraint: what its weights are held to, or None.
+    """The generator or the critic, by name, with the user's optimizer or the constraint's default for None.
 
     Attributes:
-        optimizer: the optimizer: ours in place of a plain torch RMSprop or Adam.
+        optimizer: ours in place of a plain torch RMSprop or Adam.
+        ema: the decay of the running averages, or None.
         averages: the running average of each parameter, in the precision that updates are computed in.
     """
 
@@ -161,11 +154,7 @@ class Player:
             self.averages.pop(p, None)  # of what it was before
 
     def check(self) -> list[nn.Parameter]:
-        """Return the parameters to be trained.
-
-        Raises:
-            ValueError: there are none, or the optimizer lacks some that came after the trainer was made.
-        """
+        """Return the parameters to be trained; raise ValueError if the optimizer lacks some that came later."""
         trained = [p for p in self.module.parameters() if p.requires_grad]
         if not trained:
             raise ValueError(f"{self.name}: expected trainable parameters, got none")
@@ -184,11 +173,7 @@ class Player:
         return trained
 
     def prepare(self) -> list[nn.Parameter]:
-        """Take up changes of the network, and drop all gradients; return the parameters to be trained.
-
-        Raises:
-            ValueError: as :meth:`check`, or where the parameters cannot be held to their bound.
-        """
+        """Take up changes of the network, and drop all gradients; return the parameters to be trained."""
         trained = self.check()
         self._follow()
         if self._constraint is not None:

@@ -12,11 +12,7 @@ __all__ = ["Sharing"]
 
 
 class Sharing:
-    """The decision, made anew in each step, and its reason.
-
-    Args:
-        critic: the critic.
-        independent: the user's word that no score depends on another sample.
+    """The decision, made anew in each step: by the critic's layers, or by the user's word (``independent``).
 
     Attributes:
         known: whether the critic's layers were known to keep samples apart in the last step.

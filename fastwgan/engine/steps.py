@@ -25,10 +25,6 @@ Part = tuple[Any, ...]  # real samples, and their conditions
 class Steps:
     """The steps of two networks.
 
-    Args:
-        generator, critic, critic_optimizer, generator_optimizer: the trainer's.
-        settings, ranks, device: the trainer's.
-
     Attributes:
         critic, generator, players: the networks in training; players are the generator and the critic.
         latents: the random numbers.
@@ -51,17 +47,15 @@ class Steps:
         self.players = (self.generator, self.critic)
         # The dtype of real samples, as last seen; or as the critic will most likely have them.
         self._sample_dtype = next(p.dtype for p in critic.parameters() if p.is_floating_point())
-        self.graphs = self._made_graphs()
-
-    def _made_graphs(self) -> graphs.Graphs | None:
-        return graphs.made(self._settings, self._device, self.latents.stream, self.players, self._ranks)
+        self.graphs = graphs.made(settings, device, self.latents.stream, self.players, ranks)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"graphs": self.graphs is not None}  # a copy makes its own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.graphs = self._made_graphs() if state["graphs"] else None
+        given = (self._settings, self._device, self.latents.stream, self.players, self._ranks)
+        self.graphs = graphs.made(*given) if state["graphs"] else None
 
     # What a trainer calls
 
