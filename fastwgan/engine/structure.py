@@ -35,36 +35,14 @@ class _UnknownError(Exception):
 _Rule = Callable[[Any, int], int]  # the rank of a layer's output by the layer and its input's rank; 0: may mix samples
 
 
-def _any_rank(m: nn.Module, rank: int) -> int:
-    return rank
+def _rule(
+    *ranks: int, least: int = 0, output: int = 0, keeps: Callable[[Any, int], bool] = lambda m, rank: True
+) -> _Rule:
+    """Return the rule of layers that keep samples apart on input of these ranks, or of a least one.
 
-
-def _from(least: int) -> _Rule:
-    """Return the rule of layers that keep samples apart on input of a least rank."""
-    return lambda m, rank: rank if rank >= least else 0
-
-
-def _exactly(wanted: int, output: int | None = None) -> _Rule:
-    """Return the rule of layers that take input of a smaller rank for one sample without a batch."""
-    return lambda m, rank: (output or rank) if rank == wanted else 0
-
-
-def _pooled(wanted: int) -> _Rule:
-    return lambda m, rank: rank if rank == wanted and not getattr(m, "return_indices", False) else 0
-
-
-def _padded(wanted: int) -> _Rule:
-    """Return the rule of padding, which takes two numbers to a dimension, from the last one on."""
-    return lambda m, rank: rank if rank == wanted and len(m.padding) < 2 * rank else 0
-
-
-def _linear(m: nn.Linear, rank: int) -> int:
-    return rank if rank >= 2 and m.weight.dim() == 2 and (m.bias is None or m.bias.dim() == 1) else 0
-
-
-def _along(m: Any, rank: int) -> int:
-    """Return the rank where the layer works along a dimension that is not the batch's."""
-    return rank if isinstance(m.dim, int) and -rank < m.dim < rank and m.dim != 0 else 0
+    They give output of the same rank, or of ``output``. Input of a smaller rank they take for a sample without a batch.
+    """
+    return lambda m, rank: (output or rank) if (rank in ranks if ranks else rank >= least) and keeps(m, rank) else 0
 
 
 def _flattened(m: nn.Flatten, rank: int) -> int:
@@ -79,28 +57,15 @@ def _unflattened(m: nn.Unflatten, rank: int) -> int:
     return rank - 1 + len(m.unflattened_size) if 1 <= dim < rank else 0
 
 
-def _within_samples(m: Any, rank: int) -> int:
-    return rank if isinstance(m.normalized_shape, tuple) and len(m.normalized_shape) < rank else 0
-
-
-def _instance_norm(wanted: int) -> _Rule:
-    return lambda m, rank: rank if rank == wanted and not m.track_running_stats and m.running_mean is None else 0
-
-
-def _batchnorm(*ranks: int) -> _Rule:
-    """Return the rule of a BatchNorm: in evaluation mode it scales by fixed numbers, if it has them."""
-
-    def rule(m: Any, rank: int) -> int:
-        fixed = not m.training and m.running_mean is not None and m.running_var is not None
-        return rank if fixed and rank in ranks else 0
-
-    return rule
-
-
 def _residual(m: models.Residual, rank: int) -> int:
     names = m._modules.keys()
     whole = names == {"norm1", "conv1", "norm2", "conv2", "shortcut"} and names.isdisjoint(vars(m))
     return rank if rank == 4 and whole and all(_output_rank(child, rank, []) == rank for child in m.children()) else 0
+
+
+def _fixed(m: Any, rank: int) -> bool:
+    """Return whether a BatchNorm scales by fixed numbers: in evaluation mode, if it has some."""
+    return not m.training and m.running_mean is not None and m.running_var is not None
 
 
 _RULES: dict[type[nn.Module], _Rule] = {
@@ -110,32 +75,41 @@ _RULES: dict[type[nn.Module], _Rule] = {
             nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink, nn.Softshrink,
             nn.Tanhshrink, nn.LogSigmoid, nn.Softplus, nn.Softsign, nn.Threshold, nn.Dropout, nn.AlphaDropout,
         ),
-        _any_rank,
+        _rule(),
     ),
-    **dict.fromkeys((nn.PReLU, nn.GroupNorm), _from(2)),
-    nn.Linear: _linear,
-    **dict.fromkeys((nn.Softmax, nn.Softmin, nn.LogSoftmax, nn.GLU), _along),
-    **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), _within_samples),
-    **dict.fromkeys((nn.LocalResponseNorm, nn.Upsample, nn.ChannelShuffle), _from(3)),
-    **dict.fromkeys((nn.PixelShuffle, nn.PixelUnshuffle), _from(4)),
-    **dict.fromkeys((nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.Softmax2d), _exactly(4)),
+    **dict.fromkeys((nn.PReLU, nn.GroupNorm), _rule(least=2)),
+    nn.Linear: _rule(least=2, keeps=lambda m, _: m.weight.dim() == 2 and (m.bias is None or m.bias.dim() == 1)),
+    **dict.fromkeys(
+        (nn.Softmax, nn.Softmin, nn.LogSoftmax, nn.GLU),  # along a dimension that is not the batch's
+        _rule(keeps=lambda m, rank: isinstance(m.dim, int) and -rank < m.dim < rank and m.dim != 0),
+    ),
+    **dict.fromkeys(
+        (nn.LayerNorm, nn.RMSNorm),
+        _rule(keeps=lambda m, rank: isinstance(m.normalized_shape, tuple) and len(m.normalized_shape) < rank),
+    ),
+    **dict.fromkeys((nn.LocalResponseNorm, nn.Upsample, nn.ChannelShuffle), _rule(least=3)),
+    **dict.fromkeys((nn.PixelShuffle, nn.PixelUnshuffle), _rule(least=4)),
+    **dict.fromkeys((nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.Softmax2d), _rule(4)),
     nn.Flatten: _flattened,
     nn.Unflatten: _unflattened,
-    nn.Unfold: _exactly(4, 3),
-    nn.Fold: _exactly(3, 4),
-    nn.BatchNorm1d: _batchnorm(2, 3),
-    nn.BatchNorm2d: _batchnorm(4),
-    nn.BatchNorm3d: _batchnorm(5),
+    nn.Unfold: _rule(4, output=3),
+    nn.Fold: _rule(3, output=4),
+    nn.BatchNorm1d: _rule(2, 3, keeps=_fixed),
+    nn.BatchNorm2d: _rule(4, keeps=_fixed),
+    nn.BatchNorm3d: _rule(5, keeps=_fixed),
     models.Residual: _residual,
 }  # fmt: skip
 for _n in (1, 2, 3):
-    for _names, _rule in {
-        "Conv ConvTranspose Dropout": _exactly,
-        "ReflectionPad ReplicationPad CircularPad ZeroPad ConstantPad": _padded,
-        "MaxPool AvgPool AdaptiveMaxPool AdaptiveAvgPool LPPool": _pooled,
-        "InstanceNorm": _instance_norm,
-    }.items():
-        _RULES |= {getattr(nn, f"{name}{_n}d"): _rule(_n + 2) for name in _names.split()}
+    for _names, _of_rank in {
+        "Conv ConvTranspose Dropout": _rule(_n + 2),
+        # Padding takes two numbers to a dimension, from the last one on.
+        "ReflectionPad ReplicationPad CircularPad ZeroPad ConstantPad":
+            _rule(_n + 2, keeps=lambda m, rank: len(m.padding) < 2 * rank),
+        "MaxPool AvgPool AdaptiveMaxPool AdaptiveAvgPool LPPool":
+            _rule(_n + 2, keeps=lambda m, _: not getattr(m, "return_indices", False)),
+        "InstanceNorm": _rule(_n + 2, keeps=lambda m, _: not m.track_running_stats and m.running_mean is None),
+    }.items():  # fmt: skip
+        _RULES |= {getattr(nn, f"{name}{_n}d"): _of_rank for name in _names.split()}
 
 
 _CONTAINERS = (nn.Sequential, models.InstanceNoise)  # whose parts work one after the other
@@ -180,11 +154,7 @@ def _untouched(m: nn.Module) -> bool:
 
 
 def _output_rank(m: nn.Module, rank: int, found: list[nn.Module]) -> int:
-    """Return the rank of the output for input of a rank; collect the layers in ``found``.
-
-    Raises:
-        _UnknownError: a layer may mix samples.
-    """
+    """Return the rank of the output for input of a rank, and collect the layers; raise if one may mix samples."""
     kind = type(m)
     if kind not in _CODE:
         raise _UnknownError(kind.__name__, "is not among the layers known to keep samples apart")
@@ -205,30 +175,28 @@ def _output_rank(m: nn.Module, rank: int, found: list[nn.Module]) -> int:
     return result
 
 
-def _walked(module: nn.Module, ndim: int) -> list[nn.Module] | _UnknownError:
+def _walked(module: nn.Module, ndim: int) -> tuple[list[nn.Module], str | None]:
+    """Return the layers in the order of their use, and why samples may not be apart, or None where they are."""
     found: list[nn.Module] = []
     try:
         _output_rank(module, ndim, found)
     except _UnknownError as error:
-        return error
-    return _UnknownError("there are hooks on all modules") if hooked_everywhere() else found
+        return found, " ".join(map(str, error.args))
+    return found, "there are hooks on all modules" if hooked_everywhere() else None
 
 
 def layers(module: nn.Module, ndim: int) -> tuple[nn.Module, ...] | None:
-    """Return the layers of a network in the order of their use, if its samples are known to stay apart, else None.
+    """Return the layers of a network as it is now, if they are known to keep apart samples of ``ndim`` dimensions.
 
-    Args:
-        module: the network as it is now: a layer replaced or a hook added counts at once.
-        ndim: of its input, the batch's dimension included.
+    The batch's dimension is one of these. The layers are in the order of their use; of an unknown network None.
     """
-    found = _walked(module, ndim)
-    return None if isinstance(found, _UnknownError) else tuple(found)
+    found, doubt = _walked(module, ndim)
+    return tuple(found) if doubt is None else None
 
 
 def doubt(module: nn.Module, ndim: int) -> str | None:
     """Return why :func:`layers` does not know a network, or None where it does."""
-    found = _walked(module, ndim)
-    return " ".join(map(str, found.args)) if isinstance(found, _UnknownError) else None
+    return _walked(module, ndim)[1]
 
 
 def foreign(module: nn.Module) -> str | None:
