@@ -1,5 +1,5 @@
-# What the package calls of fastwgan.kernels, for type checkers: in a checkout they cannot find it, as it lies in
-# ../kernels. There each class is a module. Signatures are those of the sources, which a test compares.
+# Types of what the package calls in fastwgan.kernels, as type checkers cannot find that in a checkout: it lies in
+# ../kernels. Each class stands for a module there. A test compares the signatures with the sources.
 
 from collections.abc import Sequence
 

@@ -21,8 +21,9 @@ _captured: list[torch.Tensor] = []  # graphs count on these for as long as they 
 
 @triton.jit
 def blocks_of_program(programs, BLOCK: tl.constexpr):
-    """Where this program's first block starts in an array that so many programs share, how far on its next one does,
-    and the lanes of a block.
+    """Return where this program's first block of an array starts, how far on the next one does, and a block's lanes.
+
+    ``programs`` share the array.
     """
     program = tl.program_id(0)
     first = program.to(tl.int64) * BLOCK

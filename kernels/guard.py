@@ -76,7 +76,7 @@ def _guard_kernel(
 
     if FORM != "none":
         sharing = tl.minimum(tl.num_programs(0), MAX_PROGRAMS)
-        if program < sharing:
+        if program < MAX_PROGRAMS:
             store_sums(partial_ptr, a_ptr, b_ptr, a_numel, b_numel, sharing, FORM, SCORES_BLOCK, MAX_PROGRAMS)
 
     if is_last(counter_ptr):

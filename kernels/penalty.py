@@ -30,7 +30,7 @@ NORMS_BLOCK = tl.constexpr(1024)  # that the last program takes at a time
 
 @triton.jit
 def _phi(norm, KIND: tl.constexpr, TARGET: tl.constexpr):
-    """phi(norm), and phi'(norm) / norm, the factor between a gradient and its cotangent."""
+    """Return phi(norm) and phi'(norm) / norm, which is the factor between a gradient and its cotangent."""
     if KIND == "zero-centered":
         value, factor = norm * norm, tl.full([], 2, norm.dtype)
     elif KIND == "power":

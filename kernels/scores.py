@@ -26,9 +26,9 @@ MAX_PROGRAMS = 1024  # twice what other sums have, as measured
 
 @triton.jit
 def _sum(x_ptr, y_ptr, numel, programs, acc: tl.constexpr, FORM: tl.constexpr, SIGN: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's share of the sum over x: of x, of x * y for labels, of relu(1 + SIGN * x) for the hinge form."""
+    """Return this program's share of the sum of x, of x * y for labels, of relu(1 + SIGN * x) for the hinge form."""
     first, stride, lanes = blocks_of_program(programs, BLOCK)
-    padding: tl.constexpr = -SIGN if FORM == "hinge" else 0  # adds nothing
+    padding: tl.constexpr = -1.0 * SIGN if FORM == "hinge" else 0.0  # adds nothing
     total = tl.zeros([BLOCK], acc)
     for start in range(first, numel, stride):
         mask = start + lanes < numel
@@ -48,7 +48,7 @@ def store_sums(
 ):  # fmt: skip
     """Store this program's share of the sum over a, and over b where a form has a mean of it, to [2, MAX_PROGRAMS].
 
-    So many programs, the first ones, share the sums.
+    The first ``programs`` of the launch share the sums.
     """
     acc: tl.constexpr = partial_ptr.dtype.element_ty
     program = tl.program_id(0)

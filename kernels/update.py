@@ -185,7 +185,7 @@ class Update:
         return share if clamped else None
 
     def clamp(self, params: Sequence[torch.Tensor], bound: float, gate: torch.Tensor | None = None) -> torch.Tensor:
-        """Launch once: clamp weights to a finite bound, in place. Arguments and result are those of ``launch``."""
+        """Launch once: clamp weights to a finite bound, in place; return their share on it. See ``launch``."""
         hyper = ((*[0.0] * (table.HYPER_COLUMNS.value - 1), bound),)
         share = self.launch("clamp", params, (), (), (), hyper, [0] * len(params), gate=gate)
         assert share is not None

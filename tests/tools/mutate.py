@@ -84,7 +84,7 @@ FAULTS = [
     Fault("generator's loss negated", "scores", "tl.store(loss_ptr, -mean_a)", "tl.store(loss_ptr, mean_a)"),
     Fault("labels left out", "scores", "x *= tl.load(y_ptr", "x += tl.load(y_ptr"),
     Fault("hinge's sign", "scores", "= tl.maximum(1 + SIGN * x", "= tl.maximum(1 - SIGN * x"),
-    Fault("hinge counts lanes past the end", "scores", '-SIGN if FORM == "hinge" else 0', "0"),
+    Fault("hinge counts lanes past the end", "scores", '-1.0 * SIGN if FORM == "hinge" else 0.0', "0.0"),
     Fault("hinge swallows NaN", "scores", "(1 + SIGN * x, 0, propagate_nan=tl.PropagateNan.ALL)", "(1 + SIGN * x, 0)"),
     Fault("blocks of scores left out", "scores", "range(first, numel, stride)", "range(first, numel, 2 * stride)", GUARD),
     Fault("mean over the other's count", "scores", "mean_of_partials(partial_ptr + MAX_PROGRAMS, b_numel", "mean_of_partials(partial_ptr + MAX_PROGRAMS, a_numel"),
