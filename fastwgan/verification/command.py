@@ -61,21 +61,17 @@ def _tabular(constraint: Constraint, gpu: bool) -> Arguments:
     return {"generator": generator, "critic": critic, "real": torch.randn(500 if gpu else 100, 128), "pack": 10}
 
 
-class _Labelled(nn.Module):
+class _Labelled(nn.ModuleDict):
     """A network that gets an embedding of its labels beside its input."""
 
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.embedding, self.network = nn.Embedding(10, 8), network
-
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        result: Tensor = self.network(torch.cat((x, self.embedding(labels)), dim=1))
+        result: Tensor = self["network"](torch.cat((x, self["embedding"](labels)), dim=1))
         return result
 
 
 def _conditional(constraint: Constraint, gpu: bool) -> Arguments:
-    generator = _Labelled(models.mlp([32 + 8, 128, 64], norm=True))
-    critic = _Labelled(models.mlp([64 + 8, 128, 128, 1], slope=0.2))
+    networks = (models.mlp([32 + 8, 128, 64], norm=True), models.mlp([64 + 8, 128, 128, 1], slope=0.2))
+    generator, critic = (_Labelled({"embedding": nn.Embedding(10, 8), "network": m}) for m in networks)
     labels = torch.randint(10, (64,))
     return {"generator": generator, "critic": critic, "real": torch.randn(64, 64), "cond": (labels,), "latent": 32}
 

@@ -138,12 +138,9 @@ class Judge:
             self._stage(op, "wasserstein", metrics.wasserstein, scores, lambda a, b: a.mean() - b.mean(), _magnitude)
         leaves = [[x.detach().requires_grad_() for x in each] for each in (scores, to_dtype(scores, torch.float64))]
         (eager, _), (exact, size) = map(step.terms, leaves)
-        seeds = (
-            parts(self.seen.seeds, len(scores)),
-            oracle.gradients(eager, leaves[0]),
-            oracle.gradients(exact, leaves[1]),
-        )
-        for kind, seed, (slope, _), (wide, summands) in zip(oracle.KINDS[step.name], *seeds, strict=True):
+        kinds, seeds = oracle.KINDS[step.name], parts(self.seen.seeds, len(scores))
+        slopes = (oracle.gradients(terms, at) for terms, at in zip((eager, exact), leaves, strict=True))
+        for kind, seed, (slope, _), (wide, summands) in zip(kinds, seeds, *slopes, strict=True):
             self.row(op, f"seed at {kind} scores", seed, [slope], wide, summands)
         if critic:
             penalty = exact[0].new_zeros(()) if metrics.penalty is None else step.weight * metrics.penalty.double()
@@ -202,7 +199,7 @@ class Judge:
         for name, p in self.module.named_parameters():
             plain, wide = eager[name], exact[name].double()
             if p in members:
-                bound = step.bound(p.dtype)
+                bound = torch.tensor(clip.bound, dtype=p.dtype).item() if clamped else clip.bound
                 plain, wide = step.bounded(plain, bound), step.bounded(wide, bound)
                 sizes = step.sizes(p.detach() if clamped else new[name].double())
                 margin = 0.0 if clamped else 8 * torch.finfo(p.dtype).eps

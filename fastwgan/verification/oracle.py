@@ -130,12 +130,6 @@ class Step:
         leaf = gradients.detach().requires_grad_()
         return torch.autograd.grad(self.weight * self.penalties(leaf, sign), leaf)[0]
 
-    def bound(self, dtype: torch.dtype) -> float:
-        """Return the bound of weights as their dtype holds it, of norms as it is."""
-        assert isinstance(self.constraint, (WeightClip, NormClip))
-        bound = self.constraint.bound
-        return bound if isinstance(self.constraint, NormClip) else torch.tensor(bound, dtype=dtype).item()
-
     def sizes(self, w: Tensor) -> Tensor:
         """Return what the bound is of: each magnitude in a weight, or the norm of each row of it, or of all of it."""
         if isinstance(self.constraint, NormClip):
@@ -167,10 +161,8 @@ def _seeded(values: Iterable[Tensor], seeds: Iterable[Tensor | None]) -> list[Te
 
 
 def passes(networks: nn.ModuleList, step: Step, seen: Observed, *, beside: bool = False) -> Found:
-    """Return what a step's passes come to.
-
-    They are apart from those seen, or ``beside`` them: on their fake samples, points and batches, and backward from
-    where they began.
+    """Return what a step's passes come to, apart from those seen, or ``beside`` them: on their fake samples, points
+    and batches, and backward from where they began.
     """
     generator, critic = networks
     module, kinds = critic if step.name == "critic" else generator, KINDS[step.name]
@@ -180,9 +172,9 @@ def passes(networks: nn.ModuleList, step: Step, seen: Observed, *, beside: bool 
     samples = (step.real, made.to(step.real.dtype))[-len(kinds) :]
     together = beside and len(seen.scores) == 1
     if together:
-        by_sample = (isinstance(c, Tensor) and c.dim() > 0 and len(c) == len(step.real) for c in step.cond)
-        cond = (torch.cat([c] * len(kinds)) if each else c for c, each in zip(step.cond, by_sample, strict=True))
-        scores = critic(torch.cat(samples), *cond).tensor_split(len(kinds))
+        n, by_sample = len(kinds), [isinstance(c, Tensor) and c.shape[:1] == step.real.shape[:1] for c in step.cond]
+        cond = (torch.cat([c] * n) if each else c for c, each in zip(step.cond, by_sample, strict=True))
+        scores = critic(torch.cat(samples), *cond).tensor_split(n)
     else:
         scores = [critic(x, *step.cond) for x in samples]
     found |= {("forward", f"{kind} scores"): (x.detach(), 0.0) for kind, x in zip(kinds, scores, strict=True)}

@@ -7,9 +7,7 @@ from typing import Any
 
 __all__ = ["Report", "Row"]
 
-COLUMNS = {
-    "step": "<", "op": "<", "rows": ">", "worst": "<", "error": ">", "eager": ">", "allowed": ">", "": "<",
-}  # fmt: skip
+HEADER, SIDES = ("step", "op", "rows", "worst", "error", "eager", "allowed", ""), "<<><>>><"
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ class Report:
         return f"FAILED: {len(self.failed)} of {len(self.rows)} rows, {where}"
 
     def __str__(self) -> str:
-        table = [tuple(COLUMNS)]
+        table = [HEADER]
         for (step, op), group in groupby(self.rows, lambda row: (row.step, row.op)):
             members = list(group)
             failed, passed = ([row for row in members if row.passed is verdict] for verdict in (False, True))
@@ -97,7 +95,7 @@ class Report:
                 numbers = (f"{x:.2g}" for x in (row.error, row.eager, row.tolerance))
                 count, verdict = (str(len(passed)), "ok") if row.passed else ("1", "FAIL")
                 table.append((step, op, count, row.name, *numbers, verdict))
-        formats = [f"{side}{max(map(len, cells))}" for side, *cells in zip(COLUMNS.values(), *table, strict=True)]
+        formats = [f"{side}{max(map(len, cells))}" for side, *cells in zip(SIDES, *table, strict=True)]
         lines = ["  ".join(map(format, line, formats)).rstrip() for line in table]
         return "\n".join((self.title, *(f"note: {note}" for note in self.notes), *lines, self.verdict))
 

@@ -39,8 +39,7 @@ from fastwgan.version import __version__
 __all__ = ["verify"]
 
 RANDOM = {"dropout": _DropoutNd, "instance noise": models.InstanceNoise}  # layers to be put into evaluation mode
-UNTOLD = "expected a width or a callable, as the generator's first layer does not tell it; got None"
-REMOVED = {"instance_noise": "wrap the critic: fastwgan.models.InstanceNoise(critic, scale)"}
+UNTOLD = "latent: expected a width or a callable, as the generator's first layer does not tell it; got None"
 
 
 def verify(
@@ -85,7 +84,7 @@ def verify(
     >>> verify(G, D, torch.randn(32, 2), constraint=GradientPenalty()).passed
     True
     """
-    checks.removed(removed, REMOVED)
+    checks.removed(removed, {"instance_noise": "wrap the critic: fastwgan.models.InstanceNoise(critic, scale)"})
     checks.refuse_inference_mode()
     networks = [unwrapped("generator", generator), unwrapped("critic", critic)]
     for name, module in zip(("generator", "critic"), networks, strict=True):
@@ -148,27 +147,22 @@ def _verified(
         notes += [f"{len(random)} {word} layers in evaluation mode"] if random else []
         for m in random:
             m.training = False  # by itself, whatever is within
+    width = _width(template[0]) if latent is None else latent
     known = not step.cond and layers(template[1], step.real.dim()) is not None  # as hooks hide it
     ours, apart, beside, exact = (_copy(template) for _ in range(4))
     trainer = Trainer(
-        *ours, latent=_width(template[0]) if latent is None else latent, independent_samples=known,
-        constraint=step.constraint, blend=step.blend, drift=step.drift, pack=step.pack, seed=step.seed,
-        backend=backend, cuda_graph=False, nonfinite="skip",
+        *ours, latent=width, independent_samples=known, constraint=step.constraint, blend=step.blend, drift=step.drift,
+        pack=step.pack, seed=step.seed, backend=backend, cuda_graph=False, nonfinite="skip",
     )  # fmt: skip
-    _check_networks(template, step, trainer.latent, guessed=latent is None)
+    _check_networks(template, step, width, guessed=latent is None)
     exact.double()
     seen = Observed(*ours)
     rows: list[Row] = []
-    for name, module, optimizer in (
-        ("critic", trainer.critic, trainer.critic_optimizer),
-        ("generator", trainer.generator, trainer.generator_optimizer),
-    ):
+    for name, given in (("critic", step.real), ("generator", len(step.real))):
+        module, optimizer, take = (getattr(trainer, name + suffix) for suffix in ("", "_optimizer", "_step"))
         seen.forget()
         before = {path: p.detach().clone() for path, p in module.named_parameters()}
-        if name == "critic":
-            metrics = trainer.critic_step(step.real, *step.cond)
-        else:
-            metrics = trainer.generator_step(len(step.real), *step.cond)
+        metrics = take(given, *step.cond)
         taken = replace(step, name=name, z=seen.z)
         eagers = [passes(apart, taken, seen), passes(beside, taken, seen, beside=True)]
         truth = passes(exact, taken.to(torch.float64), seen)
@@ -178,9 +172,15 @@ def _verified(
             network, _, buffer = path.partition(".")
             judge.row("buffers", f"{('generator', 'critic')[int(network)]}: {buffer}", own, [plain], wide)
         rows += judge.rows
-        for other in (apart, beside, exact):
-            _match(other, ours)
+        with torch.no_grad():  # the next step begins with the trainer's weights and buffers
+            for other in (apart, beside, exact):
+                for x, own in zip(_tensors(other), _tensors(ours), strict=True):
+                    x.copy_(own)
     return rows, notes
+
+
+def _tensors(networks: nn.Module) -> list[Tensor]:
+    return [*networks.parameters(), *networks.buffers()]
 
 
 def _copy(networks: Iterable[nn.Module]) -> nn.ModuleList:
@@ -193,20 +193,12 @@ def _copy(networks: Iterable[nn.Module]) -> nn.ModuleList:
     return copies
 
 
-@torch.no_grad()
-def _match(networks: nn.ModuleList, others: nn.ModuleList) -> None:
-    """Give networks the weights and buffers of others, in their own dtype."""
-    pairs = zip((*networks.parameters(), *networks.buffers()), (*others.parameters(), *others.buffers()), strict=True)
-    for own, other in pairs:
-        own.copy_(other)
-
-
 def _width(generator: nn.Module) -> int:
     """Return the latents' width, as the generator's first layer has it, which may be for something else."""
     for m in generator.modules():
         if isinstance(m, (nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
             return m.in_features if isinstance(m, nn.Linear) else m.in_channels
-    raise ValueError(f"latent: {UNTOLD}")
+    raise ValueError(UNTOLD)
 
 
 @torch.no_grad()
@@ -219,12 +211,12 @@ def _check_networks(networks: nn.ModuleList, step: Step, latent: Latent, *, gues
             first, second = (_copy(networks)[i](x, *step.cond) for _ in range(2))
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if guessed and name == "generator":
-                raise ValueError(f"latent: {UNTOLD}") from error
+                raise ValueError(UNTOLD) from error
             raise
         if not isinstance(first, Tensor) or not isinstance(second, Tensor):
             return  # the trainer says what is wrong with that
         if guessed and name == "generator" and first.shape != step.real.shape:
-            raise ValueError(f"latent: {UNTOLD}")
+            raise ValueError(UNTOLD)
         size = first.double().norm().item() or 1.0
         if difference(second, first.double(), size) > torch.finfo(first.dtype).eps ** 0.5:
             got = "another in a second pass: verify it in a form without randomness"
