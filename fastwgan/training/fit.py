@@ -91,8 +91,7 @@ def fit(
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, ``out`` holds a run and the trainer is
             new, or the batches end for good.
-        ImportError: an optional package is missing.
-        OSError: a file cannot be written. The last checkpoint is as it was.
+        ImportError, OSError: a package is missing; a file cannot be written. The last checkpoint is as it was.
     """
     for name, value, minimum in (
         ("steps", steps, 0), ("log_every", log_every, 1), ("save_every", save_every, 1), ("keep", keep, 1),

@@ -22,10 +22,9 @@ EXTREMES: dict[str, Join] = {"gradient_norm_min": min, "gradient_norm_max": max}
 
 
 class Averages:
-    """The mean of each value over the steps in which it is there and finite.
+    """The mean, least or greatest of each value over the steps in which it is there and finite.
 
-    ``gradient_norm_min`` is the least, ``gradient_norm_max`` the greatest, and ``skipped`` the number of steps whose
-    update was skipped, as a gradient was not finite.
+    ``skipped`` counts the steps whose update was skipped, as a gradient was not finite.
     """
 
     def __init__(self) -> None:
