@@ -116,7 +116,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> di
         raise ValueError(f"path: expected a file, got the directory {path}")
     try:
         with zipfile.ZipFile(path) as archive:  # as which torch writes it, but it looks at no checksum
-            if damaged := archive.testzip():
+            if (damaged := archive.testzip()) is not None:
                 raise ValueError(f"the checksum of its part {damaged} is wrong")
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # a foreign or truncated file raises many kinds
