@@ -10,7 +10,7 @@ from torch import nn
 from fastwgan import models
 from fastwgan.constraints import GradientPenalty, WeightClip
 
-__all__ = ["WORKLOADS", "Workload"]
+__all__ = ["WORKLOADS", "Workload", "patch_critic"]
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,33 @@ def _resnet(constraint: WeightClip | GradientPenalty) -> Workload:
     )  # fmt: skip
 
 
+def patch_critic(*, channels: int = 3, width: int = 64, norm: str = "instance") -> nn.Sequential:
+    """Return pix2pix's 70x70 discriminator: a score for each patch, [N, 1, 30, 30] for 256x256 images.
+
+    Args:
+        channels: of the images.
+        width: of the first layer.
+        norm: "batch", or "instance", which takes each image by itself as a gradient penalty has to. pix2pix, at one
+            image to a batch, does not tell them apart.
+
+    Source: arXiv 1611.07004, section 6.1.2.
+    """
+    if norm not in ("batch", "instance"):
+        raise ValueError(f"norm: expected 'batch' or 'instance', got {norm!r}")
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+    for stride in (2, 2, 1):
+        layers.append(nn.Conv2d(width, 2 * width, 4, stride, 1, bias=False))  # void before a norm
+        width *= 2
+        layers += [nn.BatchNorm2d(width) if norm == "batch" else nn.InstanceNorm2d(width), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, 1)).apply(models.init_dcgan)
+
+
 def _patchgan(constraint: WeightClip | GradientPenalty) -> Workload:
     """The critic is what is measured: the generator is a narrow DCGAN's, far lighter than pix2pix's U-Net."""
     norm = "batch" if isinstance(constraint, WeightClip) else "instance"
     return Workload(
         generator=lambda width: models.dcgan_generator(100, width=width // 4, size=256),
-        critic=lambda width: models.patch_critic(width=width, norm=norm),
+        critic=lambda width: patch_critic(width=width, norm=norm),
         latent=100, shape=(3, 256, 256), constraint=constraint, batch=4,
     )  # fmt: skip
 

@@ -14,11 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.serialization import config as serialization
 
-FORMAT = "fastwgan"
-VERSION = 2
-LAST = "last.pt"
+__all__ = ["LAST", "clean", "export_safetensors", "load", "save", "save_newest", "written"]
 
-__all__ = ["clean", "export_safetensors", "load", "save", "save_newest", "written"]
+FORMAT, VERSION, LAST = "fastwgan", 2, "last.pt"
 
 
 def _sync(path: Path, flags: int) -> None:
@@ -32,10 +30,7 @@ def _sync(path: Path, flags: int) -> None:
 
 @contextmanager
 def written(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """The name of a temporary file to write, which becomes ``path`` once it is complete and on disk.
-
-    What was at ``path`` stays until then, and for good where the block raises.
-    """
+    """Give a temporary file to write, which becomes ``path`` once it is on disk; where the block raises it goes."""
     path = Path(path).resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -57,13 +52,11 @@ def clean(directory: Path) -> None:
 
 
 def _plain(value: Any, name: str) -> Any:
-    """``value`` as the types that a safe load accepts, or an error naming what is none of them."""
-    if value is None or (isinstance(value, (bool, int, float, str)) and not isinstance(value, np.generic)):
+    """Return ``value`` as types that a safe load accepts, or raise TypeError naming what is none of them."""
+    if isinstance(value, (Tensor, np.generic)):  # some of NumPy's numbers are Python's, too
+        return value.detach() if isinstance(value, Tensor) else value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, torch.Tensor):
-        return value.detach()
-    if isinstance(value, np.generic):
-        return value.item()
     if isinstance(value, dict):
         return {_plain(k, f"key of {name}"): _plain(v, f"{name}[{k!r}]") for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -74,11 +67,8 @@ def _plain(value: Any, name: str) -> Any:
 def save(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
     """Write ``content`` (tensors, numbers, strings, and dicts, lists and tuples of them) to ``path``.
 
-    The file appears under its name only once it is complete and on disk; what was there before stays until then.
-
-    Raises:
-        TypeError: something in ``content`` could not be loaded again.
-        OSError: the file cannot be written. A file that was there before is untouched.
+    A file that was there stays until the new one is complete and on disk. Raises TypeError for what could not be loaded
+    again, and OSError where the file cannot be written.
     """
     plain = _plain({"format": FORMAT, "version": VERSION, **content}, "content")
     checksums = serialization.patch("save.compute_crc32", True)  # type: ignore[attr-defined] # load() looks at them
@@ -93,22 +83,17 @@ def save(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
 
 
 def save_newest(directory: Path, content: dict[str, Any], *, step: int, keep: int) -> None:
-    """Write ``content`` to ``directory``/last.pt and, unless ``keep`` is 1, have the ``keep`` newest there by step.
+    """:func:`save` to ``directory``/last.pt and, unless ``keep`` is 1, have the ``keep`` newest there by step.
 
-    Those are named as step-000002000.pt; the newest is the same file as last.pt. At every moment last.pt is the newest
-    but one or the newest. Older ones go only after that; those of later steps, as of a run that was taken up again
-    from further back, stay until they are overwritten or old.
-
-    Raises:
-        TypeError, OSError: as :func:`save`.
+    Those are named as step-000002000.pt; the newest is the same file as last.pt, which is never older than the newest
+    but one. Older ones go only after that; those of later steps, as of a run that was taken up again from further back,
+    stay until they are overwritten or old.
     """
-    last = directory / LAST
-    if keep == 1:
-        save(last, content)
-        return
-    newest = directory / f"step-{step:09d}.pt"
+    newest = directory / (LAST if keep == 1 else f"step-{step:09d}.pt")
     save(newest, content)
-    with written(last) as temporary:
+    if keep == 1:
+        return
+    with written(directory / LAST) as temporary:
         temporary.unlink(missing_ok=True)
         try:
             os.link(newest, temporary)
@@ -123,8 +108,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> di
     """Read what :func:`save` wrote, tensors on ``device``.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not a checkpoint of this library, is damaged, or was written by a newer version.
+        FileNotFoundError, ValueError: there is none; it is none of this library, damaged, or by another version.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"path: no checkpoint at {path}")
@@ -132,43 +116,33 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> di
         raise ValueError(f"path: expected a file, got the directory {path}")
     try:
         with zipfile.ZipFile(path) as archive:  # as which torch writes it, but it looks at no checksum
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"the checksum of its part {damaged} is wrong")
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of its part {damaged} is wrong")
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # a foreign or truncated file raises many kinds
         raise ValueError(f"path: {path} is not a readable checkpoint ({type(error).__name__}: {error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"path: {path} was not written by fastwgan")
-    version = content.get("version")
-    if version != VERSION:
-        newer = isinstance(version, int) and version > VERSION
-        hint = "; a newer fastwgan wrote it" if newer else ""
+    if (version := content.get("version")) != VERSION:
+        hint = "; a newer fastwgan wrote it" if isinstance(version, int) and version > VERSION else ""
         raise ValueError(f"path: {path} has format version {version}, expected {VERSION}{hint}")
     return content
 
 
 def export_safetensors(module: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a module's weights and buffers for other programs, whole or not at all. Needs safetensors.
+    """Write a module's weights and buffers to ``path``, by custom ``*.safetensors``, for other programs.
 
     Tied weights are written once, as ``safetensors.torch.load_model`` takes them; the other names are in the metadata.
-
-    Args:
-        module: such as ``trainer.generator``.
-        path: the file, by custom ``*.safetensors``.
-
-    Raises:
-        TypeError: ``module`` is none, or its state has more than tensors.
-        OSError: the file cannot be written. A file that was there before is untouched.
+    Needs safetensors. Raises TypeError where ``module`` is none or its state has more than tensors, and OSError where
+    the file cannot be written; one that was there is untouched then.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
-    tensors: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
     names: dict[Any, str] = {}
+    tensors, tied = {}, {}
     for name, value in module.state_dict().items():
         if not isinstance(value, Tensor):
             raise TypeError(f"module: expected tensors only in its state, got {type(value).__name__} as {name}")

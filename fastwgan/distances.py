@@ -1,7 +1,8 @@
 """Exact distances between distributions, to measure a generator by and to check a critic's estimate against.
 
 Everything is computed in float64 on the inputs' device, except :func:`wasserstein`, which matches points on the CPU.
-Values that are infinite or NaN raise. Logarithms are natural.
+Logarithms are natural. An argument of the wrong type, on another device than the first, or not finite raises TypeError
+or ValueError, and so does one that is empty or of the wrong shape.
 """
 
 import math
@@ -13,20 +14,11 @@ import torch
 from torch import Tensor
 
 from fastwgan import checks
-from fastwgan.backend import DTYPES
 
 __all__ = [
-    "EarthMove",
-    "earth_movers",
-    "gaussian_js",
-    "gaussian_kl",
-    "gaussian_wasserstein",
-    "js_divergence",
-    "kl_divergence",
-    "sliced_wasserstein",
-    "wasserstein",
-    "wasserstein_1d",
-]
+    "EarthMove", "earth_movers", "gaussian_js", "gaussian_kl", "gaussian_wasserstein", "js_divergence", "kl_divergence",
+    "sliced_wasserstein", "wasserstein", "wasserstein_1d",
+]  # fmt: skip
 
 Numbers = Tensor | float | Sequence[float] | Sequence[Sequence[float]]
 
@@ -34,32 +26,26 @@ Numbers = Tensor | float | Sequence[float] | Sequence[Sequence[float]]
 COPIES = 4096
 
 
-# Checks
-
-
-def _check_finite(name: str, x: Tensor) -> None:
+def _finite(name: str, x: Tensor) -> Tensor:
     if x.numel() == 0:
         raise ValueError(f"{name}: expected at least one element, got shape {tuple(x.shape)}")
     if not x.isfinite().all():
         raise ValueError(f"{name}: expected finite values, got some that are infinite or NaN")
+    return x.double()
 
 
 def _floating(name: str, x: object, device: torch.device | None = None) -> Tensor:
-    """A finite floating tensor [n, ...] (on ``device``, where given) as float64."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+    """Return a finite floating tensor [n, ...] (on ``device``, where given) as float64, or raise."""
+    x = checks.tensor(name, x)
     if x.dim() == 0:
         raise ValueError(f"{name}: expected shape [n, ...], got a 0-d tensor")
     if device is not None and x.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
-    _check_finite(name, x)
-    return x.double()
+    return _finite(name, x)
 
 
 def _numbers(name: str, x: Numbers, device: torch.device | None = None) -> Tensor:
-    """Finite real numbers (on ``device``, where a tensor is already and one is given) as a float64 tensor."""
+    """Return finite real numbers as a float64 tensor, on ``device`` where that is given, or raise."""
     if isinstance(x, Tensor) and x.is_complex():
         raise TypeError(f"{name}: expected real numbers, got {x.dtype}")
     if isinstance(x, Tensor) and device is not None and x.device != device:
@@ -68,12 +54,11 @@ def _numbers(name: str, x: Numbers, device: torch.device | None = None) -> Tenso
         wide = torch.as_tensor(x, dtype=torch.float64, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: expected numbers, got {type(x).__name__}: {error}") from error
-    _check_finite(name, wide)
-    return wide
+    return _finite(name, wide)
 
 
 def _clouds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Two clouds of samples [n, ...], [m, ...] as float64 points [n, d], [m, d]."""
+    """Return two clouds of samples [n, ...], [m, ...] as float64 points [n, d], [m, d]."""
     a = _floating("x", x)
     b = _floating("y", y, a.device)
     if a.shape[1:] != b.shape[1:]:
@@ -81,18 +66,11 @@ def _clouds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return a.reshape(len(a), -1), b.reshape(len(b), -1)
 
 
-def _check_order(p: float) -> None:
-    checks.number("p", p, minimum=1)
-
-
 # Wasserstein distances
 
 
 def _coupling(x_cdf: Tensor, y_cdf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The monotone coupling of sorted samples [n], [m]: [n + m] masses, and between which samples each is moved.
-
-    Both distribution functions must end in exactly 1.
-    """
+    """Return the [n + m] masses that sorted samples [n], [m] exchange, and between which; cdfs end in exactly 1."""
     levels = torch.cat((x_cdf, y_cdf)).sort().values
     masses = levels.diff(prepend=levels.new_zeros(1))
     return masses, torch.searchsorted(x_cdf, levels), torch.searchsorted(y_cdf, levels)
@@ -116,21 +94,14 @@ def _weighted_cdf(name: str, weights: object, order: Tensor) -> Tensor:
 def wasserstein_1d(
     x: Tensor, y: Tensor, x_weights: Tensor | None = None, y_weights: Tensor | None = None, *, p: float = 1
 ) -> Tensor:
-    """W_p between weighted samples on a line: (integral over u of abs(F^-1(u) - G^-1(u))^p)^(1/p), exactly.
+    """Return W_p between weighted samples on a line: (integral over u of abs(F^-1(u) - G^-1(u))^p)^(1/p), exactly.
 
     Args:
-        x: samples [n], any floating dtype.
-        y: samples [m], any floating dtype, on ``x``'s device.
-        x_weights: weights [n] >= 0, of any positive sum, or None for equal ones.
-        y_weights: weights [m], likewise.
+        x, y: samples [n] and [m], any floating dtype.
+        x_weights, y_weights: weights [n] and [m], >= 0, of any positive sum; None for equal ones.
         p: order >= 1 of the cost.
 
-    Returns:
-        0-d float64 tensor on the samples' device, in the samples' unit. Differentiable in ``x`` and ``y``.
-
-    Raises:
-        TypeError, ValueError: an argument is of the wrong type or shape, is empty, out of range or not finite.
-
+    The result is a 0-d float64 tensor in the samples' unit, differentiable in ``x`` and ``y``.
     Source: Peyre and Cuturi, Computational Optimal Transport, arXiv 1803.00567, section 2.6.
 
     >>> wasserstein_1d(torch.tensor([0.0, 1.0]), torch.tensor([5.0, 6.0, 7.0]))
@@ -141,9 +112,8 @@ def wasserstein_1d(
     for name, values in (("x", a), ("y", b)):
         if values.dim() != 1:
             raise ValueError(f"{name}: expected shape [n], got {tuple(values.shape)}")
-    _check_order(p)
-    a, a_order = a.sort()
-    b, b_order = b.sort()
+    checks.number("p", p, minimum=1)
+    (a, a_order), (b, b_order) = a.sort(), b.sort()
     a_cdf = _uniform_cdf(len(a), a.device) if x_weights is None else _weighted_cdf("x_weights", x_weights, a_order)
     b_cdf = _uniform_cdf(len(b), b.device) if y_weights is None else _weighted_cdf("y_weights", y_weights, b_order)
     masses, i, j = _coupling(a_cdf, b_cdf)
@@ -172,18 +142,10 @@ class EarthMove(NamedTuple):
 
 
 def earth_movers(source: Numbers, target: Numbers) -> EarthMove:
-    """The earth mover's distance between rows of piles one unit apart, delta_{i+1} = delta_i + source_i - target_i.
+    """Return the earth mover's distance of rows of piles one unit apart, delta_{i+1} = delta_i + source_i - target_i.
 
-    Args:
-        source: amounts [n] >= 0, a tensor of any real dtype or a sequence of numbers.
-        target: amounts [n] >= 0, as much in all as ``source``.
-
-    Returns:
-        EarthMove of float64 tensors on the piles' device.
-
-    Raises:
-        TypeError, ValueError: an argument is of the wrong type or shape, is empty, negative or not finite, or the
-            amounts differ.
+    ``source`` and ``target`` are amounts [n] >= 0, tensors of any real dtype or sequences of numbers, as much in one as
+    in the other. EarthMove has float64 tensors.
 
     Source: Rubner, Tomasi and Guibas, The Earth Mover's Distance as a Metric for Image Retrieval, IJCV 40, 2000.
 
@@ -213,19 +175,13 @@ def earth_movers(source: Numbers, target: Numbers) -> EarthMove:
 
 
 def wasserstein(x: Tensor, y: Tensor) -> Tensor:
-    """W_1 with Euclidean cost between two clouds of equally weighted points, exactly: the cost of the best matching.
+    """Return W_1 with Euclidean cost between clouds of equally weighted points, exactly: the cost of the best matching.
 
-    Takes seconds for 2000 points against 2000, and memory and time for n times m distances.
-
-    Args:
-        x: points [n, d], or samples [n, ...] which are flattened; any floating dtype.
-        y: points [m, d], on ``x``'s device.
-
-    Returns:
-        0-d float64 tensor on the points' device, without a graph.
+    ``x`` and ``y`` are points [n, d] and [m, d], or samples [n, ...] and [m, ...] which are flattened, of any floating
+    dtype; the result is a 0-d float64 tensor on their device, without a graph. Takes seconds for 2000 points against
+    2000, and memory and time for n times m distances.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or shape, is empty or not finite.
         ImportError: SciPy is not installed; or POT is not, and n and m differ with a common multiple above both and
             above 4096, so that points cannot be copied until they match one to one.
 
@@ -247,7 +203,7 @@ def wasserstein(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _matching_cost(cost: np.ndarray) -> float:
-    """The least mean cost of matching rows with columns one to one."""
+    """Return the least mean cost of matching rows with columns one to one."""
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
@@ -256,7 +212,7 @@ def _matching_cost(cost: np.ndarray) -> float:
 
 
 def _transport_cost(cost: np.ndarray) -> float:
-    """The least mean cost of carrying equally weighted rows to equally weighted columns."""
+    """Return the least mean cost of carrying equally weighted rows to equally weighted columns."""
     n, m = cost.shape
     try:
         import ot
@@ -270,35 +226,26 @@ def _transport_cost(cost: np.ndarray) -> float:
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, *, projections: int = 128, seed: int = 0, p: float = 1) -> Tensor:
-    """(mean over directions of W_p(x's projection, y's projection)^p)^(1/p), the directions drawn from the sphere.
+    """Return (mean over directions, drawn from the sphere, of W_p(x's projection, y's projection)^p)^(1/p).
 
     Each projection's distance is exact; their mean estimates that over all directions. It is at most W_p.
 
     Args:
-        x: points [n, d], or samples [n, ...] which are flattened; any floating dtype.
-        y: points [m, d], on ``x``'s device.
+        x, y: points [n, d] and [m, d], or samples [n, ...] and [m, ...] which are flattened; any floating dtype.
         projections: number of directions.
         seed: of the directions, in [0, 2^63); the same ones on any device.
         p: order >= 1 of the cost.
 
-    Returns:
-        0-d float64 tensor on the points' device, in the points' unit. Differentiable in ``x`` and ``y``.
-
-    Raises:
-        TypeError, ValueError: an argument is of the wrong type or shape, is empty, out of range or not finite.
-
+    The result is a 0-d float64 tensor in the points' unit, differentiable in ``x`` and ``y``.
     Source: Bonneel, Rabin, Peyre and Pfister, Sliced and Radon Wasserstein Barycenters of Measures, JMIV 51, 2015.
 
     >>> sliced_wasserstein(torch.zeros(3, 1), torch.ones(5, 1))  # on a line there are no other directions
     tensor(1., dtype=torch.float64)
     """
     a, b = _clouds(x, y)
-    if isinstance(projections, bool) or not isinstance(projections, int):
-        raise TypeError(f"projections: expected an int, got {type(projections).__name__}")
-    if projections < 1:
-        raise ValueError(f"projections: expected an int >= 1, got {projections}")
+    checks.count("projections", projections)
     checks.seed("seed", seed)
-    _check_order(p)
+    checks.number("p", p, minimum=1)
     random = torch.Generator().manual_seed(seed)
     directions = torch.randn(projections, a.shape[1], generator=random, dtype=torch.float64)
     directions = (directions / directions.norm(dim=1, keepdim=True)).to(a.device)
@@ -311,10 +258,9 @@ def sliced_wasserstein(x: Tensor, y: Tensor, *, projections: int = 128, seed: in
 # Divergences of discrete distributions
 
 
-def _distribution(name: str, p: object, device: torch.device | None = None) -> Tensor:
-    """Probabilities [..., n], made to add up to 1 in float64 as they do in their dtype."""
+def _distribution(name: str, p: Tensor, device: torch.device | None = None) -> Tensor:
+    """Return probabilities [..., n], made to add up to 1 in float64 as they do in their dtype."""
     wide = _floating(name, p, device)
-    assert isinstance(p, Tensor)
     if (wide < 0).any():
         raise ValueError(f"{name}: expected probabilities >= 0, got {wide.min().item():g}")
     sums = wide.sum(-1, keepdim=True)
@@ -334,18 +280,11 @@ def _distributions(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) = sum of p * log(p / q), with 0 log 0 = 0; infinite where p has mass and q has none.
+    """Return KL(p || q) = sum of p * log(p / q), with 0 log 0 = 0; infinite where p has mass and q has none.
 
-    Args:
-        p: probabilities [..., n], any floating dtype. They add up to 1 along the last dimension, to 1e-5 or the square
-            root of the dtype's rounding error, and are divided by their sum.
-        q: probabilities; shape and device as ``p``.
-
-    Returns:
-        [...] float64, in nats, >= 0.
-
-    Raises:
-        TypeError, ValueError: an argument is of the wrong type or shape, or is no distribution.
+    ``p`` and ``q`` are probabilities [..., n] of any floating dtype; the result is [...] float64, in nats, >= 0. They
+    add up to 1 along the last dimension, to 1e-5 or the square root of the dtype's rounding error, and are divided by
+    their sum; what is no distribution raises ValueError.
 
     Source: Kullback and Leibler, On Information and Sufficiency, Ann. Math. Statist. 22, 1951.
 
@@ -358,17 +297,9 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 def js_divergence(p: Tensor, q: Tensor) -> Tensor:
-    """JS(p, q) = KL(p || m) / 2 + KL(q || m) / 2 with m = (p + q) / 2: log 2 for disjoint supports, never more.
+    """Return JS(p, q) = KL(p || m) / 2 + KL(q || m) / 2 with m = (p + q) / 2: log 2 for disjoint supports, never more.
 
-    Args:
-        p: probabilities [..., n], see :func:`kl_divergence`.
-        q: probabilities; shape and device as ``p``.
-
-    Returns:
-        [...] float64, in nats, in [0, log 2]. (SciPy's ``jensenshannon`` is its square root.)
-
-    Raises:
-        TypeError, ValueError: an argument is of the wrong type or shape, or is no distribution.
+    Arguments and result are as of :func:`kl_divergence`. (SciPy's ``jensenshannon`` is its square root.)
 
     Source: Lin, Divergence Measures Based on the Shannon Entropy, IEEE Trans. Inf. Theory 37, 1991.
 
@@ -386,19 +317,18 @@ def js_divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 def _gaussians(mean_p: Numbers, cov_p: Numbers, mean_q: Numbers, cov_q: Numbers) -> tuple[Tensor, ...]:
-    """Means [d] and covariances [d, d] of both, from numbers or tensors."""
-    first = _numbers("mean_p", mean_p)
-    parts = [first, _numbers("cov_p", cov_p, first.device)]
-    parts += [_numbers("mean_q", mean_q, first.device), _numbers("cov_q", cov_q, first.device)]
+    """Return means [d] and covariances [d, d] of both, from numbers or tensors."""
+    parts, others = [_numbers("mean_p", mean_p)], {"cov_p": cov_p, "mean_q": mean_q, "cov_q": cov_q}
+    parts += [_numbers(name, part, parts[0].device) for name, part in others.items()]
     if parts[0].dim() == 0:
-        for name, part in zip(("cov_p", "mean_q", "cov_q"), parts[1:], strict=True):
+        for name, part in zip(others, parts[1:], strict=True):
             if part.dim():
                 raise ValueError(f"{name}: expected a number, as mean_p is, got shape {tuple(part.shape)}")
         parts = [part.reshape((1,) * (1 + i % 2)) for i, part in enumerate(parts)]
     if parts[0].dim() != 1:
         raise ValueError(f"mean_p: expected shape [d], got {tuple(parts[0].shape)}")
     d = len(parts[0])
-    for name, part, shape in zip(("cov_p", "mean_q", "cov_q"), parts[1:], ((d, d), (d,), (d, d)), strict=True):
+    for name, part, shape in zip(others, parts[1:], ((d, d), (d,), (d, d)), strict=True):
         if part.shape != shape:
             raise ValueError(f"{name}: expected shape {shape}, as mean_p has {d} elements, got {tuple(part.shape)}")
         if part.dim() == 2 and (part - part.T).abs().max() > 1e-6 * part.abs().max():
@@ -415,19 +345,10 @@ def _cholesky(name: str, cov: Tensor) -> Tensor:
 
 
 def gaussian_kl(mean_p: Numbers, cov_p: Numbers, mean_q: Numbers, cov_q: Numbers) -> Tensor:
-    """KL(P || Q) of Gaussians P and Q, (tr(C_q^-1 C_p) + u' C_q^-1 u - d + log(det C_q / det C_p)) / 2, u = m_q - m_p.
+    """Return KL(P || Q) of Gaussians, (tr(C_q^-1 C_p) + u' C_q^-1 u - d + log(det C_q / det C_p)) / 2, u = m_q - m_p.
 
-    Args:
-        mean_p: mean [d] of P; or a number, and so are the others then.
-        cov_p: covariance [d, d] of P (a variance, not a standard deviation), positive definite.
-        mean_q: mean [d] of Q.
-        cov_q: covariance [d, d] of Q, positive definite.
-
-    Returns:
-        0-d float64 tensor, in nats.
-
-    Raises:
-        TypeError, ValueError: an argument is of the wrong type or shape, not finite, or no covariance.
+    Means are [d] and covariances (variances, not standard deviations) [d, d] and positive definite; or all are numbers.
+    The result is a 0-d float64 tensor, in nats.
 
     Source: Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, equation A.23.
 
@@ -443,22 +364,10 @@ def gaussian_kl(mean_p: Numbers, cov_p: Numbers, mean_q: Numbers, cov_q: Numbers
 
 
 def gaussian_js(mean_p: Numbers, cov_p: Numbers, mean_q: Numbers, cov_q: Numbers) -> Tensor:
-    """JS(P, Q) of one-dimensional Gaussians, by quadrature: it has no closed form.
+    """Return JS(P, Q) of one-dimensional Gaussians, by quadrature: it has no closed form.
 
-    The error is below 1e-12: Gauss-Legendre, 16 nodes to each standard deviation of both, 12 to either side.
-
-    Args:
-        mean_p: mean of P, a number or [1].
-        cov_p: variance of P, a number or [1, 1], > 0.
-        mean_q: mean of Q.
-        cov_q: variance of Q, > 0.
-
-    Returns:
-        0-d float64 tensor, in nats, in [0, log 2].
-
-    Raises:
-        TypeError, ValueError: an argument is of the wrong type or shape, not finite, no variance, or of more than one
-            dimension, where this quadrature does not reach.
+    The error is below 1e-12: Gauss-Legendre, 16 nodes to each standard deviation of both, 12 to either side. Means are
+    numbers or [1], variances > 0 numbers or [1, 1]; the result is a 0-d float64 tensor, in nats, in [0, log 2].
 
     Source: Lin, Divergence Measures Based on the Shannon Entropy, IEEE Trans. Inf. Theory 37, 1991.
 
@@ -484,21 +393,10 @@ def gaussian_js(mean_p: Numbers, cov_p: Numbers, mean_q: Numbers, cov_q: Numbers
 
 
 def gaussian_wasserstein(mean_p: Numbers, cov_p: Numbers, mean_q: Numbers, cov_q: Numbers) -> Tensor:
-    """W_2 of Gaussians, whose square is |m_p - m_q|^2 + tr(C_p + C_q - 2 (C_p^1/2 C_q C_p^1/2)^1/2).
+    """Return W_2 of Gaussians, whose square is |m_p - m_q|^2 + tr(C_p + C_q - 2 (C_p^1/2 C_q C_p^1/2)^1/2).
 
-    The square, of features, is the Frechet distance that FID is.
-
-    Args:
-        mean_p: mean [d] of P; or a number, and so are the others then.
-        cov_p: covariance [d, d] of P (a variance, not a standard deviation), positive semidefinite.
-        mean_q: mean [d] of Q.
-        cov_q: covariance [d, d] of Q, positive semidefinite.
-
-    Returns:
-        0-d float64 tensor, in the samples' unit.
-
-    Raises:
-        TypeError, ValueError: an argument is of the wrong type or shape, not finite, or no covariance.
+    Arguments are as of :func:`gaussian_kl`, but covariances may be semidefinite; the result is a 0-d float64 tensor, in
+    the samples' unit. Its square, of features, is the Frechet distance that FID is.
 
     Source: Dowson and Landau, The Frechet Distance between Multivariate Normal Distributions, JMVA 12, 1982.
 
@@ -514,7 +412,7 @@ def gaussian_wasserstein(mean_p: Numbers, cov_p: Numbers, mean_q: Numbers, cov_q
 
 
 def _root(name: str, cov: Tensor) -> Tensor:
-    """The symmetric square root of a positive semidefinite matrix."""
+    """Return the symmetric square root of a positive semidefinite matrix."""
     values, vectors = torch.linalg.eigh(cov)
     if values[0] < -1e-6 * values[-1].abs():
         raise ValueError(f"{name}: expected a positive semidefinite covariance, got eigenvalue {values[0].item():g}")

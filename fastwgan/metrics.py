@@ -1,4 +1,4 @@
-"""What a step measured."""
+"""The numbers that a step measured."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ def _entry(name: str, i: int) -> Tensor | None:
 
 
 class Metrics:
-    """What one step measured, as 0-d device tensors; None where the step has no such thing.
+    """The numbers that one step measured, as 0-d device tensors; None where the step has no such thing.
 
     Reading a value (``float``, ``print``, :meth:`as_dict`) is the only thing here that waits for the device.
 
@@ -50,19 +50,11 @@ class Metrics:
     penalty, gradient_norm, gradient_norm_min, gradient_norm_max = (_entry("_penalty", i) for i in range(len(PENALTY)))
 
     def __init__(
-        self,
-        *,
-        scores: Tensor | None = None,
-        penalty: Tensor | None = None,
-        weight: float = 0.0,
-        saturation: Tensor | None = None,
-        generator_loss: Tensor | None = None,
-        nonfinite: tuple[Tensor, ...] = (),
-    ) -> None:
+        self, *, scores: Tensor | None = None, penalty: Tensor | None = None, weight: float = 0.0,
+        saturation: Tensor | None = None, generator_loss: Tensor | None = None, nonfinite: tuple[Tensor, ...] = (),
+    ) -> None:  # fmt: skip
         self._scores, self._penalty, self._weight = scores, penalty, weight
-        self.saturation = saturation
-        self.generator_loss = generator_loss
-        self._nonfinite = nonfinite
+        self.saturation, self.generator_loss, self._nonfinite = saturation, generator_loss, nonfinite
 
     def include(self, other: "Metrics") -> None:
         """Take in what the generator step behind this critic step measured."""
@@ -80,13 +72,13 @@ class Metrics:
         return sum(self._nonfinite[1:], self._nonfinite[0]) if self._nonfinite else None
 
     def as_dict(self) -> dict[str, float]:
-        """The values that there are, as floats. Waits for the device."""
+        """Return the values that there are, as floats. Waits for the device."""
         return read([self])[0]
 
     def _parts(self) -> list[tuple[Tensor, tuple[str, ...]]]:
         """Return the tensors that there are, each with the names of its entries."""
-        counts = [(count, ("nonfinite",)) for count in self._nonfinite]
-        others = [(self.saturation, ("saturation",)), (self.generator_loss, ("generator_loss",)), *counts]
+        others = [(self.saturation, ("saturation",)), (self.generator_loss, ("generator_loss",))]
+        others += [(count, ("nonfinite",)) for count in self._nonfinite]
         return [(x, names) for x, names in [(self._scores, SCORES), (self._penalty, PENALTY), *others] if x is not None]
 
     def _values(self, numbers: Iterator[float]) -> dict[str, float]:
@@ -103,7 +95,7 @@ class Metrics:
 
 
 def read(metrics: Sequence[Metrics]) -> list[dict[str, float]]:
-    """The values of many steps as floats, with one transfer: :meth:`Metrics.as_dict` of each. Waits for the device."""
+    """Return :meth:`Metrics.as_dict` of each of many steps, with one transfer. Waits for the device."""
     tensors = [x.detach().reshape(-1) for each in metrics for x, _ in each._parts()]
     numbers = iter(torch.cat(tensors).tolist() if tensors else ())
     return [each._values(numbers) for each in metrics]

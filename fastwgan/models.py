@@ -11,25 +11,16 @@ from torch.nn.functional import avg_pool2d, interpolate, relu
 from fastwgan import checks
 
 __all__ = [
-    "InstanceNoise",
-    "ctgan_critic",
-    "ctgan_generator",
-    "dcgan_critic",
-    "dcgan_generator",
-    "mlp",
-    "patch_critic",
-    "resnet_critic",
+    "InstanceNoise", "ctgan_critic", "ctgan_generator", "dcgan_critic", "dcgan_generator", "mlp", "resnet_critic",
     "resnet_generator",
-]
+]  # fmt: skip
 
 
 class InstanceNoise(nn.Module):
-    """A critic that is shown samples with Gaussian noise while it trains, and samples as they are in evaluation.
+    """A critic that is shown samples [N, ...] with Gaussian noise while it trains, and as they are in evaluation.
 
-    Args:
-        critic: maps samples [N, ...] (and conditions) to scores.
-        scale: standard deviation of the noise, >= 0, in the samples' units. It is kept in the buffer ``scale``, for
-            noise that decays: ``critic.scale.fill_(0.1)``.
+    The noise's standard deviation, ``scale`` >= 0 in the samples' units, is kept in a buffer, for noise that decays:
+    ``critic.scale.fill_(0.1)``. Conditions go to the critic as they are.
 
     Source: arXiv 1701.04862, section 3.
 
@@ -41,10 +32,8 @@ class InstanceNoise(nn.Module):
 
     def __init__(self, critic: nn.Module, scale: float) -> None:
         super().__init__()
-        value = checks.number("scale", scale, minimum=0)
-        device = next((p.device for p in critic.parameters()), None)
-        self.critic = critic
-        self.register_buffer("scale", torch.full((), value, device=device))
+        self.critic, device = critic, next((p.device for p in critic.parameters()), None)
+        self.register_buffer("scale", torch.full((), checks.number("scale", scale, minimum=0), device=device))
 
     def forward(self, x: Tensor, *cond: Any) -> Tensor:
         if self.training:
@@ -79,7 +68,7 @@ def mlp(
     return nn.Sequential(*layers)
 
 
-def _init_dcgan(module: nn.Module) -> None:
+def init_dcgan(module: nn.Module) -> None:
     """N(0, 0.02) weights and N(1, 0.02) BatchNorm scales. DCGAN, arXiv 1511.06434, section 4."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
@@ -94,11 +83,8 @@ def dcgan_critic(*, channels: int = 3, width: int = 64, norm: bool = True, size:
     while size > 8:
         layers.append(nn.Conv2d(width, 2 * width, 4, 2, 1, bias=False))
         width, size = 2 * width, size // 2
-        if norm:
-            layers.append(nn.BatchNorm2d(width))
-        layers.append(nn.LeakyReLU(0.2))
-    layers += [nn.Conv2d(width, 1, 4, 1, 0, bias=False), nn.Flatten()]
-    return nn.Sequential(*layers).apply(_init_dcgan)
+        layers += [nn.BatchNorm2d(width), nn.LeakyReLU(0.2)] if norm else [nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, 0, bias=False), nn.Flatten()).apply(init_dcgan)
 
 
 class _AsImage(nn.Module):
@@ -111,16 +97,11 @@ def dcgan_generator(latent: int = 100, *, channels: int = 3, width: int = 64, si
     deepest = width * size // 8
     layers: list[nn.Module] = [_AsImage(), nn.ConvTranspose2d(latent, deepest, 4, 1, 0, bias=False)]
     while size > 8:
-        layers += [nn.BatchNorm2d(deepest), nn.ReLU()]
-        layers.append(nn.ConvTranspose2d(deepest, deepest // 2, 4, 2, 1, bias=False))
+        up = nn.ConvTranspose2d(deepest, deepest // 2, 4, 2, 1, bias=False)
+        layers += [nn.BatchNorm2d(deepest), nn.ReLU(), up]
         deepest, size = deepest // 2, size // 2
-    layers += [
-        nn.BatchNorm2d(deepest),
-        nn.ReLU(),
-        nn.ConvTranspose2d(deepest, channels, 4, 2, 1, bias=False),
-        nn.Tanh(),
-    ]
-    return nn.Sequential(*layers).apply(_init_dcgan)
+    last = nn.ConvTranspose2d(deepest, channels, 4, 2, 1, bias=False)
+    return nn.Sequential(*layers, nn.BatchNorm2d(deepest), nn.ReLU(), last, nn.Tanh()).apply(init_dcgan)
 
 
 # Tables
@@ -167,13 +148,8 @@ def ctgan_generator(latent: int, columns: int, *, width: int = 256, pack: int = 
 
     Source: arXiv 1907.00503, section 4.4.
     """
-    return nn.Sequential(
-        _Rows(latent),
-        _Concatenated(latent, width),
-        _Concatenated(latent + width, width),
-        nn.Linear(latent + 2 * width, columns),
-        _Rows(pack * columns),
-    )
+    hidden = _Concatenated(latent, width), _Concatenated(latent + width, width)
+    return nn.Sequential(_Rows(latent), *hidden, nn.Linear(latent + 2 * width, columns), _Rows(pack * columns))
 
 
 # Images of 32x32
@@ -210,16 +186,9 @@ def resnet_critic(*, channels: int = 3, width: int = 128, norm: bool = False) ->
 
     Source: arXiv 1704.00028, appendix, the CIFAR-10 ResNet; the first block as in its authors' code.
     """
-    return nn.Sequential(
-        Residual(channels, width, 0.5, norm=norm, first=True),
-        Residual(width, width, 0.5, norm=norm),
-        Residual(width, width, 1, norm=norm),
-        Residual(width, width, 1, norm=norm),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(width, 1),
-    )
+    blocks = [Residual(channels, width, 0.5, norm=norm, first=True)]
+    blocks += [Residual(width, width, scale, norm=norm) for scale in (0.5, 1, 1)]
+    return nn.Sequential(*blocks, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 1))
 
 
 def resnet_generator(latent: int = 128, *, channels: int = 3, width: int = 128) -> nn.Sequential:
@@ -228,35 +197,7 @@ def resnet_generator(latent: int = 128, *, channels: int = 3, width: int = 128) 
     Source: arXiv 1704.00028, appendix, the CIFAR-10 ResNet.
     """
     return nn.Sequential(
-        nn.Linear(latent, 16 * width),
-        nn.Unflatten(1, (width, 4, 4)),
+        nn.Linear(latent, 16 * width), nn.Unflatten(1, (width, 4, 4)),
         *(Residual(width, width, 2, norm=True) for _ in range(3)),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-        nn.Conv2d(width, channels, 3, padding=1),
-        nn.Tanh(),
-    )
-
-
-# Images of 256x256
-
-
-def patch_critic(*, channels: int = 3, width: int = 64, norm: str = "instance") -> nn.Sequential:
-    """pix2pix's 70x70 discriminator: a score for each patch, [N, 1, 30, 30] for 256x256 images.
-
-    Args:
-        channels: of the images.
-        width: of the first layer.
-        norm: "batch", or "instance", which takes each image by itself as a gradient penalty has to. pix2pix, at one
-            image to a batch, does not tell them apart.
-
-    Source: arXiv 1611.07004, section 6.1.2.
-    """
-    if norm not in ("batch", "instance"):
-        raise ValueError(f"norm: expected 'batch' or 'instance', got {norm!r}")
-    layers: list[nn.Module] = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]
-    for stride in (2, 2, 1):
-        layers.append(nn.Conv2d(width, 2 * width, 4, stride, 1, bias=False))  # void before a norm
-        width *= 2
-        layers += [nn.BatchNorm2d(width) if norm == "batch" else nn.InstanceNorm2d(width), nn.LeakyReLU(0.2)]
-    return nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, 1)).apply(_init_dcgan)
+        nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, channels, 3, padding=1), nn.Tanh(),
+    )  # fmt: skip

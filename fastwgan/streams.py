@@ -1,8 +1,7 @@
 """Random streams: seeds for those that are a trainer's own, and the state of those that a process has."""
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from enum import IntEnum
 from typing import Any
 
@@ -30,12 +29,12 @@ def stream_seed(seed: int, stream: int) -> int:
 
 
 def process_streams(device: torch.device) -> dict[str, Any]:
-    """Where PyTorch's streams on the CPU and ``device``, NumPy's and Python's stand, as tensors and plain numbers."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - what networks and data may use
+    """Return where PyTorch's streams on the CPU and ``device``, NumPy's and Python's stand, as tensors and numbers."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - what networks and data may use
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "numpy": (name, torch.from_numpy(np.asarray(keys, np.int64)), int(position), int(has_gauss), float(gauss)),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, np.int64)), *rest),
         "python": random.getstate(),
     }
 
@@ -51,8 +50,6 @@ def set_process_streams(state: dict[str, Any], device: torch.device) -> None:
     random.setstate((version, tuple(words), gauss))
 
 
-@contextmanager
-def random_kept(device: torch.device) -> Iterator[None]:
-    """Put PyTorch's global random state back to what it was after the block."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
+def random_kept(device: torch.device) -> AbstractContextManager[None]:
+    """Return a block that puts PyTorch's global random state back to what it was."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])

@@ -21,27 +21,22 @@ COMMANDS = {
 MOVED = {"bench": "python -m benchmarks steps (or ops)", "experiment": "python -m benchmarks experiment"}
 
 
-def _parser() -> Parser:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit status: 0, 1 if a verification failed, 2 on a bad argument, 130 after Ctrl-C."""
     parser = Parser(prog="fastwgan", description="Wasserstein GANs on fused Triton kernels.")
     parser.add_argument("--version", action="version", version=f"fastwgan {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (module, meaning) in COMMANDS.items():
         command = commands.add_parser(name, help=meaning)
-        module.add_arguments(command)
         command.set_defaults(run=module.run)
+        for option, details in module.OPTIONS.items():
+            command.add_argument(option, **details)
     for name, now in MOVED.items():
         commands.add_parser(name, help=f"has left the package: {now}")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit status: 0, 1 if a verification failed, 2 on a bad argument, 130 after Ctrl-C."""
-    parser = _parser()
     given = sys.argv[1:] if argv is None else argv
     for name in set(given[:1]) & MOVED.keys():
         parser.error(f"{name} has left the package: run {MOVED[name]} in a checkout of the source")
-    args = parser.parse_args(given)
-    status = run(parser, args)
+    status = run(parser, parser.parse_args(given))
     if argv is None and dist.is_torchelastic_launched():
         sys.stderr.flush()
         os._exit(status)  # PyTorch's threads now and then abort an interpreter that shuts down round them

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +14,7 @@ from fastwgan.data.files import BadDataError
 INTERRUPTED = 130  # exit status, which a shell reports for a command that Ctrl-C has ended
 MOST = 1_000_000  # samples in a batch or a file
 EVER = 10**15  # steps
+Options = dict[str, dict[str, Any]]  # of a command: what argparse is told of each
 
 
 class UserError(Exception):
@@ -22,7 +23,7 @@ class UserError(Exception):
 
 @contextmanager
 def problems() -> Iterator[None]:
-    """Whatever goes wrong while arguments and files are read is the user's to mend; later it would be ours."""
+    """Raise UserError for whatever goes wrong while arguments and files are read; later it would be ours to mend."""
     try:
         yield
     except ImportError as error:
@@ -33,8 +34,7 @@ def problems() -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, status 2."""
+    def error(self, message: str) -> NoReturn:  # in one line
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -42,13 +42,10 @@ def number(kind: Callable[[str], float], least: float, end: float, expected: str
     """Return an argument type: a number from ``least`` on and below ``end``."""
 
     def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = end
-        if not least <= value < end:
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return value
+        with suppress(ValueError):
+            if least <= (value := kind(text)) < end:
+                return value
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
 
     return parse
 
@@ -59,6 +56,7 @@ def integer(least: int, most: int) -> Callable[[str], Any]:
 
 
 SEED = integer(0, 2**63 - 1)
+BACKEND = {"choices": ("auto", "triton", "torch"), "default": "auto"}
 
 
 def device(name: str | None) -> torch.device:

@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -28,31 +27,17 @@ def image_grid(images: Tensor, path: Path) -> None:
 
 def points(generated: Tensor, real: Tensor | None, path: Path) -> None:
     """Write generated points [N, D] over real ones [M, D]: their first two coordinates, or a histogram of the one."""
-    figure = Figure(figsize=(6, 6), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
+    figure, line = Figure(figsize=(6, 6), dpi=110, layout="constrained"), generated.shape[1] == 1
+    axes = figure.add_subplot(xlabel="x", ylabel="density" if line else "y", aspect="auto" if line else "equal")
     clouds = [] if real is None else [(real, f"real ({len(real)})", "0.75", 1.0)]
-    clouds.append((generated, f"generated ({len(generated)})", "tab:orange", 0.6))
-    for cloud, label, color, alpha in clouds:
+    for cloud, label, color, alpha in (*clouds, (generated, f"generated ({len(generated)})", "tab:orange", 0.6)):
         columns = cloud.float().cpu().T.numpy()
-        if len(columns) == 1:
+        if line:
             axes.hist(columns[0], bins=100, density=True, color=color, alpha=alpha, label=label)
         else:
             axes.scatter(columns[0], columns[1], s=6, c=color, alpha=alpha, linewidths=0, label=label)
-    axes.set_xlabel("x")
-    if generated.shape[1] == 1:
-        axes.set_ylabel("density")
-    else:
-        axes.set_aspect("equal")
-        axes.set_ylabel("y")
     axes.legend(loc="upper right", markerscale=2)
     figure.savefig(path)
-
-
-def _panel(axes: Axes, rows: list[dict[str, str]], column: str, label: str) -> None:
-    drawn = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
-    axes.plot(*zip(*drawn, strict=True), linewidth=1)
-    axes.set_ylabel(label)
-    axes.grid(alpha=0.3)
 
 
 def curves(log: Path, path: Path) -> None:
@@ -60,11 +45,14 @@ def curves(log: Path, path: Path) -> None:
     with log.open(newline="") as file:
         rows = list(csv.DictReader(file))
     figure = Figure(figsize=(8, 6), dpi=110, layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    _panel(upper, rows, "wasserstein", "Wasserstein estimate")
+    lower = {"saturation": "share of weights on the bound"}
     if any(row["penalty"] for row in rows):
-        _panel(lower, rows, "penalty", "penalty, unweighted")
-    else:
-        _panel(lower, rows, "saturation", "share of weights on the bound")
-    lower.set_xlabel("critic step")
+        lower = {"penalty": "penalty, unweighted"}
+    drawn = {"wasserstein": "Wasserstein estimate"} | lower
+    for axes, (column, label) in zip(figure.subplots(2, 1, sharex=True), drawn.items(), strict=True):
+        there = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
+        axes.plot(*zip(*there, strict=True), linewidth=1)
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    axes.set_xlabel("critic step")
     figure.savefig(path)

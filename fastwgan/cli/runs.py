@@ -4,10 +4,10 @@ import math
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,49 +27,42 @@ CONSTRAINTS = ("clip", "penalty")
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 REPORTED = 10  # unusable files that are named
 
+Shape = tuple[int, ...]
 Batches = ShuffledBatches | SampledBatches
 Optimizer = Callable[..., torch.optim.Optimizer]
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """Networks and numbers that work for samples of a kind, on a CPU."""
 
     latent: int
     width: int
     hidden: int  # layers of an MLP; 0 is a DCGAN
-    clip: tuple[WeightClip, Optimizer]
-    penalty: tuple[GradientPenalty, Optimizer]
     batch_size: int
     n_critic: int
     steps: int
+    clip: tuple[WeightClip, Optimizer]
+    penalty: tuple[GradientPenalty, Optimizer]
 
 
 SMALL_IMAGES = Recipe(
-    latent=64, width=256, hidden=2, batch_size=64, n_critic=3, steps=20_000,
-    clip=(WeightClip(0.05), partial(RMSprop, lr=2e-4)),
-    penalty=(GradientPenalty(10.0), partial(Adam, lr=1e-3, betas=(0.0, 0.9))),
+    latent=64, width=256, hidden=2, batch_size=64, clip=(WeightClip(0.05), partial(RMSprop, lr=2e-4)),
+    n_critic=3, steps=20_000, penalty=(GradientPenalty(10.0), partial(Adam, lr=1e-3, betas=(0.0, 0.9))),
 )  # fmt: skip
 IMAGES = Recipe(
-    latent=100, width=32, hidden=0, batch_size=64, n_critic=5, steps=20_000,
-    clip=(WeightClip(0.01), partial(RMSprop, lr=5e-5)),
-    penalty=(GradientPenalty(10.0), partial(Adam, lr=2e-4, betas=(0.0, 0.9))),
+    latent=100, width=32, hidden=0, batch_size=64, clip=(WeightClip(0.01), partial(RMSprop, lr=5e-5)),
+    n_critic=5, steps=20_000, penalty=(GradientPenalty(10.0), partial(Adam, lr=2e-4, betas=(0.0, 0.9))),
 )  # fmt: skip
 POINTS = Recipe(
-    latent=2, width=256, hidden=3, batch_size=256, n_critic=5, steps=6_000,
-    clip=(WeightClip(0.1), partial(RMSprop, lr=2e-4)),
-    penalty=(GradientPenalty(0.1), partial(Adam, lr=5e-4, betas=(0.5, 0.9))),
+    latent=2, width=256, hidden=3, batch_size=256, clip=(WeightClip(0.1), partial(RMSprop, lr=2e-4)),
+    n_critic=5, steps=6_000, penalty=(GradientPenalty(0.1), partial(Adam, lr=5e-4, betas=(0.5, 0.9))),
 )  # fmt: skip
 
 
-def recipe_for(shape: tuple[int, ...]) -> Recipe:
-    """Return the recipe for samples of a shape.
-
-    Raises:
-        ValueError: they are images that no recipe makes.
-    """
+def recipe_for(shape: Shape) -> Recipe:
+    """Return the recipe for samples of a shape, or raise ValueError for images that no recipe makes."""
     if len(shape) == 1:
-        return replace(POINTS, latent=min(max(POINTS.latent, shape[0]), SMALL_IMAGES.latent))
+        return POINTS._replace(latent=min(max(POINTS.latent, shape[0]), SMALL_IMAGES.latent))
     _, height, width = shape
     if max(height, width) <= files.AS_THEY_ARE:
         return SMALL_IMAGES
@@ -80,27 +73,20 @@ def recipe_for(shape: tuple[int, ...]) -> Recipe:
 
 
 def is_known(name: str) -> bool:
-    """Whether ``name`` is one of :data:`DATA`, or KIND:PATH with one of :data:`fastwgan.files.KINDS`."""
+    """Return whether ``name`` is one of DATA, or KIND:PATH with one of files.KINDS."""
     kind, _, path = name.partition(":")
     return name in DATA or (kind in files.KINDS and bool(path))
 
 
 @dataclass(frozen=True)
 class Config:
-    """What a run is, kept in its checkpoint; a resumed run has to be the same one.
-
-    Attributes:
-        data: what ``--data`` named.
-        shape: of a sample, which decides the networks; the data need not be there to rebuild them.
-        size, channels: what was asked of the files.
-        batch_size: of all processes together.
-    """
+    """The settings of a run, kept in its checkpoint; a resumed run has to be the same one."""
 
     data: str
-    shape: tuple[int, ...]
-    batch_size: int
+    shape: Shape  # of a sample, which decides the networks; the data need not be there to rebuild them
+    batch_size: int  # of all processes together
     n_critic: int
-    size: int | None = None
+    size: int | None = None  # this and the next: what was asked of the files
     channels: int | None = None
     constraint: str = "penalty"
     seed: int = 0
@@ -110,12 +96,15 @@ class Config:
 
     @classmethod
     def of(cls, content: dict[str, Any], path: Path) -> "Config":
-        """The one that ``fastwgan train`` put into a checkpoint."""
+        """Return the settings that ``fastwgan train`` put into a checkpoint."""
         config = content.get("config")
         if not isinstance(config, dict) or config.keys() != cls.__dataclass_fields__.keys():
             raise ValueError(f"{path} was not written by fastwgan train")
-        known = is_known(config["data"]) and config["constraint"] in CONSTRAINTS and len(config["shape"]) in (1, 3)
-        if not known:
+        if (
+            not is_known(config["data"])
+            or config["constraint"] not in CONSTRAINTS
+            or len(config["shape"]) not in (1, 3)
+        ):
             raise ValueError(f"{path} is of a run that this version does not know: {config}")
         return cls(**config)
 
@@ -124,36 +113,27 @@ class Config:
         known = asdict(self) | {"size": self.shape[-1], "channels": self.shape[0]}
         for field, value in given.items():
             if known[field] != value:
-                option = "--" + field.replace("_", "-")
-                raise ValueError(f"{option}: the run in {out} has {known[field]}, got {value}")
+                raise ValueError(f"--{field.replace('_', '-')}: the run in {out} has {known[field]}, got {value}")
 
-    @property
-    def recipe(self) -> Recipe:
-        return recipe_for(self.shape)
-
-    def make_generator(self) -> nn.Sequential:
-        recipe, shape = self.recipe, self.shape
-        if not recipe.hidden:
-            return models.dcgan_generator(recipe.latent, channels=shape[0], width=recipe.width, size=shape[-1])
-        sizes = [recipe.latent, *[recipe.width] * recipe.hidden, math.prod(shape)]
-        return models.mlp(sizes) if len(shape) == 1 else models.mlp(sizes, shape=shape, tanh=True)
-
-    def make_critic(self) -> nn.Sequential:
-        recipe, shape = self.recipe, self.shape
+    def make_networks(self) -> tuple[nn.Module, nn.Module]:
+        """Return the generator and the critic."""
+        recipe, shape, elements = recipe_for(self.shape), self.shape, math.prod(self.shape)
         if not recipe.hidden:  # a penalty takes each sample's gradient by itself, and BatchNorm mixes them
-            norm = self.constraint == "clip"
-            return models.dcgan_critic(channels=shape[0], width=recipe.width, norm=norm, size=shape[-1])
-        return models.mlp([math.prod(shape), *[recipe.width] * recipe.hidden, 1], slope=0.2)
+            sizes, norm = {"channels": shape[0], "width": recipe.width, "size": shape[-1]}, self.constraint == "clip"
+            return models.dcgan_generator(recipe.latent, **sizes), models.dcgan_critic(norm=norm, **sizes)
+        hidden, images = [recipe.width] * recipe.hidden, len(shape) == 3
+        generator = models.mlp([recipe.latent, *hidden, elements], shape=shape if images else (), tanh=images)
+        return generator, models.mlp([elements, *hidden, 1], slope=0.2)
 
     def make_trainer(self, device: torch.device, backend: Backend) -> Trainer:
         torch.manual_seed(self.seed)
-        generator, critic = self.make_generator().to(device), self.make_critic().to(device)
-        constraint, optimizer = self.recipe.clip if self.constraint == "clip" else self.recipe.penalty
+        generator, critic = (network.to(device) for network in self.make_networks())
+        recipe = recipe_for(self.shape)
+        constraint, optimizer = recipe.clip if self.constraint == "clip" else recipe.penalty
         trainer = Trainer(
-            generator, critic, latent=self.recipe.latent, constraint=constraint,
+            generator, critic, latent=recipe.latent, constraint=constraint, n_critic=self.n_critic,
             critic_optimizer=optimizer(critic.parameters(), backend=backend),
-            generator_optimizer=optimizer(generator.parameters(), backend=backend),
-            n_critic=self.n_critic, seed=self.seed, backend=backend,
+            generator_optimizer=optimizer(generator.parameters(), backend=backend), seed=self.seed, backend=backend,
             amp=PRECISIONS[self.amp] if self.amp else None, ema=self.ema, nonfinite=self.nonfinite,
         )  # fmt: skip
         seed = stream_seed(self.seed, Stream.PROCESS + trainer.rank)  # another in each process
@@ -188,15 +168,16 @@ class Config:
         pictures.points(generated, real, path)
 
 
-def read_samples(
-    name: str, size: int | None, channels: int | None, workers: int
-) -> tuple[Samples | None, tuple[int, ...]]:
-    """(the samples of a data set, None if they are drawn afresh; the shape of one)."""
+def read_samples(name: str, size: int | None, channels: int | None, workers: int) -> tuple[Samples | None, Shape]:
+    """Return the samples of a data set, None if they are drawn afresh, and one's shape; rank 0 names unusable files."""
     kind, _, path = name.partition(":")
     if path:
         found = files.read(kind, Path(path).expanduser(), size=size, channels=channels, workers=workers)
-        if isinstance(found, files.ImageFolder):
-            _report(found)
+        unusable = found.unusable if isinstance(found, files.ImageFolder) and not Ranks().rank else []
+        for file, reason in unusable[:REPORTED]:
+            print(f"fastwgan: skipped {file}: {' '.join(reason.split())}", file=sys.stderr)
+        if len(unusable) > REPORTED:
+            print(f"fastwgan: skipped {len(unusable) - REPORTED} more files", file=sys.stderr)
         return found, found.shape
     for option, value in (("--size", size), ("--channels", channels)):
         if value is not None:
@@ -205,13 +186,3 @@ def read_samples(
         return None, (2,)
     images, _ = digits()
     return images, tuple(images.shape[1:])
-
-
-def _report(folder: files.ImageFolder) -> None:
-    """Name what was left out, on stderr; one process does."""
-    if Ranks().rank:
-        return
-    for path, reason in folder.unusable[:REPORTED]:
-        print(f"fastwgan: skipped {path}: {' '.join(reason.split())}", file=sys.stderr)
-    if len(folder.unusable) > REPORTED:
-        print(f"fastwgan: skipped {len(folder.unusable) - REPORTED} more files", file=sys.stderr)

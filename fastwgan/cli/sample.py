@@ -7,20 +7,18 @@ import numpy as np
 import torch
 
 from fastwgan import checkpoint
-from fastwgan.cli.common import MOST, SEED, integer, problems
-from fastwgan.cli.runs import Config
+from fastwgan.cli.common import MOST, SEED, Options, integer, problems
+from fastwgan.cli.runs import Config, recipe_for
 from fastwgan.streams import Stream, stream_seed
 
 AT_ONCE = 500  # samples that one forward pass makes
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="a last.pt of fastwgan train")
-    add("--ema", action="store_true", help="by the running average of the generator's weights")
-    add("--count", type=integer(1, MOST), default=100)
-    add("--seed", type=SEED, default=0)
-    add("--out", type=Path, required=True, help="F.npy for the numbers, F.png for a picture")
+OPTIONS: Options = {
+    "--checkpoint": {"type": Path, "required": True, "help": "a last.pt of fastwgan train"},
+    "--ema": {"action": "store_true", "help": "by the running average of the generator's weights"},
+    "--count": {"type": integer(1, MOST), "default": 100},
+    "--seed": {"type": SEED, "default": 0},
+    "--out": {"type": Path, "required": True, "help": "F.npy for the numbers, F.png for a picture"},
+}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,15 +27,14 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--out: expected a name ending in .npy or .png, got {args.out}")
         content = checkpoint.load(args.checkpoint)
         config = Config.of(content, args.checkpoint)
-        generator = config.make_generator()
+        generator = config.make_networks()[0].eval()
         generator.load_state_dict(content["trainer"]["generator"])
         if args.ema and config.ema is None:
             raise ValueError(f"--ema: {args.checkpoint} is of a run without")
         if args.ema:
             generator.load_state_dict(content["trainer"]["ema"], strict=False)  # buffers stay the generator's
-    generator.eval()
     random = torch.Generator().manual_seed(stream_seed(args.seed, Stream.DRAW))
-    latents = torch.randn(args.count, config.recipe.latent, generator=random)
+    latents = torch.randn(args.count, recipe_for(config.shape).latent, generator=random)
     with torch.no_grad():
         samples = torch.cat([generator(z) for z in torch.split(latents, AT_ONCE)])
     if args.out.suffix == ".npy":

@@ -1,7 +1,4 @@
-"""Streams of batches: endless iterators whose position can be saved and restored.
-
-A resumed run sees the batches that the uninterrupted one would have seen.
-"""
+"""Streams of batches: endless iterators whose position can be saved, so that a resumed run sees the same batches."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -13,18 +10,19 @@ from torch import Tensor
 
 __all__ = ["SampledBatches", "Samples", "ShuffledBatches"]
 
+Draw = Callable[[int, torch.Generator], Tensor]
+
 
 class Samples(Protocol):
     """A fixed set of samples, read when they are asked for. A tensor [N, ...] is one, too."""
 
     def __len__(self) -> int: ...
-
     def __getitem__(self, indices: Tensor, /) -> Tensor:
-        """The samples [n, ...] of int64 ``indices`` [n] on the CPU. May be called by several threads at once."""
+        """Return the samples [n, ...] of int64 ``indices`` [n] on the CPU. Several threads may call it at once."""
 
 
 class _Batches(Iterator[Tensor]):
-    """What the streams share: random numbers, and the rows of each batch of all ranks that are this rank's."""
+    """The random numbers of a stream, and the rows of each batch of all ranks that are this rank's."""
 
     def __init__(self, batch_size: int, seed: int, rank: int, world: int) -> None:
         if world < 1 or batch_size < 1 or batch_size % world:
@@ -36,7 +34,7 @@ class _Batches(Iterator[Tensor]):
         self._random = torch.Generator().manual_seed(seed)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch that was handed out; the same on all ranks."""
+        """Return the position after the last batch that was handed out; the same on all ranks."""
         return {"random": self._random.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -48,15 +46,11 @@ class ShuffledBatches(_Batches):
     """Endless batches of a fixed set of samples, each drawn once per epoch, every batch full.
 
     Args:
-        samples: a tensor [N, ...], or anything that reads its samples when they are asked for.
-        batch_size: of all ranks together; may exceed N, as a batch runs on into the next epoch.
+        samples: a tensor [N, ...], or anything that reads its samples when they are asked for; none raise ValueError.
+        batch_size: of all ranks together, a multiple of ``world``; may exceed N, and runs on into the next epoch then.
         seed: of the order, the same for all ranks.
         rank, world: which process of how many this is. Of each batch it reads batch_size / world rows, its own.
-        workers: threads that read the batches to come, one each; 0 reads a batch when it is due. The batches are the
-            same for any number.
-
-    Raises:
-        ValueError: there are no samples, or ``batch_size``, ``rank`` and ``world`` do not fit together.
+        workers: threads that read the batches to come, one each, which changes no batch; 0 reads one when it is due.
     """
 
     def __init__(
@@ -94,11 +88,7 @@ class ShuffledBatches(_Batches):
         return {"samples": len(self._samples), "order": self._order.clone(), **super().state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a position.
-
-        Raises:
-            ValueError: it is one in another number of samples.
-        """
+        """Go on from a position; ValueError if it is one in another number of samples."""
         if state["samples"] != len(self._samples):
             raise ValueError(f"state: expected one of {len(self._samples)} samples, got {state['samples']}")
         super().load_state_dict(state)
@@ -111,19 +101,13 @@ class SampledBatches(_Batches):
 
     Args:
         draw: (n, generator) -> points [n, ...], one of :data:`fastwgan.data.TOYS`.
-        batch_size: points in a batch of all ranks together.
-        seed: of the points, the same for all ranks.
+        batch_size, seed, rank, world: as of :class:`ShuffledBatches`; each rank gets its own of a batch's points.
         device: where the batches go.
-        rank, world: which process of how many this is; each gets batch_size / world of a batch's points, its own.
-
-    Raises:
-        ValueError: ``batch_size``, ``rank`` and ``world`` do not fit together.
     """
 
     def __init__(
-        self, draw: Callable[[int, torch.Generator], Tensor], batch_size: int, seed: int, device: torch.device,
-        *, rank: int = 0, world: int = 1,
-    ) -> None:  # fmt: skip
+        self, draw: Draw, batch_size: int, seed: int, device: torch.device, *, rank: int = 0, world: int = 1
+    ) -> None:
         super().__init__(batch_size, seed, rank, world)
         self._draw, self._device = draw, device
 

@@ -1,7 +1,8 @@
 """Samples in the user's files: a folder of images, a .npy array, MNIST's idx format. Read when they are asked for.
 
 Each kind is a class of :class:`fastwgan.data.Samples` whose ``shape`` is one sample's: (D,) for points, (C, H, W) for
-images. Samples are float32, images in [-1, 1].
+images. Samples are float32, images in [-1, 1]. With a ``size``, one of :data:`SIZES`, an image's shorter side is scaled
+to it, and the middle of the longer one kept. What is wrong with a file or an argument raises ValueError or OSError.
 """
 
 import gzip
@@ -36,7 +37,14 @@ class BadDataError(ValueError):
     """A file does not hold what it should; some of them come to light only when the sample's turn comes."""
 
 
-# A folder of images
+def _expect(fine: bool, expected: str, got: object) -> None:
+    if not fine:
+        raise BadDataError(f"path: expected {expected}, got {got}")
+
+
+def _check_size(size: int | None) -> None:
+    if size is not None and size not in SIZES:
+        raise ValueError(f"size: expected one of {', '.join(map(str, SIZES))}, got {size}")
 
 
 def _image_files(root: Path) -> list[Path]:
@@ -48,11 +56,7 @@ def _image_files(root: Path) -> list[Path]:
 
 
 def _decode(path: Path) -> Any:
-    """The Pillow image of a file, upright.
-
-    Raises:
-        BadDataError: it cannot be read, or has more than 8 bits to a channel, which Pillow would clip.
-    """
+    """Return the Pillow image of a file, upright, or raise BadDataError; over 8 bits, too, as Pillow would clip."""
     from PIL import Image, ImageOps
 
     try:
@@ -65,86 +69,58 @@ def _decode(path: Path) -> Any:
     return upright
 
 
-def _modes(paths: list[Path]) -> list[tuple[str, str]]:
-    """For each file (its mode, "") or ("", why it cannot be used)."""
-    modes = []
-    for path in paths:
-        try:
-            modes.append((_decode(path).mode, ""))
-        except BadDataError as error:
-            modes.append(("", str(error)))
-    return modes
+def _mode(path: Path) -> tuple[str, str]:
+    """Return an image file's mode and "", or "" and why it cannot be used."""
+    try:
+        return _decode(path).mode, ""
+    except BadDataError as error:
+        return "", str(error)
 
 
 class ImageFolder:
-    """All image files under a directory, in the order of their names; the shorter side scaled to ``size``, the middle
-    of the longer one kept, transparency dropped.
+    """All image files under a directory, in the order of their names, without transparency. Needs Pillow.
 
-    Every file is decoded once at the start, which finds those that cannot be, and then whenever its turn comes.
-
-    Args:
-        path: of the directory.
-        size: height and width of the samples, one of :data:`SIZES`.
-        channels: 3 for RGB, 1 for gray; None takes what the first usable image is.
-        workers: threads that look through the files.
-
-    Attributes:
-        shape: (channels, size, size).
-        unusable: the files that were left out, each with the reason.
-
-    Raises:
-        ValueError: there is no such directory, or no usable image in it, or an argument is none of its values.
-        ImportError: Pillow is not installed.
+    Every file is decoded once at the start, by ``workers`` threads, and then whenever its turn comes. Those that cannot
+    be are left out, and in ``unusable`` with the reason. ``channels`` is 3 for RGB, 1 for gray; None takes what the
+    first usable image is.
     """
 
-    def __init__(
-        self, path: Path | str, size: int = FOLDER_SIZE, channels: int | None = None, workers: int = 1
-    ) -> None:
+    def __init__(self, path: Path | str, size: int = FOLDER_SIZE, channels: int | None = None, workers: int = 1):
         from PIL import Image
 
         root = Path(path)
         _check_size(size)
         if channels not in (None, 1, 3):
             raise ValueError(f"channels: expected 1 or 3, got {channels}")
-        if not root.is_dir():
-            raise BadDataError(f"path: expected a directory of images, got {root}")
+        _expect(root.is_dir(), "a directory of images", root)
         found = _image_files(root)
         Image.init()  # else the first threads to meet a rare format race for it, and some find it unknown
         parts = [found[i : i + TOGETHER] for i in range(0, len(found), TOGETHER)]
         with ThreadPoolExecutor(max(1, workers)) as pool:
-            modes = dict(zip(found, (mode for part in pool.map(_modes, parts) for mode in part), strict=True))
-        usable = {path: mode for path, (mode, _) in modes.items() if mode}
-        self.unusable = [(path, problem) for path, (_, problem) in modes.items() if problem]
-        if not usable:
-            first = f"; {self.unusable[0][0].name}: {self.unusable[0][1]}" if found else ""
-            raise BadDataError(f"path: expected images in {root}, got {len(found)} files that could be one{first}")
+            looked = pool.map(lambda part: [(path, *_mode(path)) for path in part], parts)
+            modes = [each for part in looked for each in part]
+        usable = {path: mode for path, mode, _ in modes if mode}
+        self.unusable = [(path, problem) for path, _, problem in modes if problem]
+        first = "".join(f"; {path.name}: {problem}" for path, problem in self.unusable[:1])
+        _expect(bool(usable), f"images in {root}", f"{len(found)} files that could be one{first}")
         self._paths = list(usable)
         self.shape = (channels or (1 if usable[self._paths[0]] in GRAY else 3), size, size)
 
     def __len__(self) -> int:
         return len(self._paths)
 
-    def _pixels(self, path: Path) -> np.ndarray:
+    def __getitem__(self, indices: Tensor) -> Tensor:
         from PIL import ImageOps
 
-        channels, height, width = self.shape
-        try:
-            image = _decode(path).convert("L" if channels == 1 else "RGB")
-        except BadDataError as error:  # it was all right at the start
-            raise BadDataError(f"path: {path} has become unusable ({error})") from error
-        return np.asarray(ImageOps.fit(image, (width, height))).reshape(height, width, channels)
-
-    def __getitem__(self, indices: Tensor) -> Tensor:
-        pixels = torch.from_numpy(np.stack([self._pixels(self._paths[i]) for i in indices.tolist()]))
-        return pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
-
-
-# Arrays
-
-
-def _check_size(size: int | None) -> None:
-    if size is not None and size not in SIZES:
-        raise ValueError(f"size: expected one of {', '.join(map(str, SIZES))}, got {size}")
+        (channels, height, width), pixels = self.shape, []
+        for path in (self._paths[i] for i in indices.tolist()):
+            try:
+                image = _decode(path).convert("L" if channels == 1 else "RGB")
+            except BadDataError as error:  # it was all right at the start
+                raise BadDataError(f"path: {path} has become unusable ({error})") from error
+            pixels.append(np.asarray(ImageOps.fit(image, (width, height))).reshape(height, width, channels))
+        images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+        return images.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
 
 
 def _existing(path: Path) -> Path:
@@ -162,7 +138,7 @@ class _Rows:
         return len(self._array)
 
     def __getitem__(self, indices: Tensor) -> Tensor:
-        """The rows as float32, all of them finite."""
+        """Return the rows as float32, all of them finite."""
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is reported as such
             rows = torch.from_numpy(np.ascontiguousarray(self._array[indices.numpy()], np.float32))
         bad = ~rows.isfinite().flatten(1).all(1)
@@ -173,27 +149,15 @@ class _Rows:
 
 
 class Points(_Rows):
-    """The rows of a floating-point array [N, D], as they are. Well-behaved ones are of about unit size.
-
-    Attributes:
-        shape: (D,).
-    """
+    """The rows of a floating-point array [N, D], as they are. Well-behaved ones are of about unit size."""
 
 
 class ArrayImages(_Rows):
-    """Images [N, H, W], [N, C, H, W] or [N, H, W, C] of an array, C being 1 or 3.
+    """Images [N, H, W], [N, C, H, W] or [N, H, W, C] of an array, C being 1 or 3, the second of both if it can be.
 
-    Args:
-        array: uint8, which is scaled to [-1, 1], or floats, which have to lie there. With 1 or 3 both in second and in
-            last place, the second is C.
-        path: for messages.
-        size: height and width of the samples, one of :data:`SIZES`: the shorter side is scaled to it, the middle of
-            the longer one kept. None leaves them as they are.
-        padded: first put black round images, up to the next square of a power of two. They keep their pixels so: 28x28
-            becomes 32x32. With no ``size``, those up to 16x16 stay as they are.
-
-    Attributes:
-        shape: (C, H, W).
+    They are uint8, which is scaled to [-1, 1], or floats, which have to lie there; without a ``size`` as large as they
+    are. If ``padded``, black is put round them first, up to the next square of a power of two: 28x28 becomes 32x32, and
+    only those up to 16x16 with no ``size`` stay as they are. ``path`` is for messages.
     """
 
     def __init__(self, array: np.ndarray, path: Path, size: int | None = None, *, padded: bool = False) -> None:
@@ -215,33 +179,26 @@ class ArrayImages(_Rows):
         images = super().__getitem__(indices)
         if self._array.dtype == np.uint8:
             images = images / 127.5 - 1
-        elif images.abs().max() > 1 + ROUNDING:
+        else:
             least, most = images.aminmax()
-            raise BadDataError(f"path: expected float images in [-1, 1], got {least:g} to {most:g} in {self._path}")
+            fine = bool(torch.maximum(-least, most) <= 1 + ROUNDING)
+            _expect(fine, "float images in [-1, 1]", f"{least:g} to {most:g} in {self._path}")
         images = pad(images, self._pad, value=-1.0)
-        return images if images.shape[1:] == self.shape else _fitted(images, self.shape[-1])
-
-
-def _fitted(images: Tensor, size: int) -> Tensor:
-    """Images [N, C, H, W] with the shorter side scaled to ``size`` and the middle of the longer one kept."""
-    scale = size / min(images.shape[-2:])
-    height, width = (max(size, round(side * scale)) for side in images.shape[-2:])
-    images = interpolate(images, (height, width), mode="bilinear", antialias=True, align_corners=False)
-    top, left = (height - size) // 2, (width - size) // 2
-    return images[..., top : top + size, left : left + size].contiguous()
+        if images.shape[1:] == self.shape:
+            return images
+        size = self.shape[-1]
+        scale = size / min(images.shape[-2:])
+        height, width = (max(size, round(side * scale)) for side in images.shape[-2:])
+        images = interpolate(images, (height, width), mode="bilinear", antialias=True, align_corners=False)
+        top, left = (height - size) // 2, (width - size) // 2
+        return images[..., top : top + size, left : left + size].contiguous()
 
 
 def read_npy(path: Path | str, size: int | None = None) -> Points | ArrayImages:
-    """The samples of a .npy file, which is mapped into memory and not read.
+    """Return the samples of a .npy file, which is mapped into memory and not read.
 
-    Args:
-        path: of the file: floats [N, D] are points; uint8, or floats in [-1, 1], of three or four dimensions are
-            images, as :class:`ArrayImages` takes them.
-        size: of images; None leaves them as they are.
-
-    Raises:
-        ValueError: it is no such file, or ``size`` is given for points.
-        FileNotFoundError: there is none.
+    Floats [N, D] are points, which take no ``size``; uint8, or floats in [-1, 1], of three or four dimensions are
+    images, as :class:`ArrayImages` takes them.
     """
     _check_size(size)
     path = _existing(Path(path))
@@ -251,29 +208,21 @@ def read_npy(path: Path | str, size: int | None = None) -> Points | ArrayImages:
         raise BadDataError(f"path: {path} is no usable npy file ({error})") from error
     got = f"{array.dtype} {list(array.shape)} in {path}"
     floats = np.issubdtype(array.dtype, np.floating)
-    if not array.size:
-        raise BadDataError(f"path: expected samples, got none: {got}")
+    _expect(array.size > 0, "samples", f"none: {got}")
     if array.ndim == 2 and floats:
         if size is not None:
             raise ValueError(f"size: is for images, and {path} holds points")
         return Points(array, path)
-    image = array.ndim == 3 or (array.ndim == 4 and (array.shape[1] in (1, 3) or array.shape[3] in (1, 3)))
-    if not image or not (floats or array.dtype == np.uint8):
-        wanted = "floats [N, D], or uint8 or floats [N, H, W], [N, C, H, W] or [N, H, W, C] with C 1 or 3"
-        raise BadDataError(f"path: expected {wanted}, got {got}")
+    images = array.ndim == 3 or (array.ndim == 4 and not {1, 3}.isdisjoint(array.shape[1::2]))
+    wanted = "floats [N, D], or uint8 or floats [N, H, W], [N, C, H, W] or [N, H, W, C] with C 1 or 3"
+    _expect(images and (floats or array.dtype == np.uint8), wanted, got)
     return ArrayImages(array, path, size)
 
 
 def read_idx(path: Path | str, size: int | None = None) -> ArrayImages:
-    """Gray images in the format of MNIST's files, gzipped or not: 28x28 is padded to 32x32.
+    """Return gray images in the format of MNIST's files, gzipped or not: 28x28 is padded to 32x32, then scaled to size.
 
-    Args:
-        path: of the file, or of a directory that has MNIST's training images under their own name.
-        size: that the padded images are scaled to; None leaves them.
-
-    Raises:
-        ValueError: it is no such file, or not whole.
-        FileNotFoundError: there is none.
+    ``path`` is a file, or a directory that has MNIST's training images under their own name.
     """
     path = Path(path)
     _check_size(size)
@@ -288,27 +237,20 @@ def read_idx(path: Path | str, size: int | None = None) -> ArrayImages:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
             raise BadDataError(f"path: {path} is damaged ({error})") from error
-    magic = int.from_bytes(content[:4], "big")
-    if len(content) < 16 or magic != IDX_IMAGES:
-        wanted = f"an idx file of images, which begins with 0x{IDX_IMAGES:08x}"
-        raise BadDataError(f"path: expected {wanted}, got 0x{magic:08x} and {len(content)} bytes in {path}")
+    magic, wanted = int.from_bytes(content[:4], "big"), f"an idx file of images, which begins with 0x{IDX_IMAGES:08x}"
+    fine = len(content) >= 16 and magic == IDX_IMAGES
+    _expect(fine, wanted, f"0x{magic:08x} and {len(content)} bytes in {path}")
     n, height, width = (int(side) for side in np.frombuffer(content, ">u4", 3, 4))
-    if len(content) - 16 != n * height * width:
-        needed = f"{n} images of {height}x{width} after 16 bytes"
-        raise BadDataError(f"path: expected {needed} in {path}, got {len(content) - 16} bytes there")
-    if not n * height * width:
-        raise BadDataError(f"path: expected images, got {n} of {height}x{width} in {path}")
+    elements, rest = n * height * width, len(content) - 16
+    _expect(rest == elements, f"{n} images of {height}x{width} after 16 bytes in {path}", f"{rest} bytes there")
+    _expect(elements > 0, "images", f"{n} of {height}x{width} in {path}")
     return ArrayImages(np.frombuffer(content, np.uint8, offset=16).reshape(n, height, width), path, size, padded=True)
 
 
 def read(
     kind: str, path: Path | str, *, size: int | None = None, channels: int | None = None, workers: int = 0
 ) -> ImageFolder | Points | ArrayImages:
-    """The samples of one of :data:`KINDS` at ``path``; ``channels`` and ``workers`` are for a folder.
-
-    Raises:
-        ValueError, OSError: as the kind's own function does.
-    """
+    """Return samples of one of :data:`KINDS`, as its own function does; channels and workers are for a folder."""
     if kind == "folder":
         return ImageFolder(path, size or FOLDER_SIZE, channels, workers)
     if channels is not None:

@@ -28,14 +28,10 @@ def refuse_samples(batches: object) -> None:
 
 
 def endless(batches: Iterable[Any], device: torch.device, pack: int) -> Iterator[list[Any]]:
-    """Yield the samples and conditions of each batch, and begin again when the batches end.
+    """Yield the samples and conditions of each batch, begun again when the batches end, in whole packs, on ``device``.
 
-    Args:
-        batches: samples, or tuples (samples, *conditions). Tensors and arrays become tensors on ``device``.
-        pack: samples at the end of a batch that fill no pack, as a short last batch has, are left out.
-
-    Raises:
-        TypeError, ValueError: a batch holds no numbers or nothing at all, or there are no batches any more.
+    Samples that fill no pack, as at the end of a short last batch, are left out. A batch without numbers, an empty one
+    and the end of batches that cannot be started again raise.
     """
     set_epoch = getattr(getattr(batches, "sampler", None), "set_epoch", None)
     for epoch in count():

@@ -14,22 +14,17 @@ __all__ = ["Health", "HealthWarning"]
 
 # Steps that are judged together. A run's first window only counts non-finite steps: anything goes while it starts.
 WINDOW = 500
-
 # Steps of a window. Fewer are no fault of the training's: a loss scale finds its range by overflowing a few times.
 NONFINITE = 10
-
 # Share of steps in each of two windows in a row. Working runs: one window of at most 0.42, later ones 0.25; sign
 # changes 0.27. Critics that learn too slowly: 0.5 to 1; those whose learning rate is far too high change sign in 0.5.
 NEGATIVE, SIGN_CHANGES = 0.45, 0.4
-
 # Times the penalty's target. Working runs: a mean of 1.0 to 2.2 and no norm above 7.3, with penalties of a hundredth of
 # the usual weight. Where the penalty has lost its grip: means from 6.5 to 85,000, and norms from 23 up.
 STEEP_MEAN, STEEP_MAX = 6, 20
-
 # Times the target of a two-sided penalty, which pulls norms up as well. Working runs: above 1.0; slow ones 0.15. Other
 # penalties may rightly bring the norm near 0, though not to 0.
 FLAT_MEAN = 0.1
-
 # Mean share of weights on their bound. Working runs: up to 0.41. Near 1 the critic is the signs of its weights.
 SATURATION = 0.95
 
@@ -39,25 +34,19 @@ class HealthWarning(UserWarning):
 
 
 def _mean(steps: Sequence[Mapping[str, float]], name: str) -> float:
-    """The mean over the steps that have a finite value; NaN, which is neither above nor below anything, for none."""
+    """Return the mean over the steps that have a finite value; NaN, neither above nor below anything, for none."""
     values = [step[name] for step in steps if math.isfinite(step.get(name, math.nan))]
     return sum(values) / len(values) if values else math.nan
 
 
 class Health:
-    """Looks at every step's values and gives each piece of advice once.
-
-    Args:
-        constraint: how the critic is kept Lipschitz. Gradient norms are measured by its ``kind`` and ``target``.
-    """
+    """Looks at every step's values and gives each piece of advice once; norms by the constraint's kind and target."""
 
     def __init__(self, constraint: object) -> None:
         self._kind, self._target = getattr(constraint, "kind", None), getattr(constraint, "target", 0.0)
         self._clamps = isinstance(constraint, WeightClip)  # rows on NormClip's bound still have a direction
         self._window: list[Mapping[str, float]] = []
-        self._bad = 0  # steps of the window
-        self._first = True
-        self._lagged = False  # in the window before
+        self._bad, self._first, self._lagged = 0, True, False  # steps of this window; this one; the one before
         self._given: set[str] = set()
 
     def watch(self, steps: Sequence[Mapping[str, float]]) -> list[str]:
@@ -68,10 +57,8 @@ class Health:
             self._bad += step.get("nonfinite", 0) != 0 or not math.isfinite(step.get("wasserstein", 0))
             advice = {}
             if self._bad >= NONFINITE:
-                advice["finite"] = (
-                    f"{self._bad} of {len(self._window)} steps had gradients or scores that were infinite or NaN: "
-                    "lower the learning rates, and look for such numbers in the data"
-                )
+                bad = f"{self._bad} of {len(self._window)} steps had gradients or scores that were infinite or NaN"
+                advice["finite"] = f"{bad}: lower the learning rates, and look for such numbers in the data"
             if len(self._window) == WINDOW:
                 advice |= {} if self._first else self._judge_window()
                 self._window, self._bad, self._first = [], 0, False
@@ -81,10 +68,9 @@ class Health:
 
     def _judge_window(self) -> dict[str, str]:
         """Return the advice on a full window, by kind."""
-        kind, target, norm = self._kind, self._target, _mean(self._window, "gradient_norm")
+        kind, target, advice = self._kind, self._target, {}
+        norm, saturation = (_mean(self._window, name) for name in ("gradient_norm", "saturation"))
         most = max(step.get("gradient_norm_max", 0.0) for step in self._window)
-        saturation = _mean(self._window, "saturation")
-        advice = {}
         if kind in ("two-sided", "one-sided") and target and (norm > STEEP_MEAN * target or most > STEEP_MAX * target):
             advice["steep"] = (
                 f"the critic's gradient norm was {norm:.3g} on average and {most:.3g} at most, far above the "

@@ -22,18 +22,19 @@ EXTREMES: dict[str, Join] = {"gradient_norm_min": min, "gradient_norm_max": max}
 
 
 class Averages:
-    """The mean of each value over the steps in which it is there and finite.
+    """The mean, least or greatest of each value over the steps in which it is there and finite.
 
-    ``gradient_norm_min`` is the least, ``gradient_norm_max`` the greatest. ``skipped`` counts the steps whose update
-    was skipped, as a gradient was not finite.
+    ``skipped`` counts the steps whose update was skipped, as a gradient was not finite.
     """
 
     def __init__(self) -> None:
         self._totals: dict[str, float] = {}
         self._counts: Counter[str] = Counter()
 
+    def __bool__(self) -> bool:
+        return bool(self._counts)
+
     def add(self, step: Mapping[str, float]) -> None:
-        """Take up one step's values."""
         self._counts["skipped"] += step.get("nonfinite", 0) > 0
         for name, value in step.items():
             if math.isfinite(value):
@@ -42,7 +43,6 @@ class Averages:
                 self._totals[name] = join(self._totals[name], value) if name in self._totals else value
 
     def values(self) -> dict[str, float]:
-        """The averages that there are, and ``skipped``."""
         averages = {name: x if name in EXTREMES else x / self._counts[name] for name, x in self._totals.items()}
         return averages | {"skipped": self._counts["skipped"]}
 
@@ -55,20 +55,18 @@ class Interval:
     def __init__(self) -> None:
         self._held: list[Metrics] = []
         self._averages = Averages()
-        self._empty = True
 
     def __bool__(self) -> bool:
-        """Whether there have been steps since the last end."""
-        return not self._empty
+        """Return whether there have been steps since the last end."""
+        return bool(self._held or self._averages)
 
     def add(self, step: Metrics, *, last: bool) -> list[dict[str, float]]:
         """Take up a step; return what was read: all that is held after the ``last``, mostly nothing before."""
         self._held.append(step)
-        self._empty = False
         return self.read() if last or len(self._held) == self.HELD else []
 
     def read(self) -> list[dict[str, float]]:
-        """The values of the steps that have not been read yet, oldest first. Waits for the device."""
+        """Return the values of the steps that have not been read yet, oldest first. Waits for the device."""
         steps = metrics.read(self._held)
         self._held.clear()
         for step in steps:
@@ -76,83 +74,63 @@ class Interval:
         return steps
 
     def end(self) -> dict[str, float]:
-        """The averages of all steps read since the last end."""
-        values = self._averages.values()
-        self._averages, self._empty = Averages(), True
+        """Return the averages of all steps read since the last end."""
+        values, self._averages = self._averages.values(), Averages()
         return values
 
 
-def _rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """The columns and complete rows of a log; what a killed process left without a line's end is no row."""
-
-    def complete(row: Mapping[str | None, Any]) -> bool:
-        try:
-            int(row["step"]), float(row["seconds"])
-        except (KeyError, TypeError, ValueError):
-            return False
-        return None not in row and None not in row.values()  # which stand for cells too many and too few
-
-    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
-    reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
-    rows = [row for row in reader if complete(row)]
-    return list(reader.fieldnames or ()), rows
+def _is_row(row: Mapping[str | None, Any]) -> bool:
+    try:
+        int(row["step"]), float(row["seconds"])
+    except (KeyError, TypeError, ValueError):
+        return False
+    return None not in row and None not in row.values()  # which stand for cells too many and too few
 
 
 class CSVLog:
     """A row of averages for each interval, in a file that a resumed run goes on with.
 
-    Args:
-        path: the file. Its rows past ``start``, left by a run that was killed, are dropped; columns of its own that it
-            has from another version stay.
-        start: the step that the run starts from.
+    Rows past ``start``, left by a run that was killed, are dropped; columns from another version stay.
     """
 
     def __init__(self, path: Path, start: int) -> None:
-        columns, rows = _rows(path)
-        kept = [row for row in rows if int(row["step"]) <= start]
-        columns = [*COLUMNS, *(name for name in columns if name not in COLUMNS)]
-        self._seconds = float(kept[-1]["seconds"]) if kept else 0.0
+        text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # what a killed process left without a line's end is no row
+        reader = csv.DictReader(io.StringIO(whole, newline=""))
+        kept = [row for row in reader if _is_row(row) and int(row["step"]) <= start]
+        columns = [*dict.fromkeys((*COLUMNS, *(reader.fieldnames or ())))]
+        self._begun = time.perf_counter() - (float(kept[-1]["seconds"]) if kept else 0.0)
         with written(path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
             writer.writerows(kept)
         self._file = path.open("a", newline="")
         self._writer = csv.DictWriter(self._file, columns, restval="")
-        self._begun = time.perf_counter()
+        self.close = self._file.close
 
     def write(self, step: int, generator_step: int, values: Mapping[str, float]) -> None:
-        seconds = round(self._seconds + time.perf_counter() - self._begun, 3)
+        seconds = round(time.perf_counter() - self._begun, 3)
         self._writer.writerow({"step": step, "generator_step": generator_step, "seconds": seconds, **values})
         self._file.flush()
 
-    def close(self) -> None:
-        self._file.close()
-
 
 class TensorBoardLog:
-    """The same values as scalars of TensorBoard, by critic step. Needs tensorboard.
-
-    Args:
-        directory: where its event files go; steps past ``start`` in those of an earlier run are hidden.
-        start: the step that the run starts from.
-    """
+    """The same values as scalars of TensorBoard, by critic step. Those of an earlier run past ``start`` are hidden."""
 
     def __init__(self, directory: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer: Any = SummaryWriter(str(directory), purge_step=start + 1 if start else None)
+        self.close = self._writer.close
 
     def write(self, step: int, generator_step: int, values: Mapping[str, float]) -> None:
         for name, value in {"generator_step": generator_step, **values}.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def close(self) -> None:
-        self._writer.close()
-
 
 class Progress:
-    """A bar with steps per second, the Wasserstein estimate and how the critic's constraint fares. Needs rich.
+    """A bar with steps per second, the Wasserstein estimate and how the critic's constraint fares.
 
     Where the output is no terminal, only its last state is printed.
     """
@@ -161,22 +139,16 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        self._bar = Bar(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[values]}"),
-            TimeRemainingColumn(),
-        )  # fmt: skip
+        values = TextColumn("{task.fields[values]}")
+        self._bar = Bar(TextColumn("training"), BarColumn(), MofNCompleteColumn(), values, TimeRemainingColumn())
         self._task = self._bar.add_task("", total=total, completed=start, values="")
         self._bar.start()
+        self.close = self._bar.stop
         self._last = (start, time.perf_counter())
 
     def write(self, step: int, generator_step: int, values: Mapping[str, float]) -> None:
-        before, then = self._last
-        self._last = (step, time.perf_counter())
-        told = [f"{(step - before) / max(self._last[1] - then, 1e-9):.1f} it/s"]
-        for name, label in (("wasserstein", "W"), ("penalty", "penalty"), ("saturation", "saturation")):
-            if name in values:
-                told.append(f"{label} {values[name]:.4g}")
+        (before, then), self._last = self._last, (step, time.perf_counter())
+        rate = f"{(step - before) / max(self._last[1] - then, 1e-9):.1f} it/s"
+        names = {"wasserstein": "W", "penalty": "penalty", "saturation": "saturation"}
+        told = [rate, *(f"{label} {values[name]:.4g}" for name, label in names.items() if name in values)]
         self._bar.update(self._task, completed=step, values="  ".join(told))
-
-    def close(self) -> None:
-        self._bar.stop()

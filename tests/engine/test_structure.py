@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules import module as hooks
 from torch.nn.utils import parametrizations
 
+from benchmarks.workloads import patch_critic
 from fastwgan import GradientPenalty, Trainer, models
 from fastwgan.engine import eager, structure
 
@@ -442,7 +443,7 @@ KNOWN = {  # with the shape of a sample
     "ctgan, evaluating": (lambda: models.ctgan_critic(3, width=8, pack=2).eval(), 6),
     "resnet": (lambda: models.resnet_critic(width=2), 3, 32, 32),
     "resnet, evaluating": (lambda: models.resnet_critic(width=2, norm=True).eval(), 3, 32, 32),
-    "patch": (lambda: models.patch_critic(width=2), 3, 32, 32),
+    "patch": (lambda: patch_critic(width=2), 3, 32, 32),
 }
 
 
@@ -457,7 +458,7 @@ def test_own_critics_share_one_pass(name, taken):
 
 
 def test_own_critics_with_batchnorm_or_changes_are_unknown():
-    normed = (models.dcgan_critic(), models.resnet_critic(norm=True), models.patch_critic(norm="batch"))
+    normed = (models.dcgan_critic(), models.resnet_critic(norm=True), patch_critic(norm="batch"))
     assert [structure.layers(critic, 4) for critic in normed] == [None] * 3
     assert structure.layers(models.ctgan_critic(3), 2)  # its dropout in training is no reason
     assert structure.layers(models.resnet_critic(), 3) is None
