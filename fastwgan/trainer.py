@@ -96,7 +96,7 @@ class Trainer:
     Source: WGAN, arXiv 1701.07875, Algorithm 1; WGAN-GP, arXiv 1704.00028, Algorithm 1.
 
     >>> G, D = nn.Linear(8, 2), nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 1))
-    >>> trainer = Trainer(G, D, latent=8, constraint=GradientPenalty())
+    >>> trainer = Trainer(G, D, latent=8, constraint=WeightClip(0.05))
     >>> metrics = trainer.step(torch.randn(32, 2))
     >>> trainer.critic_iterations, trainer.sample(4).shape
     (1, torch.Size([4, 2]))

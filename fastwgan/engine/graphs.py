@@ -316,7 +316,7 @@ class Graphs:
                 warnings.warn(
                     f"cuda_graph: steps run without CUDA graphs, as the {found}, whose forward pass may read what a "
                     "graph would keep; cuda_graph=True says that it does not",
-                    stacklevel=6,
+                    stacklevel=7,
                 )
             self._foreign = bool(found)
             self._changes += 1
@@ -324,7 +324,7 @@ class Graphs:
                 warnings.warn(
                     f"cuda_graph: no graph could serve, as networks or optimizers changed before each of {RESTLESS} "
                     "steps, as where a forward pass rebinds a buffer or counts on a number: write to buffers in place",
-                    stacklevel=6,
+                    stacklevel=7,
                 )
 
     def forget(self) -> None:
@@ -404,4 +404,4 @@ class Graphs:
         if self._required:
             raise RuntimeError(message) from cause
         self._refused = True
-        warnings.warn(f"{message}; training goes on without CUDA graphs", stacklevel=6)
+        warnings.warn(f"{message}; training goes on without CUDA graphs", stacklevel=7)

@@ -308,11 +308,18 @@ class Player:
         return {name: self.averages[p] if p in self.averages else _wide_copy(p) for name, p in floating}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of the parts, of the network as it is."""
+        """Return the states of the parts, of the network as it is; the optimizer follows it when a step is taken."""
+        first, kept = self.optimizer.param_groups[0], (self._left.copy(), self._listed)
+        params, state = list(first["params"]), dict(self.optimizer.state)
         self._follow_by_default(list(self.module.parameters()))
+        optimizer = self.optimizer.state_dict()
+        if self._default:
+            (self._left, self._listed), first["params"][:] = kept, params
+            self.optimizer.state.clear()
+            self.optimizer.state.update(state)
         return {
             "module": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "guard": self.guard.state_dict(),
             "averages": None if self.ema is None else self.named_averages(),
         }

@@ -27,8 +27,6 @@ class Sharing:
 
     def batch(self, real: Tensor, fake: Tensor, cond: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """Return both as one batch for one pass, or as two; copies where a pass may write to the caller's samples."""
-        if self._independent:
-            self._refuse_untrue(real, cond)
         self._ndim, self._conditional = real.dim(), bool(cond)
         self.known = not cond and structure.layers(self._critic, real.dim()) is not None
         plain = all(isinstance(c, (Tensor, bool, int, float, str, NoneType)) for c in cond)
@@ -38,8 +36,10 @@ class Sharing:
         both = torch.cat((real, fake))
         return (both,) if self.together else both.tensor_split(2)
 
-    def _refuse_untrue(self, real: Tensor, cond: tuple[Any, ...]) -> None:
+    def check(self, real: Tensor, cond: tuple[Any, ...]) -> None:
         """Raise ValueError where the user's word cannot be true."""
+        if not self._independent:
+            return
         if structure.has_batchnorm(self._critic, training=True):
             got = "BatchNorm in training mode"
             raise ValueError(f"independent_samples: expected no layer that mixes samples, got {got}")

@@ -112,6 +112,7 @@ class Steps:
 
     def _critic_step(self, weight: float, real: Tensor, z: Any, *cond: Any) -> Settled:
         """Return the results of a critic step: draw, make fakes, choose points, share, differentiate, settle."""
+        self.sharing.check(real, cond)
         parameters = self.critic.prepare()
         z = self.latents.of_step(len(real), z)
         real, fake = self.passes.pair(real, z, cond)

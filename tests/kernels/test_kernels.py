@@ -168,7 +168,7 @@ def _signatures(body, path=""):
 
 def test_the_stub_has_the_sources_signatures():
     """Type checkers read kernels.pyi, in which each module of the kernels is a class."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     stub = ast.parse((root / "fastwgan/kernels.pyi").read_text())
     modules = [node for node in stub.body if isinstance(node, ast.ClassDef)]
     assert len(modules) == 10

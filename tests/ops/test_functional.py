@@ -115,7 +115,7 @@ def test_the_share_on_the_bound_is_the_references(dtype, device):
 
 @pytest.mark.emulated
 def test_a_captured_clamp_outlives_a_schedule_of_bounds():
-    from recording import Recording  # here, as there is no such thing on a GPU
+    from fake_cuda_graph import Recording  # here, as there is no such thing on a GPU
 
     p = torch.full((5,), 3.0)
     functional.clip_weights_([p], 0.5, backend="triton")
