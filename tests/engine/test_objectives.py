@@ -153,7 +153,6 @@ def test_compiled_steps(name, monkeypatch):
         ("blend", {"_objective_kernel", "_guard_kernel", "_update_kernel"}),
         ("drift", {"_objective_kernel", "_interpolate_kernel", "_penalty_kernel", "_guard_kernel", "_update_kernel"}),
         ("DRAGAN", {"_perturb_kernel", "_penalty_kernel", "_guard_kernel", "_update_kernel"}),
-        ("DRAGAN", {"_perturb_kernel", "_penalty_kernel", "_guard_kernel", "_update_kernel"}),
     ],
 )
 def test_each_part_is_one_launch(name, launches):
