@@ -27,11 +27,11 @@ def refuse_samples(batches: object) -> None:
     raise TypeError(f"batches: expected an iterable of batches, got {kind}{remedy}")
 
 
-def endless(batches: Iterable[Any], device: torch.device, pack: int) -> Iterator[list[Any]]:
+def endless(batches: Iterable[Any], device: torch.device, pack: int) -> Iterator[list[Any] | None]:
     """Yield the samples and conditions of each batch, begun again when the batches end, in whole packs, on ``device``.
 
-    Samples that fill no pack, as at the end of a short last batch, are left out. A batch without numbers, an empty one
-    and the end of batches that cannot be started again raise.
+    Samples that fill no pack, as at the end of a short last batch, are left out; for a batch that fills none, None is
+    yielded. A batch without numbers, an empty one and the end of batches that cannot be started again raise.
     """
     set_epoch = getattr(getattr(batches, "sampler", None), "set_epoch", None)
     for epoch in count():
@@ -44,9 +44,11 @@ def endless(batches: Iterable[Any], device: torch.device, pack: int) -> Iterator
                 raise ValueError("batches: expected samples in each batch, got an empty one")
             n = len(parts[0]) if isinstance(parts[0], Tensor) and parts[0].dim() else 0
             whole = n - n % pack
-            if whole or not n:
-                empty = False
-                yield parts if whole == n else [x[:whole] if checks.is_batched(x, n) else x for x in parts]
+            if n and not whole:
+                yield None
+                continue
+            empty = False
+            yield parts if whole == n else [x[:whole] if checks.is_batched(x, n) else x for x in parts]
         if empty:
             raise ValueError(
                 "batches: expected more batches, but the iterable is empty, has no batch that fills a pack, or has "

@@ -176,7 +176,9 @@ def fit(
         stream = endless(batches, trainer.device, trainer.pack)
         while done < steps and not ended():
             with saved_on(BaseException):
-                parts = next(stream)
+                parts = next(parts for parts in stream if parts is not None or (alone and stop.is_set()))
+            if parts is None:  # it fills no pack, and Ctrl-C has come
+                break
             with saved_on(TypeError, ValueError):  # the batch cannot be used; no weight has changed
                 metrics = trainer.step(*parts)
             done += 1
