@@ -209,6 +209,14 @@ def test_means_of_more_scores_than_programs_take_at_once(device):
     torch.testing.assert_close(means.double(), reference.score_statistics(real.double(), fake.double()))
 
 
+def test_scores_are_shared_by_no_more_programs_than_sum_them(device, monkeypatch):
+    """Gradients of more chunks have more programs, which leave the scores alone."""
+    monkeypatch.setattr(kernels.guard, "MAX_PROGRAMS", 2)
+    real, fake = randn(5 * SCORES_CHUNK, device) + 3, randn(5, device)
+    means = assert_guards(kernels.guard.Guard(), fresh(device), [randn(6 * CHUNK, device)], (real, fake))
+    torch.testing.assert_close(means.double(), reference.score_statistics(real.double(), fake.double()))
+
+
 def test_scores_that_are_not_finite_show_but_skip_nothing(device):
     real = torch.tensor([1.0, math.inf], device=device)
     state = fresh(device)
