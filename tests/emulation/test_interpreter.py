@@ -18,7 +18,7 @@ FILES = (
 @pytest.mark.skipif(conftest.KERNELS == "in Triton's interpreter", reason="all tests are run there")
 def test_the_kernels_pass_there():
     """In a process of its own, as kernels are compiled or interpreted for as long as one lives."""
-    files = [Path(conftest.__file__).with_name(f"{name}.py") for name in FILES]
+    files = [Path(conftest.__file__).parent / f"{name}.py" for name in FILES]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "--tb=short", *files]
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"FASTWGAN_KERNELS": "interpreter"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
