@@ -24,6 +24,8 @@ from fastwgan.training.logs import CSVLog, Interval, Progress, TensorBoardLog
 
 __all__ = ["TrainerLike", "fit"]
 
+Log = CSVLog | TensorBoardLog | Progress
+
 
 class TrainerLike(Protocol):
     """The loop's view of a trainer."""
@@ -93,11 +95,12 @@ def fit(
             new, or the batches end for good.
         ImportError, OSError: a package is missing; a file cannot be written. The last checkpoint is as it was.
     """
-    for name, value, minimum in (
-        ("steps", steps, 0), ("log_every", log_every, 1), ("save_every", save_every, 1), ("keep", keep, 1),
-        ("sample_count", sample_count, 1), ("sample_every", 1 if sample_every is None else sample_every, 1),
+    checks.count("steps", steps, 0)
+    for name, value in (
+        ("log_every", log_every), ("save_every", save_every), ("keep", keep), ("sample_count", sample_count),
+        ("sample_every", 1 if sample_every is None else sample_every),
     ):  # fmt: skip
-        checks.count(name, value, minimum)
+        checks.count(name, value)
     if (sample_every is None) != (draw is None):
         raise ValueError("draw: expected together with sample_every, got one of them")
     directory = None if out is None else Path(out)
@@ -112,7 +115,7 @@ def fit(
     if directory is not None and not start and (directory / checkpoint.LAST).exists():
         raise ValueError(f"out: {directory} holds a run, which a new one would overwrite")
     done, stop, interval, health = 0, threading.Event(), Interval(), Health(trainer.constraint)
-    logs: list[CSVLog | TensorBoardLog | Progress] = []
+    logs: list[Log] = []
 
     def due(every: int | None) -> bool:
         return every is not None and trainer.critic_iterations % every == 0
@@ -163,14 +166,9 @@ def fit(
                 stop.set()
 
     with ExitStack() as stack:
-        if first and directory is not None:
-            directory.mkdir(parents=True, exist_ok=True)
-            checkpoint.clean(directory)
-            logs.append(stack.enter_context(closing(CSVLog(directory / "metrics.csv", start))))
-            if tensorboard:
-                logs.append(stack.enter_context(closing(TensorBoardLog(directory, start))))
-        if first and progress:
-            logs.append(stack.enter_context(closing(Progress(start, start + steps))))
+        if first:
+            opened = _opened(directory, start, tensorboard=tensorboard, end=start + steps if progress else None)
+            logs.extend(stack.enter_context(closing(log)) for log in opened)
         if threading.current_thread() is threading.main_thread():  # no other may handle signals
             stack.enter_context(_interruptible(stop, alone=alone))
         stream = endless(batches, trainer.device, trainer.pack)
@@ -200,6 +198,18 @@ def fit(
         trainer.check_finite()
         save()
     return done
+
+
+def _opened(directory: Path | None, start: int, *, tensorboard: bool, end: int | None) -> Iterator[Log]:
+    """Yield the logs that are asked for, each opened in its turn: in a directory, and a progress bar up to ``end``."""
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        checkpoint.clean(directory)
+        yield CSVLog(directory / "metrics.csv", start)
+        if tensorboard:
+            yield TensorBoardLog(directory, start)
+    if end is not None:
+        yield Progress(start, end)
 
 
 @contextmanager
