@@ -39,14 +39,9 @@ class Draw(NamedTuple):
 
 
 class Constraint:
-    """The base of all constraints: what a trainer asks of one. This one asks for nothing.
+    """The base of all constraints: what a trainer asks of one. This one asks for nothing."""
 
-    Attributes:
-        bounds_weights: whether weights are held to a bound after each update.
-        exclude: names or modules whose parameters are left alone.
-    """
-
-    bounds_weights = False
+    bounds_weights = False  # after each update, but those of the parameters that ``exclude`` names
     exclude: tuple[str | type[nn.Module], ...] = ()
 
     def default_optimizer(self, parameters: list[nn.Parameter], backend: Backend) -> Gated:
@@ -65,9 +60,7 @@ class Constraint:
         """Return how many numbers of a random stream :meth:`points` uses."""
         return 0
 
-    def points(
-        self, real: Tensor, fake: Tensor, weight: float, draw: Draw, pack: int, backend: Backend
-    ) -> Penalised:  # fmt: skip
+    def points(self, real: Tensor, fake: Tensor, weight: float, draw: Draw, pack: int, backend: Backend) -> Penalised:
         """Return the points that are penalised in a step on real and fake samples [N, ...]."""
         raise NotImplementedError
 
@@ -123,7 +116,7 @@ class Clip(Constraint):
             if p not in excluded:
                 checks.bound("bound", self.bound, checks.parameter("critic", p).dtype)
         groups = [] if optimizer is None else optimizer.param_groups
-        if max((float(max(g.get("momentum", 0), g.get("betas", (0,))[0])) for g in groups), default=0.0) > 0:
+        if any(max(group.get("momentum", 0), group.get("betas", (0,))[0]) > 0 for group in groups):
             return (
                 f"{type(self).__name__} with a critic optimizer that has momentum: training becomes unstable "
                 "(arXiv 1701.07875, section 4); RMSprop without momentum is the usual choice"
@@ -155,9 +148,8 @@ class WeightClip(Clip):
 
     def check(self, critic: nn.Module, optimizer: torch.optim.Optimizer | None) -> str | None:
         for group in optimizer.param_groups if isinstance(optimizer, Gated) else ():
-            if group.get("clip") not in (None, self.bound):
-                got = f"its clip {group['clip']} contradicts the constraint's {self.bound}"
-                raise ValueError(f"critic_optimizer: {got}")
+            if (clip := group.get("clip")) not in (None, self.bound):
+                raise ValueError(f"critic_optimizer: its clip {clip} contradicts the constraint's {self.bound}")
         return super().check(critic, optimizer)
 
     def fuse_into(self, together: Together, held: Iterable[Tensor]) -> Together:
@@ -166,8 +158,7 @@ class WeightClip(Clip):
     def apply_(
         self, held: Sequence[Tensor], done: Collection[int], shares: list[Share], gate: Tensor, backend: Backend
     ) -> Tensor | None:
-        rest = [p for p in held if id(p) not in done]
-        clamped = clip_and_count_(rest, self.bound, backend, gate) if rest else None
+        clamped = clip_and_count_([p for p in held if id(p) not in done], self.bound, backend, gate)
         combined = combine_shares(shares if clamped is None else [*shares, clamped])
         return None if combined is None else combined[0]
 

@@ -87,15 +87,11 @@ def dcgan_critic(*, channels: int = 3, width: int = 64, norm: bool = True, size:
     return nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, 0, bias=False), nn.Flatten()).apply(init_dcgan)
 
 
-class _AsImage(nn.Module):
-    def forward(self, z: Tensor) -> Tensor:
-        return z[:, :, None, None]
-
-
 def dcgan_generator(latent: int = 100, *, channels: int = 3, width: int = 64, size: int = 64) -> nn.Sequential:
     """DCGAN's generator for size x size images (a power of two, 8 or more) in [-1, 1], from z [N, latent]."""
     deepest = width * size // 8
-    layers: list[nn.Module] = [_AsImage(), nn.ConvTranspose2d(latent, deepest, 4, 1, 0, bias=False)]
+    up = nn.ConvTranspose2d(latent, deepest, 4, 1, 0, bias=False)
+    layers: list[nn.Module] = [nn.Unflatten(1, (latent, 1, 1)), up]
     while size > 8:
         up = nn.ConvTranspose2d(deepest, deepest // 2, 4, 2, 1, bias=False)
         layers += [nn.BatchNorm2d(deepest), nn.ReLU(), up]

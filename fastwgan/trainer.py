@@ -211,9 +211,6 @@ class Trainer:
             TypeError, ValueError: ``real`` or a network's output cannot be used. No weight is changed then.
         """
         self._check_real(real)
-        return self._critic_step(real, cond)
-
-    def _critic_step(self, real: Tensor, cond: tuple[Any, ...]) -> Metrics:
         weight = self.constraint.penalty_weight(self.critic_iterations)
         metrics = self._critic_step_done(self._steps.take_critic_step(weight, real, cond), weight)
         self._steps.critic.guard.watch(self.last_checkpoint)
@@ -260,11 +257,10 @@ class Trainer:
 
         As :meth:`critic_step`; ``generator_loss`` is set when a generator step was due.
         """
-        self._check_real(real)
         left = self._critic_steps_left()
         if left <= 1:
             self._steps.generator.check()  # before the critic is changed
-        metrics = self._critic_step(real, cond)
+        metrics = self.critic_step(real, *cond)
         if left <= 1:
             metrics.include(self.generator_step(len(real), *cond))
         return metrics
@@ -287,22 +283,20 @@ class Trainer:
         parts = [tuple(b) if isinstance(b, (tuple, list)) else (b,) for b in islice(batches, left + 1)]
         if len(parts) != left:
             got = f"{len(parts)} or more" if len(parts) > left else len(parts)
-            raise ValueError(
-                f"batches: expected {left}, one for each critic step up to the next generator step, got {got}"
-            )
+            expected = f"{left}, one for each critic step up to the next generator step"
+            raise ValueError(f"batches: expected {expected}, got {got}")
         for part in parts:
             if not part:
                 raise ValueError("batches: expected real samples and their conditions, got an empty tuple")
             self._check_real(part[0])
         self._steps.generator.check()  # before the critic is changed
-        weights = tuple(self.constraint.penalty_weight(self.critic_iterations + i) for i in range(len(parts)))
+        weights = tuple(self.constraint.penalty_weight(self.critic_iterations + i) for i in range(left))
         found = None if self.critic_scheduler is not None else self._steps.take_iteration(weights, parts)
         if found is None:
             return [self.step(*part) for part in parts]
         metrics = [self._critic_step_done(each, weight) for each, weight in zip(found, weights, strict=False)]
         metrics[-1].include(self._generator_step_done(found[-1]))
-        for player in self._steps.players:
-            player.guard.watch(self.last_checkpoint)
+        self._watch()
         return metrics
 
     def check_finite(self) -> None:
@@ -310,8 +304,11 @@ class Trainer:
 
         Steps raise it as well, but on a GPU some steps late, so that the last ones may go unnoticed.
         """
+        self._watch(wait=True)
+
+    def _watch(self, *, wait: bool = False) -> None:
         for player in self._steps.players:
-            player.guard.watch(self.last_checkpoint, wait=True)
+            player.guard.watch(self.last_checkpoint, wait=wait)
 
     def fit(self, batches: Iterable[Any], steps: int, **options: Any) -> int:
         """Call :meth:`step` on ``steps`` batches; see :func:`fastwgan.training.fit` for options and result."""
@@ -319,16 +316,13 @@ class Trainer:
 
     @torch.no_grad()
     def sample(self, n: int, *cond: Any, ema: bool = False, seed: int | None = None) -> Tensor:
-        """n samples of the generator in evaluation mode. Training goes on as if it had not been called.
+        """Return ``n`` samples [n, ...] of the generator in evaluation mode. Training goes on as if it had not been.
 
         Args:
             n: number of samples.
             cond: conditions, passed on to the generator.
             ema: whether the generator is to have the running averages of its weights.
             seed: of the latents and of what the generator draws, the same samples each time; None draws new ones.
-
-        Returns:
-            Samples [n, ...] on the networks' device.
 
         Raises:
             TypeError, ValueError: ``n`` is not an int >= 1, or there are no averages.
@@ -392,12 +386,10 @@ class Trainer:
         if not isinstance(state_dict, dict):
             raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
         before = self.state_dict()
-        missing = sorted(before.keys() - state_dict.keys())
-        if missing:
+        if missing := sorted(before.keys() - state_dict.keys()):
             raise ValueError(f"state_dict: expected the state of a Trainer, missing {', '.join(missing)}")
-        if state_dict["optimizers"] != self._optimizer_names():
-            expected, got = self._optimizer_names(), state_dict["optimizers"]
-            raise ValueError(f"state_dict: expected the optimizers {expected}, got {got}")
+        if (got := state_dict["optimizers"]) != before["optimizers"]:
+            raise ValueError(f"state_dict: expected the optimizers {before['optimizers']}, got {got}")
         if state_dict["ema"] is not None and self.ema is None:
             raise ValueError("state_dict: has running averages of weights; expected a trainer made with ema=")
         checks.seed("state_dict: seed", state_dict["seed"])

@@ -86,7 +86,7 @@ class Compiled(Eager):
 
     def _fake(self, z: Any, cond: tuple[Any, ...]) -> Tensor:
         shape = z.shape if isinstance(z, Tensor) else None
-        return self._call(self._trace_samples, shape, z, cond)  # type: ignore[no-any-return]
+        return self._call(self.samples, shape, z, *cond)  # type: ignore[no-any-return]
 
     def critic(
         self, parameters: list[nn.Parameter], batch: tuple[Tensor, ...], penalised: Penalised | None,
@@ -124,9 +124,6 @@ class Compiled(Eager):
                 torch.autograd.backward([p], [gradients[name]])
             else:
                 p.grad = gradients[name]
-
-    def _trace_samples(self, z: Any, cond: tuple[Any, ...]) -> Tensor:
-        return self.samples(z, *cond)
 
     def _trace_critic(
         self, state: State, batch: tuple[Tensor, ...], x: Tensor | None, cond: tuple[Any, ...], scale: Tensor | None,

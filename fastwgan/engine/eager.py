@@ -9,6 +9,7 @@ the penalty is taken of it, in float32; the penalty's cotangent then needs no sc
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,17 +27,11 @@ NO_GRAPH = "its output: expected to depend on its parameters, got one without a 
 
 
 class Passed(NamedTuple):
-    """The results of a step's passes, beside the gradients that they leave.
+    """The results of a step's passes, beside the gradients that they leave."""
 
-    Attributes:
-        scores: of real and fake samples, or of fake ones alone, without a graph.
-        statistics: [mean real, mean fake, Wasserstein estimate, loss], or [loss] of a generator, if they are known.
-        penalty: [mean penalty; mean, least and greatest norm], or None.
-    """
-
-    scores: tuple[Tensor, ...]
-    statistics: Tensor | None = None
-    penalty: Tensor | None = None
+    scores: tuple[Tensor, ...]  # of real and fake samples, or of fake ones alone, without a graph
+    statistics: Tensor | None = None  # as a settled step's scores, where the passes know them
+    penalty: Tensor | None = None  # [mean penalty; mean, least and greatest norm]
 
 
 @contextmanager
@@ -83,11 +78,9 @@ class Eager:
 
         Without autocast's cache, which would hold weights as they were until the outermost context ends.
         """
-        if self._settings.amp is not None:
-            return torch.autocast(self._device.type, self._settings.amp, cache_enabled=False)
-        if torch.is_autocast_enabled(self._device.type):
-            return torch.autocast(self._device.type, cache_enabled=False)
-        return nullcontext()
+        kind, amp = self._device.type, self._settings.amp
+        wanted = amp is not None or torch.is_autocast_enabled(kind)
+        return torch.autocast(kind, amp, cache_enabled=False) if wanted else nullcontext()
 
     def score(self, samples: Tensor, *cond: Any) -> Tensor:
         """Return the critic's scores."""
@@ -136,7 +129,7 @@ class Eager:
                     torch.autograd.backward(roots, seeds, inputs=parameters)
                     roots, seeds = [], []
                 x, weight, kind, target = penalised
-                seeds_like: Callable[[Tensor], Tensor] = self._ones_like
+                seeds_like: Callable[[Tensor], Tensor] = partial(self._constant, value=1.0)
                 if scale is not None:
                     rounded = (scale / (len(x) // pack)).half()  # as in the loss; float16 holds no 65536
                     seeds_like = rounded.expand_as
@@ -153,9 +146,6 @@ class Eager:
                 torch.autograd.backward(roots, seeds, inputs=parameters)
         return Passed(scores, statistics, penalty)
 
-    def _ones_like(self, x: Tensor) -> Tensor:
-        return self._constant(x, 1.0)
-
     def generator(
         self, parameters: list[nn.Parameter], z: Any, cond: tuple[Any, ...], batch: int, dtype: torch.dtype,
         scale: Tensor | None = None,
@@ -171,24 +161,18 @@ class Eager:
             checks.scores("critic", scores, batch, self._settings.pack)
             if not scores.requires_grad:
                 raise ValueError(NO_DEPENDENCE)
-            loss = None
             if self._settings.blend:
                 loss, seed = self._objective(None, scores, scale)
-                seed = seed.view(scores.shape)
             else:
-                seed = self._seed(scores, scale, -self._share / scores.numel())
-            torch.autograd.backward([scores], [seed], inputs=parameters)
+                loss, seed = None, self._seed(scores, scale, -self._share / scores.numel())
+            torch.autograd.backward([scores], [seed.view(scores.shape)], inputs=parameters)
         return Passed((scores.detach(),), loss)
 
-    def _objective(
-        self, real_scores: Tensor | None, fake_scores: Tensor, scale: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _objective(self, real_scores: Tensor | None, fake: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return (statistics of scores, cotangents of them all, flat), of losses whose gradients are no constants."""
-        blend, drift = self._settings.blend, 0.0 if real_scores is None else self._settings.drift
-        return objective(
-            real_scores, fake_scores, blend=blend, drift=drift, weight=self._share, scale=scale,
-            backend=self._settings.backend,
-        )  # fmt: skip
+        options = {"blend": self._settings.blend, "drift": 0.0 if real_scores is None else self._settings.drift}
+        backend = self._settings.backend
+        return objective(real_scores, fake, weight=self._share, scale=scale, backend=backend, **options)
 
     def _scores(
         self, batch: tuple[Tensor, ...], cond: tuple[Any, ...], scale: Tensor | None

@@ -127,17 +127,13 @@ class Capture:
                 warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
         return outputs, problem
 
-    def capture(self, work: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
-        """Capture ``work``, which runs nothing; return its outputs, garbage until a replay, and what replays it.
-
-        Raises:
-            Exception: it cannot be captured; see :func:`capturing`.
-        """
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Capture ``work``, which runs nothing, and return what replays it; raise as :func:`capturing` does."""
         pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
         with capturing(self._stream, pool, self._generators) as graph:
-            outputs = work()
+            work()
         self._pool = pool
-        return outputs, graph.replay
+        return graph.replay
 
 
 CONSTANTS = (bool, int, float, str, type(None), torch.dtype)
@@ -166,8 +162,6 @@ class _Attributes:
 
     def now(self) -> tuple[Any, ...]:
         own = self._own
-        if any(name not in own for name in self._containers):
-            return ()
         try:
             return len(own), self._values(own), [_contents(own[name]) for name in self._containers]
         except KeyError:
@@ -195,27 +189,21 @@ class _Graph:
         self.args = tuple(torch.empty_like(x) if isinstance(x, Tensor) else x for x in args)
         self.runs = 0
         self.replay: Callable[[], None] | None = None
-        self._packed: Tensor | None = None
-        self._like: list[tuple[torch.Size, torch.dtype] | None] = []
 
     def fill(self, args: tuple[Any, ...]) -> None:
         for static, x in zip(self.args, args, strict=True):
             if isinstance(x, Tensor):
                 static.copy_(x.detach(), non_blocking=True)
 
-    def pack(self, outputs: Outputs) -> Outputs:
-        """All outputs as one tensor, so that one launch copies them."""
+    def pack(self, outputs: Outputs) -> None:
+        """Have all outputs in one tensor, so that one launch copies them."""
         self._like = [None if x is None else (x.shape, x.dtype) for x in outputs]
         self._packed = torch.cat([x.detach().reshape(-1) for x in outputs if x is not None])
-        return (self._packed,)
 
     def outputs(self) -> Outputs:
-        """A copy of what the last replay left."""
-        assert self._packed is not None
-        parts = torch.split(self._packed.clone(), [0 if like is None else like[0].numel() for like in self._like])
-        return tuple(
-            None if like is None else x.view(like[0]).to(like[1]) for x, like in zip(parts, self._like, strict=True)
-        )
+        """Return a copy of what the last replay left."""
+        parts = torch.split(self._packed.clone(), [like[0].numel() if like else 0 for like in self._like])
+        return tuple(x.view(like[0]).to(like[1]) if like else None for x, like in zip(parts, self._like, strict=True))
 
 
 def made(
@@ -250,21 +238,17 @@ def made(
 
 
 class Graphs:
-    """The graphs of a trainer's steps.
+    """The graphs of a trainer's steps on ``players``, which may draw from ``generators`` beside PyTorch's default one.
 
-    Args:
-        device: where the networks are.
-        generators: of random numbers that a step may draw from, beside PyTorch's default one.
-        players: the networks and optimizers of a step.
-        required: whether a step that cannot be captured raises; else it warns, once, and goes on without. Without it,
-            networks that may run Python of somebody else's are not captured.
+    If ``required``, a step that cannot be captured raises. Else it warns, once, and goes on without; and networks that
+    may run Python of somebody else's are not captured.
     """
 
     def __init__(
         self, device: torch.device, generators: Sequence[torch.Generator], players: Sequence[Player], *, required: bool
     ) -> None:
-        self._optimizers = [player.optimizer for player in players]
         self._device, self._players, self._required = device, players, required
+        self._optimizers = [player.optimizer for player in players]
         self._capture = Capture(device, generators)
         self._modules: list[nn.Module] = []
         self._attributes: list[_Attributes] = []
@@ -343,8 +327,7 @@ class Graphs:
             RuntimeError: ``work`` cannot be captured, and was ``required`` to be. It has not been run then.
         """
         optimizers = [player.optimizer for player in self._players]
-        replaced = any(mine is not theirs for mine, theirs in zip(optimizers, self._optimizers, strict=True))
-        if replaced or any(map(has_hooks, optimizers)):
+        if [*map(id, optimizers)] != [*map(id, self._optimizers)] or any(map(has_hooks, optimizers)):
             return self.run_uncaptured(work, *args)
         key = None
         if not self._refused:
@@ -369,7 +352,7 @@ class Graphs:
             return outputs
         if graph.replay is None:
             try:
-                _, graph.replay = self._capture.capture(lambda: graph.pack(work(*graph.args)))
+                graph.replay = self._capture.capture(lambda: graph.pack(work(*graph.args)))
             except Exception as error:
                 told = [str(e) for e in (error, error.__context__) if e is not None]  # the latter came first
                 self._refuse(f"its capture failed: {', after '.join(told)}", error)

@@ -18,18 +18,11 @@ Latent = int | Callable[[int, torch.device], Any]
 
 
 class Latents:
-    """Latents and places in the stream of eps. With several ranks, each has its part of what one process would draw.
-
-    Attributes:
-        latent: width of the latents, or the caller's function that makes them; it may be set to another.
-        seed: the seed of all streams.
-        used: how many numbers of the stream of eps are used up.
-        stream: the random stream of the latents.
-    """
+    """Latents and places in the stream of eps. With several ranks, each has its part of what one process would draw."""
 
     def __init__(self, latent: Latent, generator: nn.Module, ranks: Ranks, device: torch.device, seed: int) -> None:
         self.latent, self._generator, self._ranks, self._device = latent, generator, ranks, device
-        self.seed, self.used = seed, 0
+        self.seed, self.used = seed, 0  # so many numbers of the stream of eps
         self.stream = torch.Generator(device).manual_seed(stream_seed(seed, Stream.LATENT))
         self._sampling = torch.Generator(device).manual_seed(stream_seed(seed, Stream.SAMPLE))
         self._place: Tensor | None = None  # on the device, for steps that a graph replays
@@ -47,16 +40,13 @@ class Latents:
         """Return the n latents of a step: those given, or the next ones of the stream."""
         if callable(self.latent):
             return given
-        world, rank = self._ranks.world, self._ranks.rank
-        return self._normal(n * world, self.stream)[rank * n : (rank + 1) * n]
+        return self._normal(n * self._ranks.world, self.stream)[self._ranks.rank * n :][:n]
 
     def of_sample(self, n: int, seed: int | None) -> Any:
         """Return n latents to sample with, PyTorch's global streams seeded for what the generator draws."""
-        random = self._sampling
+        random = self._sampling if seed is None else torch.Generator(self._device).manual_seed(seed)
         if seed is None:
             seed = int(torch.randint(2**62, (), generator=random, device=self._device))
-        else:
-            random = torch.Generator(self._device).manual_seed(seed)
         if self._device.type == "cuda":
             torch.cuda.default_generators[self._device.index].manual_seed(seed)
         torch.default_generator.manual_seed(seed)
@@ -115,8 +105,7 @@ class Latents:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there; warn where that cannot be."""
         self.seed, self.used = int(state["seed"]), int(state["eps_offset"])
-        random, own = state["random"], state["ranks"].get(self._ranks.rank)
-        told = None
+        random, own, told = state["random"], state["ranks"].get(self._ranks.rank), ""
         if random["device"] != self._device.type:
             told = (
                 f"saved on {random['device']} and loaded on {self._device.type}, whose random numbers differ: training "
@@ -125,14 +114,14 @@ class Latents:
         else:
             self.stream.set_state(random["latent"].cpu())
             self._sampling.set_state(random["sample"].cpu())
-            if own is not None and state["world"] == self._ranks.world:
-                set_process_streams(own, self._device)
-                if own.get("fakes") is not None:
-                    told = "has fake samples that were made ahead, as an older version did; they are made anew"
-            else:
+            if own is None or state["world"] != self._ranks.world:
                 told = (
                     f"saved by {state['world']} processes, has the random streams of ranks {sorted(state['ranks'])}; "
                     f"those of rank {self._ranks.rank} of {self._ranks.world} go on as they are"
                 )
-        if told is not None:
+            else:
+                set_process_streams(own, self._device)
+                if own.get("fakes") is not None:
+                    told = "has fake samples that were made ahead, as an older version did; they are made anew"
+        if told:
             warnings.warn(f"state_dict: {told}", stacklevel=6)

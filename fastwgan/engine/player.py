@@ -28,19 +28,12 @@ __all__ = ["Player", "Settled"]
 
 
 class Settled(NamedTuple):
-    """The results of a step that is done, on the device.
+    """The results of a step that is done, on the device."""
 
-    Attributes:
-        scores: statistics of the scores, [mean real, mean fake, Wasserstein estimate, loss] or [loss].
-        penalty: [mean penalty; mean, least and greatest norm], or None.
-        nonfinite: how many elements of the gradients were not finite, 0-d.
-        saturation: the share of weights on their bound, 0-d, or None.
-    """
-
-    scores: Tensor
-    penalty: Tensor | None
-    nonfinite: Tensor
-    saturation: Tensor | None
+    scores: Tensor  # [mean real, mean fake, Wasserstein estimate, loss] of a critic, [loss] of a generator
+    penalty: Tensor | None  # [mean penalty; mean, least and greatest norm]
+    nonfinite: Tensor  # how many elements of the gradients were not finite, 0-d
+    saturation: Tensor | None  # the share of weights on their bound, 0-d
 
 
 def _trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
@@ -53,20 +46,14 @@ def _wide_copy(p: Tensor) -> Tensor:
 
 
 class Player:
-    """The generator or the critic, by name, with the user's optimizer or the constraint's default for None.
-
-    Attributes:
-        optimizer: ours in place of a plain torch RMSprop or Adam.
-        ema: the decay of the running averages, or None.
-        averages: the running average of each parameter, in the precision that updates are computed in.
-    """
+    """The generator or the critic, by name, with the user's optimizer or the constraint's default for None."""
 
     def __init__(
         self, name: str, module: nn.Module, optimizer: torch.optim.Optimizer | None, settings: Settings, ranks: Ranks,
         *, ema: float | None = None, constraint: Constraint | None = None,
     ) -> None:  # fmt: skip
         self.name, self.module, self.ema = name, module, ema
-        self.averages: dict[Tensor, Tensor] = {}
+        self.averages: dict[Tensor, Tensor] = {}  # of each parameter, in the precision that updates are computed in
         self._ranks, self._backend = ranks, settings.backend
         scaled = settings.amp == torch.float16  # whose loss scale finds its range by steps that are left out
         limit = 0 if settings.nonfinite == "raise" and not scaled else PATIENCE - 1
@@ -178,11 +165,9 @@ class Player:
         self._follow()
         if self._constraint is not None:
             self._constraint.prepare(self._held, self._backend)
-        for p in self.module.parameters():
+        of_groups = (p for group in self.optimizer.param_groups for p in group["params"])
+        for p in (*self.module.parameters(), *of_groups):  # which may have left the network
             p.grad = None
-        for group in self.optimizer.param_groups:  # parameters that have left the network, too
-            for p in group["params"]:
-                p.grad = None
         return trained
 
     def _held_by_optimizer(self) -> set[int]:

@@ -17,23 +17,17 @@ from torch.nn.parallel import DistributedDataParallel
 __all__ = ["Ranks", "refuse_uneven", "shapes", "unwrapped"]
 
 
-def _place() -> tuple[int, int]:
-    """Return this process's rank, and how many there are."""
-    there = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
-
-
 class Ranks:
-    """The process group that PyTorch has been initialised with, or a single process.
-
-    Attributes:
-        rank: this process's number; rank 0 writes files.
-        world: how many processes there are.
-    """
+    """The process group that PyTorch has been initialised with, or a single process: rank, of a world of so many."""
 
     def __init__(self, device: torch.device | None = None) -> None:
-        self.rank, self.world = _place()
+        self.rank, self.world = self._now()
         self._device = device  # by way of which nccl carries all things
+
+    @staticmethod
+    def _now() -> tuple[int, int]:
+        there = dist.is_available() and dist.is_initialized()
+        return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
 
     def backend(self, device: torch.device) -> str:
         """Return the carrier of a device's tensors: "nccl", "gloo" or another; "none" for a single process."""
@@ -44,10 +38,10 @@ class Ranks:
 
     def check_current(self) -> None:
         """Raise RuntimeError if there is another process group now, or one at last."""
-        now = _place()
-        if now != (self.rank, self.world):
+        rank, world = self._now()
+        if (rank, world) != (self.rank, self.world):
             raise RuntimeError(
-                f"Trainer: was made as rank {self.rank} of {self.world}, and this is rank {now[0]} of {now[1]} now: "
+                f"Trainer: was made as rank {self.rank} of {self.world}, and this is rank {rank} of {world} now: "
                 "make it after torch.distributed.init_process_group"
             )
 
@@ -56,10 +50,9 @@ class Ranks:
         own = {name: "a callable" if callable(value) else str(value) for name, value in settings.items()}
         for rank, others in enumerate(self.gather(own)):
             for name in own | others:
-                mine, other = own.get(name, "none"), others.get(name, "none")
-                if mine != other:
-                    on = f"on rank {self.rank} and {other} on rank {rank}"
-                    raise ValueError(f"{name}: expected the same on all ranks, got {mine} {on}")
+                if (mine := own.get(name, "none")) != (other := others.get(name, "none")):
+                    got = f"{mine} on rank {self.rank} and {other} on rank {rank}"
+                    raise ValueError(f"{name}: expected the same on all ranks, got {got}")
 
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         """Give all ranks the tensors of rank 0, in place."""
@@ -68,14 +61,6 @@ class Ranks:
                 whole = x.detach().clone(memory_format=torch.contiguous_format)  # gloo overruns tensors with gaps
                 dist.broadcast(whole, 0)
                 x.detach().copy_(whole)
-
-    def same(self, number: int, device: torch.device) -> int:
-        """Return rank 0's number."""
-        if self.world == 1:
-            return number
-        value = torch.tensor(number, device=device)
-        dist.broadcast(value, 0)
-        return int(value)
 
     def all(self, condition: bool, device: torch.device) -> bool:
         """Return whether a condition holds on all ranks."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastwgan.engine import structure
 
@@ -12,18 +13,14 @@ __all__ = ["Sharing"]
 
 
 class Sharing:
-    """The decision, made anew in each step: by the critic's layers, or by the user's word (``independent``).
-
-    Attributes:
-        known: whether the critic's layers were known to keep samples apart in the last step.
-        together: whether the samples shared a pass in the last step; None before it.
-    """
+    """The decision, made anew in each step: by the critic's layers, or by the user's word (``independent``)."""
 
     def __init__(self, critic: nn.Module, independent: bool) -> None:
         self._critic, self._independent = critic, independent
+        # Of the last step: whether the layers were known to keep samples apart, and whether these shared a pass.
         self.known = False
         self.together: bool | None = None
-        self._ndim, self._conditional = 0, False  # of the last step
+        self._ndim, self._conditional = 0, False
 
     def batch(self, real: Tensor, fake: Tensor, cond: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """Return both as one batch for one pass, or as two; copies where a pass may write to the caller's samples."""
@@ -40,9 +37,10 @@ class Sharing:
         """Raise ValueError where the user's word cannot be true."""
         if not self._independent:
             return
-        if structure.has_batchnorm(self._critic, training=True):
-            got = "BatchNorm in training mode"
-            raise ValueError(f"independent_samples: expected no layer that mixes samples, got {got}")
+        if any(isinstance(m, _BatchNorm) and m.training for m in self._critic.modules()):
+            raise ValueError(
+                "independent_samples: expected no layer that mixes samples, got BatchNorm in training mode"
+            )
         for c in cond:
             if isinstance(c, Tensor) and c.dim() and len(c) != len(real):
                 got = f"one of shape {tuple(c.shape)} for {len(real)} samples"

@@ -23,15 +23,7 @@ Part = tuple[Any, ...]  # real samples, and their conditions
 
 
 class Steps:
-    """The steps of two networks.
-
-    Attributes:
-        critic, generator, players: the networks in training; players are the generator and the critic.
-        latents: the random numbers.
-        sharing: how real and fake samples go through the critic.
-        passes: the forward and backward passes.
-        graphs: the CUDA graphs of the steps, or None.
-    """
+    """The steps of two networks."""
 
     def __init__(
         self, generator: nn.Module, critic: nn.Module, critic_optimizer: torch.optim.Optimizer | None,
@@ -39,7 +31,7 @@ class Steps:
     ) -> None:  # fmt: skip
         self._settings, self._ranks, self._device = settings, ranks, device
         self._constraint, self._pack = settings.constraint, settings.pack
-        self.latents = Latents(settings.latent, generator, ranks, device, ranks.same(settings.seed, device))
+        self.latents = Latents(settings.latent, generator, ranks, device, ranks.gather(settings.seed)[0])
         self.sharing = Sharing(critic, settings.independent_samples)
         self.passes = (Compiled if settings.compile else Eager)(generator, critic, settings, 1 / ranks.world)
         self.critic = Player("critic", critic, critic_optimizer, settings, ranks, constraint=settings.constraint)

@@ -10,17 +10,11 @@ from functools import cache
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastwgan import models
 
-__all__ = ["class_code", "doubt", "foreign", "has_batchnorm", "hooked_everywhere", "hooks", "layers", "may_write"]
-
-
-def has_batchnorm(module: nn.Module, *, training: bool = False) -> bool:
-    """Return whether a module has a BatchNorm, or with ``training`` one in training mode."""
-    return any(isinstance(m, _BatchNorm) and (m.training or not training) for m in module.modules())
+__all__ = ["class_code", "doubt", "foreign", "hooked_everywhere", "hooks", "layers", "may_write"]
 
 
 def hooked_everywhere() -> bool:
@@ -175,28 +169,26 @@ def _output_rank(m: nn.Module, rank: int, found: list[nn.Module]) -> int:
     return result
 
 
-def _walked(module: nn.Module, ndim: int) -> tuple[list[nn.Module], str | None]:
-    """Return the layers in the order of their use, and why samples may not be apart, or None where they are."""
-    found: list[nn.Module] = []
-    try:
-        _output_rank(module, ndim, found)
-    except _UnknownError as error:
-        return found, " ".join(map(str, error.args))
-    return found, "there are hooks on all modules" if hooked_everywhere() else None
-
-
 def layers(module: nn.Module, ndim: int) -> tuple[nn.Module, ...] | None:
     """Return the layers of a network as it is now, if they are known to keep apart samples of ``ndim`` dimensions.
 
     The batch's dimension is one of these. The layers are in the order of their use; of an unknown network None.
     """
-    found, doubt = _walked(module, ndim)
-    return tuple(found) if doubt is None else None
+    found: list[nn.Module] = []
+    return tuple(found) if _doubt(module, ndim, found) is None else None
 
 
 def doubt(module: nn.Module, ndim: int) -> str | None:
     """Return why :func:`layers` does not know a network, or None where it does."""
-    return _walked(module, ndim)[1]
+    return _doubt(module, ndim, [])
+
+
+def _doubt(module: nn.Module, ndim: int, found: list[nn.Module]) -> str | None:
+    try:
+        _output_rank(module, ndim, found)
+    except _UnknownError as error:
+        return " ".join(map(str, error.args))
+    return "there are hooks on all modules" if hooked_everywhere() else None
 
 
 def foreign(module: nn.Module) -> str | None:
