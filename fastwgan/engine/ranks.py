@@ -17,17 +17,18 @@ from torch.nn.parallel import DistributedDataParallel
 __all__ = ["Ranks", "refuse_uneven", "shapes", "unwrapped"]
 
 
+def _place() -> tuple[int, int]:
+    """Return this process's rank, and how many there are."""
+    there = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
+
+
 class Ranks:
     """The process group that PyTorch has been initialised with, or a single process: rank, of a world of so many."""
 
     def __init__(self, device: torch.device | None = None) -> None:
-        self.rank, self.world = self._now()
+        self.rank, self.world = _place()
         self._device = device  # by way of which nccl carries all things
-
-    @staticmethod
-    def _now() -> tuple[int, int]:
-        there = dist.is_available() and dist.is_initialized()
-        return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
 
     def backend(self, device: torch.device) -> str:
         """Return the carrier of a device's tensors: "nccl", "gloo" or another; "none" for a single process."""
@@ -38,7 +39,7 @@ class Ranks:
 
     def check_current(self) -> None:
         """Raise RuntimeError if there is another process group now, or one at last."""
-        rank, world = self._now()
+        rank, world = _place()
         if (rank, world) != (self.rank, self.world):
             raise RuntimeError(
                 f"Trainer: was made as rank {self.rank} of {self.world}, and this is rank {rank} of {world} now: "
