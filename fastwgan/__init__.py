@@ -9,17 +9,6 @@ from fastwgan.verification.verify import verify
 from fastwgan.version import __version__
 
 __all__ = [
-    "Adam",
-    "GradientPenalty",
-    "Metrics",
-    "NormClip",
-    "RMSprop",
-    "Trainer",
-    "WeightClip",
-    "__version__",
-    "distances",
-    "functional",
-    "reference",
-    "verify",
-    "warmup_schedule",
-]
+    "Adam", "GradientPenalty", "Metrics", "NormClip", "RMSprop", "Trainer", "WeightClip", "__version__", "distances",
+    "functional", "reference", "verify", "warmup_schedule",
+]  # fmt: skip

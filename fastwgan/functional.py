@@ -15,14 +15,6 @@ from fastwgan.ops.scores import critic_loss, generator_loss, hinge_critic_loss, 
 from fastwgan.ops.weights import clip_norms_, clip_weights_
 
 __all__ = [
-    "clip_norms_",
-    "clip_weights_",
-    "critic_loss",
-    "generator_loss",
-    "gradient_penalty",
-    "hinge_critic_loss",
-    "interpolate",
-    "penalty",
-    "perturb",
-    "wasserstein_loss",
-]
+    "clip_norms_", "clip_weights_", "critic_loss", "generator_loss", "gradient_penalty", "hinge_critic_loss",
+    "interpolate", "penalty", "perturb", "wasserstein_loss",
+]  # fmt: skip
