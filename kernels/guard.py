@@ -122,13 +122,9 @@ class Guard:
         self._tables = Tables()
 
     def launch(
-        self,
-        gradients: Sequence[torch.Tensor],
-        scores: tuple[torch.Tensor, ...],
-        tally: torch.Tensor,
-        gate: torch.Tensor,
-        scale: torch.Tensor | None,
-    ) -> torch.Tensor:
+        self, gradients: Sequence[torch.Tensor], scores: tuple[torch.Tensor, ...], tally: torch.Tensor,
+        gate: torch.Tensor, scale: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
         """Look at all gradients: one launch for each dtype among them. No gradient is empty; all are dense.
 
         ``scores`` are (real, fake), (fake,) or none. Returns [mean real, mean fake, mean real - mean fake, mean fake -

@@ -131,32 +131,23 @@ class Tables:
         return table
 
     def addresses(
-        self,
-        params: Sequence[torch.Tensor],
-        blocks: int | Sequence[int],
-        hyper_rows: Sequence[int],
-        grads: Sequence[torch.Tensor] = (),
-        states: Sequence[Sequence[torch.Tensor | None]] = (),
-        steps: Sequence[torch.Tensor] = (),
-        averages: Sequence[torch.Tensor] = (),
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, params: Sequence[torch.Tensor], blocks: int | Sequence[int], hyper_rows: Sequence[int],
+        grads: Sequence[torch.Tensor] = (), states: Sequence[Sequence[torch.Tensor | None]] = (),
+        steps: Sequence[torch.Tensor] = (), averages: Sequence[torch.Tensor] = (),
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Return (rows [tensors, COLUMNS] int64, chunk owners [chunks] int32): which tensor each block is in.
 
         ``blocks`` are the elements of a block, of all tensors or of each. The optional ones are none or one to a
         tensor.
         """
-        if isinstance(blocks, int):
-            blocks = [blocks] * len(params)
-        rows, chunks = [], []
-        first = 0
-        for i, (param, block) in enumerate(zip(params, blocks, strict=True)):
-            state = list(states[i]) if states else []
-            state += [None] * (3 - len(state))
+        rows, chunks, first = [], [], 0
+        for i, param in enumerate(params):
+            state = [*(states[i] if states else ()), None, None, None][:3]
             arrays = (param, grads[i] if grads else None, *state, averages[i] if averages else None)  # as the columns
             pointers = [0 if x is None else x.data_ptr() for x in arrays]
             aligned = all(pointer % 16 == 0 for pointer in pointers)
             step = steps[i].data_ptr() if steps else 0
-            numel = param.numel()
+            numel, block = param.numel(), blocks if isinstance(blocks, int) else blocks[i]
             rows.append((*pointers, step, numel, first, hyper_rows[i], int(aligned)))
             chunks.append(-(-numel // block))
             first += chunks[-1]

@@ -143,8 +143,7 @@ def _untouched(m: nn.Module) -> bool:
     """Return whether a module does what its class says: no hooks, none of its methods patched, not compiled."""
     kind: Any = type(m)
     own = vars(m)
-    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return not hooks and own.get("_compiled_call_impl") is None and _methods(kind).isdisjoint(own)
+    return not hooks(m) and own.get("_compiled_call_impl") is None and _methods(kind).isdisjoint(own)
 
 
 def _output_rank(m: nn.Module, rank: int, found: list[nn.Module]) -> int:
