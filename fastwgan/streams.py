@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Stream", "process_streams", "random_kept", "set_process_streams", "stream_seed"]
-
 
 class Stream(IntEnum):
     """The random streams that come from one seed. Checkpoints rest on the numbers."""

@@ -20,8 +20,6 @@ from fastwgan.engine.eager import Eager, Passed, has_hooks, packed, scores_of_bo
 from fastwgan.ops.calls import call_module, changed_tensors, empty_buffers, rebind_buffers
 from fastwgan.ops.penalty import traced_input_gradient
 
-__all__ = ["Compiled"]
-
 Tensors = dict[str, Tensor]
 State = tuple[Tensors, Tensors]  # what is differentiated, and all else a module holds
 

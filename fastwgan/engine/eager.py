@@ -21,8 +21,6 @@ from fastwgan.engine.settings import Settings
 from fastwgan.ops.penalty import NO_DEPENDENCE, WRITES, input_gradient, penalty_cotangent
 from fastwgan.ops.scores import objective
 
-__all__ = ["Eager", "Passed", "packed", "scores_of_both"]
-
 NO_GRAPH = "its output: expected to depend on its parameters, got one without a graph"
 
 

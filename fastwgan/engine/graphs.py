@@ -24,8 +24,6 @@ from fastwgan.engine.ranks import Ranks
 from fastwgan.engine.settings import Settings
 from fastwgan.optim.adopt import has_hooks
 
-__all__ = ["Graphs", "capturing", "made"]
-
 Outputs = tuple[Tensor | None, ...]
 Work = Callable[..., Outputs]
 

@@ -16,8 +16,6 @@ from fastwgan.backend import Backend, kernels, resolve
 from fastwgan.ops.layout import is_dense
 from fastwgan.reference import TALLY, Tally
 
-__all__ = ["PATIENCE", "Guard"]
-
 FIRST_SCALE = 65536.0  # GradScaler's
 PATIENCE = 20  # steps in a row that a loss scale may take to come down
 

@@ -12,8 +12,6 @@ from fastwgan.constraints import Draw
 from fastwgan.engine.ranks import Ranks
 from fastwgan.streams import Stream, process_streams, set_process_streams, stream_seed
 
-__all__ = ["Latent", "Latents"]
-
 Latent = int | Callable[[int, torch.device], Any]
 
 

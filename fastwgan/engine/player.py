@@ -24,8 +24,6 @@ from fastwgan.optim import Gated
 from fastwgan.optim.adopt import MarksStepTaken, adopt, follow_loads
 from fastwgan.optim.base import Together
 
-__all__ = ["Player", "Settled"]
-
 
 class Settled(NamedTuple):
     """The results of a step that is done, on the device."""

@@ -14,8 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Ranks", "refuse_uneven", "shapes", "unwrapped"]
-
 
 def _place() -> tuple[int, int]:
     """Return this process's rank, and how many there are."""

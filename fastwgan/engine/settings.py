@@ -13,8 +13,6 @@ from fastwgan.backend import DTYPES, Backend, resolve
 from fastwgan.constraints import Constraint
 from fastwgan.engine.latents import Latent
 
-__all__ = ["REMOVED", "Settings", "check_optimizer", "warmup_schedule"]
-
 REMOVED = {
     "instance_noise": "wrap the critic: fastwgan.models.InstanceNoise(critic, scale)",
     "max_skipped": "leave it out: a step that is left out 20 times in a row raises",

@@ -9,8 +9,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastwgan.engine import structure
 
-__all__ = ["Sharing"]
-
 
 class Sharing:
     """The decision, made anew in each step: by the critic's layers, or by the user's word (``independent``)."""

@@ -15,8 +15,6 @@ from fastwgan.engine.ranks import Ranks
 from fastwgan.engine.settings import Settings
 from fastwgan.engine.sharing import Sharing
 
-__all__ = ["Steps"]
-
 MOST_CAPTURED = 8  # critic steps in a graph of a whole iteration, which bounds the time that its capture takes
 
 Part = tuple[Any, ...]  # real samples, and their conditions

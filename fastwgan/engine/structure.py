@@ -14,8 +14,6 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastwgan import models
 
-__all__ = ["class_code", "doubt", "foreign", "hooked_everywhere", "hooks", "layers", "may_write"]
-
 
 def hooked_everywhere() -> bool:
     """Return whether there are hooks on all modules."""
