@@ -5,6 +5,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -25,6 +26,7 @@ from fastwgan.training.logs import CSVLog, Interval, Progress, TensorBoardLog
 __all__ = ["TrainerLike", "fit"]
 
 Log = CSVLog | TensorBoardLog | Progress
+Draw = Callable[[Tensor, Path], None]
 
 
 class TrainerLike(Protocol):
@@ -34,14 +36,12 @@ class TrainerLike(Protocol):
     ranks: Ranks
     pack: int
     seed: int
+    constraint: Any
+    ema: float | None
     critic_iterations: int
     generator_iterations: int
     last_checkpoint: str | None
 
-    @property
-    def constraint(self) -> object: ...
-    @property
-    def ema(self) -> float | None: ...
     def step(self, real: Tensor, *cond: Any) -> Metrics: ...
     def sample(self, n: int, *, ema: bool, seed: int) -> Tensor: ...
     def check_finite(self) -> None: ...
@@ -51,11 +51,10 @@ class TrainerLike(Protocol):
 def fit(
     trainer: TrainerLike, batches: Iterable[Any], steps: int, *, out: Path | str | None = None,
     config: dict[str, Any] | None = None, log_every: int = 50, tensorboard: bool = False,
-    sample_every: int | None = None, draw: Callable[[Tensor, Path], None] | None = None, sample_count: int = 64,
-    save_every: int = 2000, keep: int = 1, callbacks: Sequence[Callable[[Any, dict[str, float]], object]] = (),
-    progress: bool = False,
+    sample_every: int | None = None, draw: Draw | None = None, sample_count: int = 64, save_every: int = 2000,
+    keep: int = 1, callbacks: Sequence[Callable[[Any, dict[str, float]], object]] = (), progress: bool = False,
 ) -> int:  # fmt: skip
-    """Call ``trainer.step`` on ``steps`` batches.
+    """Call ``trainer.step`` on ``steps`` batches; return how many, fewer after Ctrl-C or a callback that ends it.
 
     Ctrl-C ends the loop after the step under way, with everything written. If the batches, a callback or ``draw``
     raise, a checkpoint is left behind. A :class:`fastwgan.training.HealthWarning` tells when the numbers look like a
@@ -66,7 +65,7 @@ def fit(
     raises, the last checkpoint is the one before.
 
     Args:
-        trainer: the trainer; it goes on from where it is.
+        trainer: goes on from where it is.
         batches: an iterable of samples [N, ...], or of tuples (samples, *conditions), whose tensors and arrays are
             moved to the trainer's device. It is started again when it ends. Samples at the end of a short batch that
             fill no pack are left out. If it has ``state_dict``, as :mod:`fastwgan.data`'s have, its position is saved,
@@ -87,19 +86,14 @@ def fit(
             everything written, when one returns True.
         progress: show a progress bar (needs rich).
 
-    Returns:
-        The steps taken: fewer than ``steps`` after Ctrl-C or when a callback has ended the training.
-
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, ``out`` holds a run and the trainer is
             new, or the batches end for good.
         ImportError, OSError: a package is missing; a file cannot be written. The last checkpoint is as it was.
     """
     checks.count("steps", steps, 0)
-    for name, value in (
-        ("log_every", log_every), ("save_every", save_every), ("keep", keep), ("sample_count", sample_count),
-        ("sample_every", 1 if sample_every is None else sample_every),
-    ):  # fmt: skip
+    counts = {"log_every": log_every, "save_every": save_every, "keep": keep, "sample_count": sample_count}
+    for name, value in (counts | ({} if sample_every is None else {"sample_every": sample_every})).items():
         checks.count(name, value)
     if (sample_every is None) != (draw is None):
         raise ValueError("draw: expected together with sample_every, got one of them")
@@ -114,8 +108,8 @@ def fit(
     first, alone = ranks.rank == 0, ranks.world == 1
     if directory is not None and not start and (directory / checkpoint.LAST).exists():
         raise ValueError(f"out: {directory} holds a run, which a new one would overwrite")
-    done, stop, interval, health = 0, threading.Event(), Interval(), Health(trainer.constraint)
-    logs: list[Log] = []
+    run = _Run(trainer, batches, directory, config, keep, draw if first else None, sample_count)
+    stop, interval, health, logs = threading.Event(), Interval(), Health(trainer.constraint), list[Log]()
 
     def due(every: int | None) -> bool:
         return every is not None and trainer.critic_iterations % every == 0
@@ -124,36 +118,9 @@ def fit(
         """Return whether to end early, which several ranks agree on at the rows of the log."""
         return (alone or due(log_every)) and not ranks.all(not stop.is_set(), trainer.device)
 
-    @contextmanager
-    def saved_on(*errors: type[BaseException]) -> Iterator[None]:
-        """Save on what may fail while the trainer is between steps."""
-        try:
-            yield
-        except errors:
-            if done and alone:  # the others would have to help
-                save()
-            raise
-
-    def save() -> None:
-        if directory is None:
-            return
-        data = batches.state_dict() if hasattr(batches, "state_dict") else None
-        content = {"trainer": trainer.full_state_dict(), "data": data, "config": config}
-        ranks.once(partial(checkpoint.save_newest, directory, content, step=trainer.critic_iterations, keep=keep))
-        trainer.last_checkpoint = str(directory / checkpoint.LAST)
-
-    def picture() -> None:
-        if directory is None or draw is None or not first:
-            return
-        path = directory / "samples" / f"step-{trainer.critic_iterations:08d}.png"
-        path.parent.mkdir(exist_ok=True)
-        seed = stream_seed(trainer.seed, Stream.GRID)
-        draw(trainer.sample(sample_count, ema=trainer.ema is not None, seed=seed), path)
-
     def advise(values: list[dict[str, float]]) -> None:
         for advice in health.watch(values) if first else ():
-            message = f"step {trainer.critic_iterations}: {advice}"
-            warnings.warn(message, HealthWarning, stacklevel=3)  # fit's caller
+            warnings.warn(f"step {trainer.critic_iterations}: {advice}", HealthWarning, stacklevel=3)  # fit's caller
 
     def report() -> None:
         """Write a row of the log and call back; a callback that returns True ends the training."""
@@ -166,50 +133,85 @@ def fit(
                 stop.set()
 
     with ExitStack() as stack:
-        if first:
-            opened = _opened(directory, start, tensorboard=tensorboard, end=start + steps if progress else None)
-            logs.extend(stack.enter_context(closing(log)) for log in opened)
+        if first and directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+            checkpoint.clean(directory)
+            logs.append(stack.enter_context(closing(CSVLog(directory / "metrics.csv", start))))
+            if tensorboard:
+                logs.append(stack.enter_context(closing(TensorBoardLog(directory, start))))
+        if first and progress:
+            logs.append(stack.enter_context(closing(Progress(start, start + steps))))
         if threading.current_thread() is threading.main_thread():  # no other may handle signals
             stack.enter_context(_interruptible(stop, alone=alone))
         stream = endless(batches, trainer.device, trainer.pack)
-        while done < steps and not ended():
-            with saved_on(BaseException):
+        while run.done < steps and not ended():
+            with run.saved_on(BaseException):
                 parts = next(parts for parts in stream if parts is not None or (alone and stop.is_set()))
             if parts is None:  # it fills no pack, and Ctrl-C has come
                 break
-            with saved_on(TypeError, ValueError):  # the batch cannot be used; no weight has changed
+            with run.saved_on(TypeError, ValueError):  # the batch cannot be used; no weight has changed
                 metrics = trainer.step(*parts)
-            done += 1
-            with saved_on(BaseException):
+            run.done += 1
+            with run.saved_on(BaseException):
                 row = due(log_every)
                 advise(interval.add(metrics, last=row))
                 if row:
                     report()
                 if due(sample_every):
-                    picture()
-            if due(save_every) and done < steps and not (alone and stop.is_set()):
-                save()
-        with saved_on(BaseException):
+                    run.picture()
+            if due(save_every) and run.done < steps and not (alone and stop.is_set()):
+                run.save()
+        with run.saved_on(BaseException):
             if interval:
                 advise(interval.read())
                 report()
             if not due(sample_every):
-                picture()
+                run.picture()
         trainer.check_finite()
-        save()
-    return done
+        run.save()
+    return run.done
 
 
-def _opened(directory: Path | None, start: int, *, tensorboard: bool, end: int | None) -> Iterator[Log]:
-    """Yield the logs that are asked for, each opened in its turn: in a directory, and a progress bar up to ``end``."""
-    if directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
-        checkpoint.clean(directory)
-        yield CSVLog(directory / "metrics.csv", start)
-        if tensorboard:
-            yield TensorBoardLog(directory, start)
-    if end is not None:
-        yield Progress(start, end)
+@dataclass
+class _Run:
+    """What a run leaves in its directory, where it has one, beside the log: checkpoints and pictures."""
+
+    trainer: TrainerLike
+    batches: Iterable[Any]
+    directory: Path | None
+    config: dict[str, Any] | None
+    keep: int
+    draw: Draw | None
+    sample_count: int
+    done: int = 0  # steps
+
+    @contextmanager
+    def saved_on(self, *errors: type[BaseException]) -> Iterator[None]:
+        """Save on what may fail while the trainer is between steps."""
+        try:
+            yield
+        except errors:
+            if self.done and self.trainer.ranks.world == 1:  # others would have to help
+                self.save()
+            raise
+
+    def save(self) -> None:
+        if self.directory is None:
+            return
+        trainer, batches = self.trainer, self.batches
+        data = batches.state_dict() if hasattr(batches, "state_dict") else None
+        content = {"trainer": trainer.full_state_dict(), "data": data, "config": self.config}
+        options = {"step": trainer.critic_iterations, "keep": self.keep}
+        trainer.ranks.once(partial(checkpoint.save_newest, self.directory, content, **options))
+        trainer.last_checkpoint = str(self.directory / checkpoint.LAST)
+
+    def picture(self) -> None:
+        if self.directory is None or self.draw is None:
+            return
+        path = self.directory / "samples" / f"step-{self.trainer.critic_iterations:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        ema, seed = self.trainer.ema is not None, stream_seed(self.trainer.seed, Stream.GRID)
+        self.draw(self.trainer.sample(self.sample_count, ema=ema, seed=seed), path)
 
 
 @contextmanager

@@ -14,37 +14,10 @@ from fastwgan import metrics
 from fastwgan.checkpoint import written
 from fastwgan.metrics import Metrics
 
-__all__ = ["Averages", "CSVLog", "Interval", "Progress", "TensorBoardLog"]
+__all__ = ["CSVLog", "Interval", "Progress", "TensorBoardLog"]
 
 COLUMNS = ("step", "generator_step", "seconds", *Metrics.NAMES, "skipped")
-Join = Callable[[float, float], float]
-EXTREMES: dict[str, Join] = {"gradient_norm_min": min, "gradient_norm_max": max}
-
-
-class Averages:
-    """The mean, least or greatest of each value over the steps in which it is there and finite.
-
-    ``skipped`` counts the steps whose update was skipped, as a gradient was not finite.
-    """
-
-    def __init__(self) -> None:
-        self._totals: dict[str, float] = {}
-        self._counts: Counter[str] = Counter()
-
-    def __bool__(self) -> bool:
-        return bool(self._counts)
-
-    def add(self, step: Mapping[str, float]) -> None:
-        self._counts["skipped"] += step.get("nonfinite", 0) > 0
-        for name, value in step.items():
-            if math.isfinite(value):
-                self._counts[name] += 1
-                join: Join = EXTREMES.get(name, operator.add)
-                self._totals[name] = join(self._totals[name], value) if name in self._totals else value
-
-    def values(self) -> dict[str, float]:
-        averages = {name: x if name in EXTREMES else x / self._counts[name] for name, x in self._totals.items()}
-        return averages | {"skipped": self._counts["skipped"]}
+EXTREMES: dict[str, Callable[[float, float], float]] = {"gradient_norm_min": min, "gradient_norm_max": max}
 
 
 class Interval:
@@ -54,11 +27,12 @@ class Interval:
 
     def __init__(self) -> None:
         self._held: list[Metrics] = []
-        self._averages = Averages()
+        self._totals: dict[str, float] = {}
+        self._counts: Counter[str] = Counter()
 
     def __bool__(self) -> bool:
         """Return whether there have been steps since the last end."""
-        return bool(self._held or self._averages)
+        return bool(self._held or self._counts)
 
     def add(self, step: Metrics, *, last: bool) -> list[dict[str, float]]:
         """Take up a step; return what was read: all that is held after the ``last``, mostly nothing before."""
@@ -70,13 +44,27 @@ class Interval:
         steps = metrics.read(self._held)
         self._held.clear()
         for step in steps:
-            self._averages.add(step)
+            self.include(step)
         return steps
 
+    def include(self, step: Mapping[str, float]) -> None:
+        self._counts["skipped"] += step.get("nonfinite", 0) > 0
+        for name, value in step.items():
+            if math.isfinite(value):
+                self._counts[name] += 1
+                join: Callable[[float, float], float] = EXTREMES.get(name, operator.add)
+                self._totals[name] = join(self._totals[name], value) if name in self._totals else value
+
     def end(self) -> dict[str, float]:
-        """Return the averages of all steps read since the last end."""
-        values, self._averages = self._averages.values(), Averages()
-        return values
+        """Return the mean, least or greatest of each value over the steps in which it is there and finite.
+
+        They are of all steps read since the last end; ``skipped`` counts those whose gradients were not finite.
+        """
+        averages = {name: x if name in EXTREMES else x / self._counts[name] for name, x in self._totals.items()}
+        averages["skipped"] = self._counts["skipped"]
+        self._totals.clear()
+        self._counts.clear()
+        return averages
 
 
 def _is_row(row: Mapping[str | None, Any]) -> bool:
@@ -101,11 +89,11 @@ class CSVLog:
         columns = [*dict.fromkeys((*COLUMNS, *(reader.fieldnames or ())))]
         self._begun = time.perf_counter() - (float(kept[-1]["seconds"]) if kept else 0.0)
         with written(path) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns, restval="")
+            writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(kept)
         self._file = path.open("a", newline="")
-        self._writer = csv.DictWriter(self._file, columns, restval="")
+        self._writer = csv.DictWriter(self._file, columns)
         self.close = self._file.close
 
     def write(self, step: int, generator_step: int, values: Mapping[str, float]) -> None:

@@ -10,12 +10,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastwgan.backend import Backend
-from fastwgan.constraints import Clip, WeightClip
+from fastwgan.constraints import Clip, GradientPenalty, WeightClip
 from fastwgan.metrics import Metrics
 from fastwgan.optim import RMSprop
 from fastwgan.verification import oracle
@@ -23,10 +24,7 @@ from fastwgan.verification.observed import Observed, parts
 from fastwgan.verification.oracle import Found, Step, Weights, to_dtype
 from fastwgan.verification.report import Row
 
-__all__ = ["Judge", "difference"]
-
 THROUGH_NETWORKS = ("generate", "forward", "input gradient", "loss", "backward", "buffers")
-
 Formula = Callable[..., Tensor]
 
 
@@ -43,26 +41,17 @@ def _magnitude(*scores: Tensor) -> Tensor:
 
 @dataclass
 class Judge:
-    """Writes the rows of one step.
-
-    Attributes:
-        step: what it was taken on.
-        module, optimizer, backend: the network that took it, after it, and what updated that.
-        before: the network's weights before it.
-        seen, metrics: what went through the networks, and what was measured.
-        eagers, exact: what plain PyTorch's two passes come to in the networks' dtype, and the one in float64.
-        rows: those written so far.
-    """
+    """Writes the rows of one step."""
 
     step: Step
-    module: nn.Module
+    module: nn.Module  # the network that took it, after it
     optimizer: torch.optim.Optimizer
     backend: Backend
     before: Weights
     seen: Observed
     metrics: Metrics
-    eagers: Sequence[Found]
-    exact: Found
+    eagers: Sequence[Found]  # what plain PyTorch's two passes come to in the networks' dtype
+    exact: Found  # and the one in float64
     rows: list[Row] = field(default_factory=list)
 
     def judge(self) -> None:
@@ -73,7 +62,7 @@ class Judge:
         loss = metrics.critic_loss if step.name == "critic" else metrics.generator_loss
         self._through("generate", {"fake samples": seen.fake})
         if step.penalty:
-            self._points(perturbed=step.penalty.at == "perturbed")
+            self._points(step.penalty)
         self._through("forward", {f"{kind} scores": x for kind, x in zip(kinds, scores, strict=True)})
         if all(x is not None for x in scores):
             self._scores(scores, loss)
@@ -119,14 +108,13 @@ class Judge:
         wide = to_dtype(given, torch.float64)
         self.row(op, name, ours, [formula(*given)], formula(*wide), size(*wide).item() if size else 0.0)
 
-    def _points(self, *, perturbed: bool) -> None:
-        seen, step = self.seen, self.step
+    def _points(self, penalty: GradientPenalty) -> None:
+        seen, step, perturbed = self.seen, self.step, penalty.at == "perturbed"
         assert seen.fake is not None
         points = partial(step.points, like=step.real if seen.x is None else seen.x)
-        self._stage(
-            "perturb" if perturbed else "interpolate", "points", seen.x, (step.real, seen.fake.to(step.real.dtype)),
-            points, lambda real, fake: real.norm() + (points(real, fake) - real if perturbed else fake).norm(),
-        )  # fmt: skip
+        size = lambda real, fake: real.norm() + (points(real, fake) - real if perturbed else fake).norm()  # noqa: E731
+        given = step.real, seen.fake.to(step.real.dtype)
+        self._stage("perturb" if perturbed else "interpolate", "points", seen.x, given, points, size)
 
     def _scores(self, scores: Sequence[Tensor], loss: Tensor | None) -> None:
         """Judge the means of scores, the gradients that the backward pass began with there, and the loss."""
@@ -174,20 +162,20 @@ class Judge:
     def _update(self) -> None:
         """Judge weights and optimizer state, all from the trainer's own gradients."""
         clip = self.step.constraint if isinstance(self.step.constraint, Clip) else None
-        kind, options = (torch.optim.RMSprop, oracle.RMSPROP) if clip else (torch.optim.Adam, oracle.ADAM)
+        kind = torch.optim.RMSprop if clip else torch.optim.Adam
+        options: dict[str, Any] = {"lr": 5e-5} if clip else {"lr": 1e-4, "betas": (0.0, 0.9)}  # a Trainer's own
         named = dict(self.module.named_parameters())
         grads = {name: p.grad for name, p in named.items() if p.grad is not None}
         old = {name: self.before[name] for name in grads}
         eager = oracle.updated(kind, old, grads, foreach=False, **options)
         exact = oracle.updated(kind, *to_dtype((old, grads), torch.float64), foreach=False, **options)
         ours = oracle.with_state(named, self.optimizer)
-        bounded = clip and self.step.name == "critic"
-        if bounded:  # then those in the critic are not what the optimizer has left
-            new = oracle.updated(RMSprop, old, grads, backend=self.backend, **oracle.RMSPROP)
+        if clip and self.step.name == "critic":  # where those in it are not what the optimizer has left
+            new = oracle.updated(RMSprop, old, grads, backend=self.backend, **options)
             ours |= {name: new[name] for name in grads}
         for name, x in exact.items():
             self.row("update", name, ours.get(name), [eager[name]], x)
-        if clip and bounded:
+        if clip and self.step.name == "critic":
             self._bound(clip, ours, self.before | eager, self.before | exact)
 
     def _bound(self, clip: Clip, new: Weights, eager: Weights, exact: Weights) -> None:

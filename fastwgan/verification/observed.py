@@ -5,34 +5,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Observed", "copied", "parts"]
-
 
 class Observed:
-    """What went through two networks since the last :meth:`forget`, seen by hooks on them.
+    """What went through two networks since the last :meth:`forget`, seen by hooks on them."""
 
-    Attributes:
-        z, fake: the generator's input and output.
-        scores: what came out of each pass of the critic but the penalty's: of all samples at once, or of each kind.
-        seeds: the gradients that the backward pass began with there.
-        x, gradient: where the penalty is taken, and the critic's gradient there.
-        cotangent: the gradient that the penalty's backward pass began with.
-    """
+    z: Any  # the generator's input
+    fake: Tensor | None  # its output
+    x: Tensor | None  # where the penalty is taken
+    gradient: Tensor | None  # the critic's there
+    cotangent: Tensor | None  # the gradient that the penalty's backward pass began with
+    scores: list[Tensor]  # of each pass of the critic but the penalty's: of all samples at once, or of each kind
+    seeds: list[Tensor | None]  # the gradients that the backward pass began with there
 
     def __init__(self, generator: nn.Module, critic: nn.Module) -> None:
         generator.register_forward_pre_hook(lambda _, args: self._keep("z", args[0]))
         generator.register_forward_hook(lambda _, args, output: self._keep("fake", output))
         critic.register_forward_hook(self._after_critic)
-        self.forget()
 
     def forget(self) -> None:
-        self.z: Any = None
-        self.fake: Tensor | None = None
-        self.x: Any = None
-        self.gradient: Tensor | None = None
-        self.cotangent: Tensor | None = None
-        self.scores: list[Tensor] = []
-        self.seeds: list[Tensor | None] = []
+        self.z = self.fake = self.x = self.gradient = self.cotangent = None
+        self.scores, self.seeds = [], []
 
     def _keep(self, name: str, x: Any) -> None:
         setattr(self, name, copied(x))

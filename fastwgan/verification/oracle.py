@@ -16,15 +16,10 @@ from fastwgan import reference
 from fastwgan.constraints import GradientPenalty, NormClip, WeightClip
 from fastwgan.verification.observed import Observed, parts
 
-__all__ = ["Constraint", "Found", "Step", "Weights", "gradients", "passes", "to_dtype", "updated", "with_state"]
-
 Constraint = WeightClip | NormClip | GradientPenalty
 Weights = dict[str, Tensor]
 Found = dict[tuple[str, str], tuple[Tensor, float]]  # by op and name, with the size of what a tensor is a sum of, or 0
 
-# The papers' optimizers, which a Trainer takes where it is given none.
-RMSPROP: dict[str, Any] = {"lr": 5e-5}
-ADAM: dict[str, Any] = {"lr": 1e-4, "betas": (0.0, 0.9)}
 CANCELLED = 1e-10  # of its summands' size: a sum below it is rounding, in float64 too
 KINDS = {"critic": ("real", "fake"), "generator": ("fake",)}  # of the samples that are scored in a network's step
 
@@ -50,12 +45,7 @@ def _norms(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step is taken on, and the formulas of its constraint and options.
-
-    Attributes:
-        name: of the network that takes it, "critic" or "generator".
-        z: latents; None until they are drawn.
-    """
+    """What a step is taken on, and the formulas of its constraint and options."""
 
     real: Tensor
     cond: tuple[Any, ...]
@@ -64,8 +54,8 @@ class Step:
     seed: int
     blend: float
     drift: float
-    name: str = "critic"
-    z: Any = None
+    name: str = "critic"  # of the network that takes it, or "generator"
+    z: Any = None  # latents, once they are drawn
 
     def to(self, dtype: torch.dtype) -> "Step":
         """Return the same step on tensors in ``dtype``."""
@@ -73,12 +63,10 @@ class Step:
 
     @property
     def penalty(self) -> GradientPenalty | None:
-        """Return the penalty, if the step has one."""
         return self.constraint if self.name == "critic" and isinstance(self.constraint, GradientPenalty) else None
 
     @property
-    def weight(self) -> float:
-        """Return the penalty's weight in a first step."""
+    def weight(self) -> float:  # of the penalty in a first step
         return self.penalty.weight * self.penalty.every if self.penalty else 0.0
 
     def points(self, real: Tensor, fake: Tensor, like: Tensor) -> Tensor:
@@ -161,9 +149,7 @@ def _seeded(values: Iterable[Tensor], seeds: Iterable[Tensor | None]) -> list[Te
 
 
 def passes(networks: nn.ModuleList, step: Step, seen: Observed, *, beside: bool = False) -> Found:
-    """Return what a step's passes come to, apart from those seen, or ``beside`` them: on their fake samples, points
-    and batches, and backward from where they began.
-    """
+    """Return what a step's passes come to: apart, or ``beside`` those seen, on their samples, points and gradients."""
     generator, critic = networks
     module, kinds = critic if step.name == "critic" else generator, KINDS[step.name]
     with torch.set_grad_enabled(module is generator):
@@ -210,8 +196,6 @@ def updated(kind: Any, weights: Weights, grads: Weights, **options: Any) -> Weig
     parameters = {name: nn.Parameter(w.clone()) for name, w in weights.items()}
     for name, p in parameters.items():
         p.grad = grads[name].clone()
-    if not parameters:
-        return {}
     optimizer = kind(parameters.values(), **options)
     optimizer.step()
     return with_state(parameters, optimizer)

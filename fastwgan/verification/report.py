@@ -5,8 +5,6 @@ from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any
 
-__all__ = ["Report", "Row"]
-
 HEADER, SIDES = ("step", "op", "rows", "worst", "error", "eager", "allowed", ""), "<<><>>><"
 
 

@@ -36,8 +36,6 @@ from fastwgan.verification.oracle import Constraint, Step, passes, to_dtype
 from fastwgan.verification.report import Report, Row
 from fastwgan.version import __version__
 
-__all__ = ["verify"]
-
 RANDOM = {"dropout": _DropoutNd, "instance noise": models.InstanceNoise}  # layers to be put into evaluation mode
 UNTOLD = "latent: expected a width or a callable, as the generator's first layer does not tell it; got None"
 
@@ -57,23 +55,21 @@ def verify(
     backend: Backend = "auto",
     **removed: object,
 ) -> Report:
-    """Take one critic step and one generator step on copies of the networks, and judge every stage against float64.
+    """Take a critic step and a generator step on copies of the networks; report on every stage, against float64.
 
     The networks, their gradients and modes, and the process's random streams are left as they are. Dropout and
     instance noise are put into evaluation mode in the copies; a network whose forward pass is random otherwise has to
     be verified in a form that is not. The networks have to run in float64, in which the scores have to come out.
+    Print the :class:`Report`, or ask it whether it ``passed`` and what ``failed``.
 
     Args:
         generator, critic: as for a :class:`Trainer`, in any floating dtype, on one device.
         real: samples [N, ...] on that device. A small batch will do.
         constraint, blend, drift, pack, backend: as for a Trainer, whose default optimizers take the steps.
-        cond: conditions, which networks get after their first argument.
+        cond: conditions, which the networks get after their first argument.
         latent: as for a Trainer: a width, or a callable (batch_size, device) -> z, which is called for each step and
             once before. None takes the width of the generator's first linear or transposed convolution layer.
         seed: of latents, eps and noise.
-
-    Returns:
-        A :class:`Report`: ``print`` it, or ask it whether it ``passed`` and what ``failed``.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, or the networks cannot be verified.
@@ -172,15 +168,12 @@ def _verified(
             network, _, buffer = path.partition(".")
             judge.row("buffers", f"{('generator', 'critic')[int(network)]}: {buffer}", own, [plain], wide)
         rows += judge.rows
-        with torch.no_grad():  # the next step begins with the trainer's weights and buffers
+        latest = [*ours.parameters(), *ours.buffers()]
+        with torch.no_grad():  # the next step begins with the trainer's
             for other in (apart, beside, exact):
-                for x, own in zip(_tensors(other), _tensors(ours), strict=True):
+                for x, own in zip((*other.parameters(), *other.buffers()), latest, strict=True):
                     x.copy_(own)
     return rows, notes
-
-
-def _tensors(networks: nn.Module) -> list[Tensor]:
-    return [*networks.parameters(), *networks.buffers()]
 
 
 def _copy(networks: Iterable[nn.Module]) -> nn.ModuleList:

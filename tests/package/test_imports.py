@@ -63,7 +63,6 @@ ORDER = [
     "data.batches",
     "data",
     "data.files",
-    "verification.command",
     "cli.common",
     "cli.pictures",
     "cli.runs",

@@ -8,7 +8,7 @@ import torch
 
 from fastwgan import metrics
 from fastwgan.metrics import Metrics
-from fastwgan.training.logs import COLUMNS, Averages, CSVLog, Interval, Progress, TensorBoardLog
+from fastwgan.training.logs import COLUMNS, CSVLog, Interval, Progress, TensorBoardLog
 
 
 def rows(path):
@@ -27,19 +27,19 @@ def log(path, start, *steps):
 
 
 def test_values_are_averaged_over_the_steps_that_have_them():
-    averages = Averages()
+    interval = Interval()
     for step in (
         {"wasserstein": 1.0, "penalty": 4.0, "gradient_norm_min": 0.5, "gradient_norm_max": 2.0, "nonfinite": 0.0},
         {"wasserstein": 2.0, "generator_loss": 7.0, "nonfinite": 3.0},
         {"wasserstein": math.nan, "penalty": math.inf, "gradient_norm_min": 0.25, "gradient_norm_max": math.inf},
         {"wasserstein": 6.0, "penalty": 6.0, "gradient_norm_min": 0.75, "gradient_norm_max": 1.5, "nonfinite": 1.0},
     ):
-        averages.add(step)
-    assert averages.values() == {
+        interval.include(step)
+    assert interval.end() == {
         "wasserstein": 3.0, "penalty": 5.0, "generator_loss": 7.0, "gradient_norm_min": 0.25, "gradient_norm_max": 2.0,
         "nonfinite": 4 / 3, "skipped": 2,
     }  # fmt: skip
-    assert Averages().values() == {"skipped": 0}
+    assert Interval().end() == {"skipped": 0}
 
 
 def test_an_interval_reads_seldom_and_holds_little(monkeypatch):

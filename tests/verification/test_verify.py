@@ -17,10 +17,10 @@ from torch import nn
 import fastwgan
 from fastwgan import GradientPenalty, NormClip, WeightClip, cli, models, reference
 from fastwgan.backend import kernels
+from fastwgan.cli import verify as command
 from fastwgan.engine import eager, structure
 from fastwgan.ops import rectifiers
 from fastwgan.streams import process_streams
-from fastwgan.verification import command
 from fastwgan.verification.report import Report, Row
 
 CLIP, PENALTY = WeightClip(), GradientPenalty()
