@@ -9,8 +9,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["curves", "image_grid", "points"]
-
 
 def image_grid(images: Tensor, path: Path) -> None:
     """Write gray or RGB images [N, C, H, W] in [-1, 1] as a near-square grid with white lines between them."""

@@ -4,7 +4,7 @@ import math
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,23 +100,12 @@ class Config:
         config = content.get("config")
         if not isinstance(config, dict) or config.keys() != cls.__dataclass_fields__.keys():
             raise ValueError(f"{path} was not written by fastwgan train")
-        if (
-            not is_known(config["data"])
-            or config["constraint"] not in CONSTRAINTS
-            or len(config["shape"]) not in (1, 3)
-        ):
+        data, constraint, shape = (config[name] for name in ("data", "constraint", "shape"))
+        if not is_known(data) or constraint not in CONSTRAINTS or len(shape) not in (1, 3):
             raise ValueError(f"{path} is of a run that this version does not know: {config}")
         return cls(**config)
 
-    def check(self, given: dict[str, Any], out: Path) -> None:
-        """Raise ValueError where one of the given options is not this run's."""
-        known = asdict(self) | {"size": self.shape[-1], "channels": self.shape[0]}
-        for field, value in given.items():
-            if known[field] != value:
-                raise ValueError(f"--{field.replace('_', '-')}: the run in {out} has {known[field]}, got {value}")
-
-    def make_networks(self) -> tuple[nn.Module, nn.Module]:
-        """Return the generator and the critic."""
+    def make_networks(self) -> tuple[nn.Module, nn.Module]:  # generator and critic
         recipe, shape, elements = recipe_for(self.shape), self.shape, math.prod(self.shape)
         if not recipe.hidden:  # a penalty takes each sample's gradient by itself, and BatchNorm mixes them
             sizes, norm = {"channels": shape[0], "width": recipe.width, "size": shape[-1]}, self.constraint == "clip"
@@ -127,8 +116,7 @@ class Config:
 
     def make_trainer(self, device: torch.device, backend: Backend) -> Trainer:
         torch.manual_seed(self.seed)
-        generator, critic = (network.to(device) for network in self.make_networks())
-        recipe = recipe_for(self.shape)
+        recipe, (generator, critic) = recipe_for(self.shape), (network.to(device) for network in self.make_networks())
         constraint, optimizer = recipe.clip if self.constraint == "clip" else recipe.penalty
         trainer = Trainer(
             generator, critic, latent=recipe.latent, constraint=constraint, n_critic=self.n_critic,
@@ -144,7 +132,6 @@ class Config:
         return trainer
 
     def make_batches(self, samples: Samples | None, trainer: Trainer, workers: int) -> Batches:
-        """Return the batches of a run, of which each process gets its part."""
         seed, part = stream_seed(self.seed, Stream.ORDER), {"rank": trainer.rank, "world": trainer.world}
         if samples is None:
             return SampledBatches(TOYS[self.data], self.batch_size, seed, trainer.device, **part)

@@ -33,22 +33,19 @@ DATA = (
     "to 32x32; default: digits"
 )
 SIZE = f"scale images in files to so many pixels square; default: a folder's to {files.FOLDER_SIZE}"
-CHANNELS = "of a folder's images, gray or RGB; default: as the first is"
-WORKERS = "threads that read files, which changes no number; default: 2"
 DECAY = number(float, 0, 1, "a number from 0 to 1, such as 0.999")
-NONFINITE = "at gradients that are infinite or NaN end the run, or go on unless they keep coming; default: raise"
 OPTIONS: Options = {
     "--data": {"type": _data, "metavar": "DATA", "help": DATA},
     "--size": {"type": int, "choices": files.SIZES, "help": SIZE},
-    "--channels": {"type": int, "choices": (1, 3), "help": CHANNELS},
-    "--workers": {"type": integer(0, 64), "default": 2, "help": WORKERS},
+    "--channels": {"type": int, "choices": (1, 3), "help": "of a folder's images; default: as the first is"},
+    "--workers": {"type": integer(0, 64), "default": 2, "help": "threads that read files; default: 2"},
     "--constraint": {"choices": runs.CONSTRAINTS, "help": "WGAN or WGAN-GP; default: penalty"},
     "--steps": {"type": integer(1, EVER), "help": "critic steps in all, resumed ones included"},
     "--batch-size": {"type": integer(1, MOST), "help": "real samples in a critic step"},
     "--n-critic": {"type": integer(1, EVER), "help": "critic steps to a generator step"},
     "--amp": {"choices": runs.PRECISIONS, "help": "mixed precision; default: none"},
     "--ema": {"type": DECAY, "metavar": "DECAY", "help": "keep a running average of the generator's weights"},
-    "--nonfinite": {"choices": ("raise", "skip"), "help": NONFINITE},
+    "--nonfinite": {"choices": ("raise", "skip"), "help": "end at infinite or NaN gradients, or go on; default: raise"},
     "--seed": {"type": SEED, "help": "of weights, data order, latents and eps; default: 0"},
     "--device": {"help": "such as cpu or cuda:0; default: the first GPU, else the CPU"},
     "--backend": BACKEND,
@@ -90,7 +87,10 @@ def _prepare(args: Namespace, device: torch.device) -> tuple[Config, Path, Train
     if args.resume:
         content = checkpoint.load(last)
         config = Config.of(content, last)
-        config.check(given, out)
+        known = asdict(config) | {"size": config.shape[-1], "channels": config.shape[0]}
+        for name, value in given.items():
+            if known[name] != value:
+                raise ValueError(f"--{name.replace('_', '-')}: the run in {out} has {known[name]}, got {value}")
         samples, shape = runs.read_samples(config.data, config.size, config.channels, args.workers)
         if shape != config.shape:
             raise ValueError(f"--data: the run in {out} has samples of shape {config.shape}, {config.data} now {shape}")

@@ -9,6 +9,7 @@ import gzip
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-__all__ = ["KINDS", "SIZES", "ArrayImages", "BadDataError", "ImageFolder", "Points", "read", "read_idx", "read_npy"]
-
 KINDS = ("folder", "npy", "idx")
 SIZES = (8, 16, 32, 64, 128, 256)  # of square images; what the convolutional networks can make
 FOLDER_SIZE = 32  # what a CPU can train on
 AS_THEY_ARE = 16  # images that are no larger go into an MLP, which takes any height and width
-
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 GRAY = {"1", "L", "LA"}  # Pillow's modes
-DEEP = ("I", "F")  # what the names of its modes of more than 8 bits begin with
 IDX_IMAGES = 0x00000803  # unsigned bytes, three dimensions
 IDX_NAMES = ("train-images-idx3-ubyte", "train-images-idx3-ubyte.gz")
 TOGETHER = 16  # files that a thread looks through at a time
@@ -64,7 +61,7 @@ def _decode(path: Path) -> Any:
             upright = ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow raises many kinds on a foreign or truncated file
         raise BadDataError(str(error).replace(str(path), path.name) or type(error).__name__) from error
-    if upright.mode.startswith(DEEP):
+    if upright.mode.startswith(("I", "F")):
         raise BadDataError(f"expected 8 bits to a channel, got Pillow's mode {upright.mode}")
     return upright
 
@@ -97,12 +94,11 @@ class ImageFolder:
         Image.init()  # else the first threads to meet a rare format race for it, and some find it unknown
         parts = [found[i : i + TOGETHER] for i in range(0, len(found), TOGETHER)]
         with ThreadPoolExecutor(max(1, workers)) as pool:
-            looked = pool.map(lambda part: [(path, *_mode(path)) for path in part], parts)
-            modes = [each for part in looked for each in part]
+            modes = list(chain(*pool.map(lambda part: [(path, *_mode(path)) for path in part], parts)))
         usable = {path: mode for path, mode, _ in modes if mode}
         self.unusable = [(path, problem) for path, _, problem in modes if problem]
         first = "".join(f"; {path.name}: {problem}" for path, problem in self.unusable[:1])
-        _expect(bool(usable), f"images in {root}", f"{len(found)} files that could be one{first}")
+        _expect(len(usable) > 0, f"images in {root}", f"{len(found)} files that could be one{first}")
         self._paths = list(usable)
         self.shape = (channels or (1 if usable[self._paths[0]] in GRAY else 3), size, size)
 
@@ -129,10 +125,11 @@ def _existing(path: Path) -> Path:
     return path
 
 
-class _Rows:
+class Points:
+    """The rows of a floating-point array [N, D], as they are. Well-behaved ones are of about unit size."""
+
     def __init__(self, array: np.ndarray, path: Path) -> None:
-        self._array, self._path = array, path
-        self.shape = array.shape[1:]
+        self._array, self._path, self.shape = array, path, array.shape[1:]
 
     def __len__(self) -> int:
         return len(self._array)
@@ -148,11 +145,7 @@ class _Rows:
         return rows
 
 
-class Points(_Rows):
-    """The rows of a floating-point array [N, D], as they are. Well-behaved ones are of about unit size."""
-
-
-class ArrayImages(_Rows):
+class ArrayImages(Points):
     """Images [N, H, W], [N, C, H, W] or [N, H, W, C] of an array, C being 1 or 3, the second of both if it can be.
 
     They are uint8, which is scaled to [-1, 1], or floats, which have to lie there; without a ``size`` as large as they
