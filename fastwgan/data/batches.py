@@ -8,8 +8,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["SampledBatches", "Samples", "ShuffledBatches"]
-
 Draw = Callable[[int, torch.Generator], Tensor]
 
 

@@ -26,8 +26,6 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 GRAY = {"1", "L", "LA"}  # Pillow's modes
 IDX_IMAGES = 0x00000803  # unsigned bytes, three dimensions
 IDX_NAMES = ("train-images-idx3-ubyte", "train-images-idx3-ubyte.gz")
-TOGETHER = 16  # files that a thread looks through at a time
-ROUNDING = 1e-3  # how far beyond [-1, 1] a float image may be
 
 
 class BadDataError(ValueError):
@@ -92,7 +90,7 @@ class ImageFolder:
         _expect(root.is_dir(), "a directory of images", root)
         found = _image_files(root)
         Image.init()  # else the first threads to meet a rare format race for it, and some find it unknown
-        parts = [found[i : i + TOGETHER] for i in range(0, len(found), TOGETHER)]
+        parts = [found[i : i + 16] for i in range(0, len(found), 16)]  # that a thread looks through at a time
         with ThreadPoolExecutor(max(1, workers)) as pool:
             modes = list(chain(*pool.map(lambda part: [(path, *_mode(path)) for path in part], parts)))
         usable = {path: mode for path, mode, _ in modes if mode}
@@ -174,7 +172,7 @@ class ArrayImages(Points):
             images = images / 127.5 - 1
         else:
             least, most = images.aminmax()
-            fine = bool(torch.maximum(-least, most) <= 1 + ROUNDING)
+            fine = bool(torch.maximum(-least, most) <= 1 + 1e-3)  # of which some may be rounding
             _expect(fine, "float images in [-1, 1]", f"{least:g} to {most:g} in {self._path}")
         images = pad(images, self._pad, value=-1.0)
         if images.shape[1:] == self.shape:

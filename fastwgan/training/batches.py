@@ -11,27 +11,23 @@ from torch.utils.data import Dataset, IterableDataset
 
 from fastwgan import checks
 
-__all__ = ["endless", "refuse_samples"]
-
 
 def refuse_samples(batches: object) -> None:
     """Raise TypeError on what would be iterated sample by sample, which a network may well take for batches."""
-    kind, remedy = type(batches).__name__, ""
+    got = type(batches).__name__
     if isinstance(batches, (Tensor, np.ndarray)):
-        remedy = "; put a single batch into a list, or make batches of samples by torch.utils.data.DataLoader"
+        got += "; put a single batch into a list, or make batches of samples by torch.utils.data.DataLoader"
     elif isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
-        kind = f"the dataset {kind}, whose items are single samples"
-        remedy = "; torch.utils.data.DataLoader makes batches of them"
+        got = f"the dataset {got}, whose items are single samples; torch.utils.data.DataLoader makes batches of them"
     elif hasattr(batches, "__iter__") or hasattr(batches, "__getitem__"):
         return
-    raise TypeError(f"batches: expected an iterable of batches, got {kind}{remedy}")
+    raise TypeError(f"batches: expected an iterable of batches, got {got}")
 
 
 def endless(batches: Iterable[Any], device: torch.device, pack: int) -> Iterator[list[Any] | None]:
     """Yield the samples and conditions of each batch, begun again when the batches end, in whole packs, on ``device``.
 
-    Samples that fill no pack, as at the end of a short last batch, are left out; for a batch that fills none, None is
-    yielded. A batch without numbers, an empty one and the end of batches that cannot be started again raise.
+    Samples that fill no pack are left out; None is yielded for a batch that fills none.
     """
     set_epoch = getattr(getattr(batches, "sampler", None), "set_epoch", None)
     for epoch in count():
@@ -50,10 +46,8 @@ def endless(batches: Iterable[Any], device: torch.device, pack: int) -> Iterator
             empty = False
             yield parts if whole == n else [x[:whole] if checks.is_batched(x, n) else x for x in parts]
         if empty:
-            raise ValueError(
-                "batches: expected more batches, but the iterable is empty, has no batch that fills a pack, or has "
-                "ended or been closed and cannot be started again"
-            )
+            got = "is empty, has no batch that fills a pack, or has ended or been closed and cannot be started again"
+            raise ValueError(f"batches: expected more batches, but the iterable {got}")
 
 
 def _moved(part: Any, device: torch.device) -> Any:

@@ -23,8 +23,6 @@ from fastwgan.training.batches import endless, refuse_samples
 from fastwgan.training.health import Health, HealthWarning
 from fastwgan.training.logs import CSVLog, Interval, Progress, TensorBoardLog
 
-__all__ = ["TrainerLike", "fit"]
-
 Log = CSVLog | TensorBoardLog | Progress
 Draw = Callable[[Tensor, Path], None]
 
@@ -54,11 +52,11 @@ def fit(
     sample_every: int | None = None, draw: Draw | None = None, sample_count: int = 64, save_every: int = 2000,
     keep: int = 1, callbacks: Sequence[Callable[[Any, dict[str, float]], object]] = (), progress: bool = False,
 ) -> int:  # fmt: skip
-    """Call ``trainer.step`` on ``steps`` batches; return how many, fewer after Ctrl-C or a callback that ends it.
+    """Call ``trainer.step`` on ``steps`` batches; return how many: fewer after Ctrl-C, or once a callback returns True.
 
-    Ctrl-C ends the loop after the step under way, with everything written. If the batches, a callback or ``draw``
-    raise, a checkpoint is left behind. A :class:`fastwgan.training.HealthWarning` tells when the numbers look like a
-    known kind of failure, each kind once.
+    Either ends the loop after the step under way, with everything written. If batches, a callback or ``draw`` raise, a
+    checkpoint is left behind. A :class:`fastwgan.training.HealthWarning` tells of numbers that look like a known kind
+    of failure, each kind once.
 
     With several ranks every one calls this, on batches of its own. Rank 0 writes, draws, calls back and tells of
     progress; the others have to name ``out`` as well. They agree on an early end, at the rows of the log. Where one
@@ -66,25 +64,22 @@ def fit(
 
     Args:
         trainer: goes on from where it is.
-        batches: an iterable of samples [N, ...], or of tuples (samples, *conditions), whose tensors and arrays are
-            moved to the trainer's device. It is started again when it ends. Samples at the end of a short batch that
-            fill no pack are left out. If it has ``state_dict``, as :mod:`fastwgan.data`'s have, its position is saved,
-            for ``batches.load_state_dict(fastwgan.checkpoint.load(path)["data"])``. A DataLoader has none, and starts
-            anew; its sampler's ``set_epoch``, where there is one, is called with each epoch.
+        batches: an iterable of samples [N, ...] or of tuples (samples, *conditions), whose tensors and arrays go to the
+            trainer's device. It is started again when it ends. Samples at the end of a short batch that fill no pack
+            are left out. If it has ``state_dict``, as :mod:`fastwgan.data`'s have, its position is saved, for
+            ``batches.load_state_dict(fastwgan.checkpoint.load(path)["data"])``. A DataLoader has none, and starts anew;
+            its sampler's ``set_epoch``, where there is one, is called with each epoch.
         steps: critic steps to take.
         out: directory for ``metrics.csv``, the checkpoint ``last.pt``, and what else is asked for; None writes nothing.
         config: numbers and strings to keep in the checkpoint.
-        log_every: steps between rows of the log, which are averages over these steps. Reading them waits for the
-            device once, or once in 100 steps.
-        tensorboard: log to TensorBoard as well (needs tensorboard).
+        log_every: steps between rows of the log, averages over these. Reading them waits for the device once in 100.
+        tensorboard, progress: log to TensorBoard (needs tensorboard) and show a bar (needs rich) as well.
         sample_every: steps between pictures ``samples/step-00002000.png`` of the same latents; the last step has one.
         draw: (samples [sample_count, ...], path) -> None, writes such a picture. The generator takes no conditions.
         sample_count: samples in a picture.
         save_every: steps between checkpoints; the last step always writes one.
         keep: checkpoints to keep. With more than 1, the newest are there as ``step-000002000.pt``, too.
-        callbacks: each is called as callback(trainer, averages) with every row of the log. The training ends, with
-            everything written, when one returns True.
-        progress: show a progress bar (needs rich).
+        callbacks: each is called as callback(trainer, averages) with every row of the log.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, ``out`` holds a run and the trainer is
@@ -97,14 +92,13 @@ def fit(
         checks.count(name, value)
     if (sample_every is None) != (draw is None):
         raise ValueError("draw: expected together with sample_every, got one of them")
-    directory = None if out is None else Path(out)
-    if directory is None and (tensorboard or draw is not None):
+    if out is None and (tensorboard or draw is not None):
         raise ValueError("out: expected a directory for what tensorboard and draw write, got None")
     refuse_samples(batches)
     for wanted, package in ((progress, "rich"), (tensorboard, "torch.utils.tensorboard")):
         if wanted:
             import_module(package)  # a missing one shows before anything is written
-    start, ranks = trainer.critic_iterations, trainer.ranks
+    directory, start, ranks = None if out is None else Path(out), trainer.critic_iterations, trainer.ranks
     first, alone = ranks.rank == 0, ranks.world == 1
     if directory is not None and not start and (directory / checkpoint.LAST).exists():
         raise ValueError(f"out: {directory} holds a run, which a new one would overwrite")
@@ -201,8 +195,8 @@ class _Run:
         trainer, batches = self.trainer, self.batches
         data = batches.state_dict() if hasattr(batches, "state_dict") else None
         content = {"trainer": trainer.full_state_dict(), "data": data, "config": self.config}
-        options = {"step": trainer.critic_iterations, "keep": self.keep}
-        trainer.ranks.once(partial(checkpoint.save_newest, self.directory, content, **options))
+        write = partial(checkpoint.save_newest, self.directory, content, step=trainer.critic_iterations, keep=self.keep)
+        trainer.ranks.once(write)
         trainer.last_checkpoint = str(self.directory / checkpoint.LAST)
 
     def picture(self) -> None:

@@ -10,8 +10,6 @@ from itertools import pairwise
 
 from fastwgan.constraints import WeightClip
 
-__all__ = ["Health", "HealthWarning"]
-
 # Steps that are judged together. A run's first window only counts non-finite steps: anything goes while it starts.
 WINDOW = 500
 # Steps of a window. Fewer are no fault of the training's: a loss scale finds its range by overflowing a few times.

@@ -14,8 +14,6 @@ from fastwgan import metrics
 from fastwgan.checkpoint import written
 from fastwgan.metrics import Metrics
 
-__all__ = ["CSVLog", "Interval", "Progress", "TensorBoardLog"]
-
 COLUMNS = ("step", "generator_step", "seconds", *Metrics.NAMES, "skipped")
 EXTREMES: dict[str, Callable[[float, float], float]] = {"gradient_norm_min": min, "gradient_norm_max": max}
 

@@ -8,7 +8,7 @@ itself, the floor is eight times as much.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -52,7 +52,7 @@ class Judge:
     metrics: Metrics
     eagers: Sequence[Found]  # what plain PyTorch's two passes come to in the networks' dtype
     exact: Found  # and the one in float64
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Row]
 
     def judge(self) -> None:
         """Write the rows of all stages but the buffers, in the order of the step."""

@@ -148,10 +148,10 @@ def _seeded(values: Iterable[Tensor], seeds: Iterable[Tensor | None]) -> list[Te
     return [(x * seed).sum() for x, seed in zip(values, seeds, strict=True) if seed is not None]
 
 
-def passes(networks: nn.ModuleList, step: Step, seen: Observed, *, beside: bool = False) -> Found:
+def passes(networks: nn.ModuleDict, step: Step, seen: Observed, *, beside: bool = False) -> Found:
     """Return what a step's passes come to: apart, or ``beside`` those seen, on their samples, points and gradients."""
-    generator, critic = networks
-    module, kinds = critic if step.name == "critic" else generator, KINDS[step.name]
+    generator, critic = networks.values()
+    module, kinds = networks[step.name], KINDS[step.name]
     with torch.set_grad_enabled(module is generator):
         made: Any = seen.fake if beside and module is critic else generator(step.z, *step.cond)
     found: Found = {} if beside else {("generate", "fake samples"): (made.detach(), 0.0)}

@@ -20,8 +20,7 @@ class Row:
             colon.
         error: ||ours - float64|| / ||float64||; absolute where float64 has zero; NaN where ours is not there or has
             another shape.
-        eager: the same of plain PyTorch in the same dtype.
-        tolerance: of error.
+        eager, tolerance: the error of plain PyTorch in the same dtype, and the one allowed.
     """
 
     step: str
@@ -44,8 +43,7 @@ class Report:
         rows: in the order of the step.
         constraint, device, backend, dtype, batch, seed: what was verified; backend is the one that ran.
         versions: of fastwgan, torch, triton and python.
-        notes: what was done to the networks' copies.
-        options: those of blend and drift that were given.
+        notes, options: what was done to the networks' copies; those of blend and drift that were given.
     """
 
     rows: tuple[Row, ...]
@@ -79,9 +77,8 @@ class Report:
         """Return the outcome, in a sentence."""
         if self.passed:
             return f"passed: {len(self.rows)} rows"
-        first = self.failed[0]
-        where = f"first {first.op} ({first.name}) in the {first.step} step"
-        return f"FAILED: {len(self.failed)} of {len(self.rows)} rows, {where}"
+        count, first = len(self.failed), self.failed[0]
+        return f"FAILED: {count} of {len(self.rows)} rows, first {first.op} ({first.name}) in the {first.step} step"
 
     def __str__(self) -> str:
         table = [HEADER]

@@ -13,7 +13,6 @@ counts.
 
 import copy
 import platform
-from collections.abc import Iterable
 from dataclasses import fields, replace
 from importlib import metadata
 from typing import Any
@@ -82,21 +81,31 @@ def verify(
     """
     checks.removed(removed, {"instance_noise": "wrap the critic: fastwgan.models.InstanceNoise(critic, scale)"})
     checks.refuse_inference_mode()
-    networks = [unwrapped("generator", generator), unwrapped("critic", critic)]
-    for name, module in zip(("generator", "critic"), networks, strict=True):
+    networks = nn.ModuleDict({"generator": unwrapped("generator", generator), "critic": unwrapped("critic", critic)})
+    for name, module in networks.items():
         if not any(p.requires_grad for p in module.parameters()):
             raise ValueError(f"{name}: expected trainable parameters, got none")
-    device = next(networks[1].parameters()).device
-    _check(real, constraint, cond, pack, device)
-    ran = resolve(backend, device)
-    streams = process_streams(device)
+    if type(constraint) not in (WeightClip, NormClip, GradientPenalty):
+        got = type(constraint).__name__
+        raise TypeError(f"constraint: expected WeightClip, NormClip or GradientPenalty, got {got}")
+    if not isinstance(cond, (tuple, list)):
+        raise TypeError(f"cond: expected a tuple of conditions, got {type(cond).__name__}")
+    device = next(networks["critic"].parameters()).device
+    checks.samples("real", real, device)
+    if len(real) % checks.count("pack", pack):
+        raise ValueError(f"real: expected a multiple of pack={pack} samples, got {len(real)}")
+    if Ranks(device).world > 1:
+        raise RuntimeError("torch.distributed: expected a single process, got one of several")
+    if torch.is_autocast_enabled(device.type):
+        raise RuntimeError("torch.autocast: expected a call outside of it, got one inside")
+    ran, streams = resolve(backend, device), process_streams(device)
     try:
         with torch.enable_grad():  # whatever the caller has
             step = Step(copied(real), tuple(map(copied, cond)), constraint, pack, seed, blend, drift)
             rows, notes = _verified(networks, step, latent, backend)
     finally:
         set_process_streams(streams, device)
-    dtype = next(p.dtype for p in networks[1].parameters() if p.is_floating_point())
+    dtype = next(p.dtype for p in networks["critic"].parameters() if p.is_floating_point())
     versions = {
         "fastwgan": __version__, "torch": torch.__version__, "python": platform.python_version(),
         "triton": next((d.version for d in metadata.distributions(name="triton")), None),
@@ -109,22 +118,6 @@ def verify(
     )  # fmt: skip
 
 
-def _check(real: Tensor, constraint: Constraint, cond: object, pack: int, device: torch.device) -> None:
-    """Raise unless a Trainer's own checks are all that is left to do."""
-    if type(constraint) not in (WeightClip, NormClip, GradientPenalty):
-        got = type(constraint).__name__
-        raise TypeError(f"constraint: expected WeightClip, NormClip or GradientPenalty, got {got}")
-    if not isinstance(cond, (tuple, list)):
-        raise TypeError(f"cond: expected a tuple of conditions, got {type(cond).__name__}")
-    checks.samples("real", real, device)
-    if len(real) % checks.count("pack", pack):
-        raise ValueError(f"real: expected a multiple of pack={pack} samples, got {len(real)}")
-    if Ranks(device).world > 1:
-        raise RuntimeError("torch.distributed: expected a single process, got one of several")
-    if torch.is_autocast_enabled(device.type):
-        raise RuntimeError("torch.autocast: expected a call outside of it, got one inside")
-
-
 def _in_short(constraint: Constraint) -> str:
     """Return the constraint with what is not its default."""
     default = type(constraint)()
@@ -134,26 +127,25 @@ def _in_short(constraint: Constraint) -> str:
 
 
 def _verified(
-    networks: list[nn.Module], step: Step, latent: Latent | None, backend: Backend
+    networks: nn.ModuleDict, step: Step, latent: Latent | None, backend: Backend
 ) -> tuple[list[Row], list[str]]:
     """Return rows and notes."""
-    template, notes = _copy(networks), []
+    template, rows, notes = _copy(networks), list[Row](), []
     for word, kind in RANDOM.items():
         random = [m for m in template.modules() if isinstance(m, kind) and m.training]
         notes += [f"{len(random)} {word} layers in evaluation mode"] if random else []
         for m in random:
             m.training = False  # by itself, whatever is within
-    width = _width(template[0]) if latent is None else latent
-    known = not step.cond and layers(template[1], step.real.dim()) is not None  # as hooks hide it
+    width = _width(template["generator"]) if latent is None else latent
+    known = not step.cond and layers(template["critic"], step.real.dim()) is not None  # as hooks hide it
     ours, apart, beside, exact = (_copy(template) for _ in range(4))
     trainer = Trainer(
-        *ours, latent=width, independent_samples=known, constraint=step.constraint, blend=step.blend, drift=step.drift,
-        pack=step.pack, seed=step.seed, backend=backend, cuda_graph=False, nonfinite="skip",
+        *ours.values(), latent=width, independent_samples=known, constraint=step.constraint, blend=step.blend,
+        drift=step.drift, pack=step.pack, seed=step.seed, backend=backend, cuda_graph=False, nonfinite="skip",
     )  # fmt: skip
     _check_networks(template, step, width, guessed=latent is None)
     exact.double()
-    seen = Observed(*ours)
-    rows: list[Row] = []
+    seen = Observed(*ours.values())
     for name, given in (("critic", step.real), ("generator", len(step.real))):
         module, optimizer, take = (getattr(trainer, name + suffix) for suffix in ("", "_optimizer", "_step"))
         seen.forget()
@@ -162,12 +154,10 @@ def _verified(
         taken = replace(step, name=name, z=seen.z)
         eagers = [passes(apart, taken, seen), passes(beside, taken, seen, beside=True)]
         truth = passes(exact, taken.to(torch.float64), seen)
-        judge = Judge(taken, module, optimizer, backend, before, seen, metrics, eagers, truth)
+        judge = Judge(taken, module, optimizer, backend, before, seen, metrics, eagers, truth, rows)
         judge.judge()
         for (path, own), plain, wide in zip(ours.named_buffers(), apart.buffers(), exact.buffers(), strict=True):
-            network, _, buffer = path.partition(".")
-            judge.row("buffers", f"{('generator', 'critic')[int(network)]}: {buffer}", own, [plain], wide)
-        rows += judge.rows
+            judge.row("buffers", path.replace(".", ": ", 1), own, [plain], wide)
         latest = [*ours.parameters(), *ours.buffers()]
         with torch.no_grad():  # the next step begins with the trainer's
             for other in (apart, beside, exact):
@@ -176,10 +166,10 @@ def _verified(
     return rows, notes
 
 
-def _copy(networks: Iterable[nn.Module]) -> nn.ModuleList:
+def _copy(networks: nn.ModuleDict) -> nn.ModuleDict:
     """Return copies of both, made at once so that what they share stays shared, without gradients."""
     try:
-        copies = copy.deepcopy(nn.ModuleList(networks))
+        copies = copy.deepcopy(networks)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"generator: expected networks that can be copied, got {error}") from error
     copies.zero_grad()
@@ -195,13 +185,13 @@ def _width(generator: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _check_networks(networks: nn.ModuleList, step: Step, latent: Latent, *, guessed: bool) -> None:
+def _check_networks(networks: nn.ModuleDict, step: Step, latent: Latent, *, guessed: bool) -> None:
     """Raise unless each network, from the same state, does the same with the same input, and runs in float64."""
-    p, n = next(networks[0].parameters()), len(step.real)
+    p, n = next(networks["generator"].parameters()), len(step.real)
     z = latent(n, p.device) if callable(latent) else torch.randn(n, latent, device=p.device, dtype=p.dtype)
-    for i, (name, x) in enumerate((("generator", z), ("critic", step.real))):
+    for name, x in (("generator", z), ("critic", step.real)):
         try:
-            first, second = (_copy(networks)[i](x, *step.cond) for _ in range(2))
+            first, second = (_copy(networks)[name](x, *step.cond) for _ in range(2))
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if guessed and name == "generator":
                 raise ValueError(UNTOLD) from error
@@ -215,7 +205,7 @@ def _check_networks(networks: nn.ModuleList, step: Step, latent: Latent, *, gues
             got = "another in a second pass: verify it in a form without randomness"
             raise ValueError(f"{name}: expected the same output for the same input, got {got}")
         try:
-            wide = _copy(networks).double()[i](*to_dtype((x, *step.cond), torch.float64))
+            wide = _copy(networks).double()[name](*to_dtype((x, *step.cond), torch.float64))
         except RuntimeError as error:
             raise ValueError(f"{name}: expected a network that runs in float64, got {error}") from error
         if wide.dtype != torch.float64:
