@@ -43,11 +43,10 @@ def curves(log: Path, path: Path) -> None:
     with log.open(newline="") as file:
         rows = list(csv.DictReader(file))
     figure = Figure(figsize=(8, 6), dpi=110, layout="constrained")
-    lower = {"saturation": "share of weights on the bound"}
-    if any(row["penalty"] for row in rows):
-        lower = {"penalty": "penalty, unweighted"}
-    drawn = {"wasserstein": "Wasserstein estimate"} | lower
-    for axes, (column, label) in zip(figure.subplots(2, 1, sharex=True), drawn.items(), strict=True):
+    penalised = any(row["penalty"] for row in rows)
+    lower = ("penalty", "penalty, unweighted") if penalised else ("saturation", "share of weights on the bound")
+    drawn = (("wasserstein", "Wasserstein estimate"), lower)
+    for axes, (column, label) in zip(figure.subplots(2, 1, sharex=True), drawn, strict=True):
         there = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
         axes.plot(*zip(*there, strict=True), linewidth=1)
         axes.set_ylabel(label)

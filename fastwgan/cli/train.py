@@ -58,23 +58,6 @@ OPTIONS: Options = {
 }
 
 
-def run(args: Namespace) -> int:
-    several, name = dist.is_torchelastic_launched(), args.device
-    with problems():
-        if several and name is None and torch.cuda.is_available():
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
-        device = common.device(name)
-        if several and device.type == "cuda":
-            torch.cuda.set_device(device)
-        if several:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    status = _train(args, device)
-    if several:
-        dist.barrier()  # not after an error, when the others may wait for this one
-        dist.destroy_process_group()
-    return status
-
-
 def _prepare(args: Namespace, device: torch.device) -> tuple[Config, Path, Trainer, Samples | None, Batches]:
     """Return the run that the arguments name, new or resumed: what it is, its directory, trainer, samples, batches."""
     fields = Config.__dataclass_fields__
@@ -109,8 +92,16 @@ def _prepare(args: Namespace, device: torch.device) -> tuple[Config, Path, Train
     return config, out, trainer, samples, batches
 
 
-def _train(args: Namespace, device: torch.device) -> int:
+def run(args: Namespace) -> int:
+    several, name = dist.is_torchelastic_launched(), args.device
     with problems():
+        if several and name is None and torch.cuda.is_available():
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = common.device(name)
+        if several and device.type == "cuda":
+            torch.cuda.set_device(device)
+        if several:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         from fastwgan.cli import pictures
 
         for needed in ("rich", "torch.utils.tensorboard")[: 1 + args.tensorboard]:
@@ -124,14 +115,13 @@ def _train(args: Namespace, device: torch.device) -> int:
         sample_every=args.sample_every, draw=draw if args.sample_every else None, sample_count=count,
         tensorboard=args.tensorboard, progress=True,
     )  # fmt: skip
-    status = INTERRUPTED if done < steps else 0
-    if trainer.rank:
-        return status
-    draw(trainer.sample(count, ema=trainer.ema is not None), out / "samples.png")
-    pictures.curves(out / "metrics.csv", out / "curves.png")
-    state = f"step {trainer.critic_iterations} ({trainer.generator_iterations} generator steps)"
-    if status:
-        print(f"interrupted at {state}; saved in {out}, --resume goes on")
-    else:
-        print(f"{state}: {out}/samples.png, curves.png, metrics.csv, last.pt")
-    return status
+    if not trainer.rank:
+        draw(trainer.sample(count, ema=trainer.ema is not None), out / "samples.png")
+        pictures.curves(out / "metrics.csv", out / "curves.png")
+        state = f"step {trainer.critic_iterations} ({trainer.generator_iterations} generator steps)"
+        interrupted = f"interrupted at {state}; saved in {out}, --resume goes on"
+        print(interrupted if done < steps else f"{state}: {out}/samples.png, curves.png, metrics.csv, last.pt")
+    if several:
+        dist.barrier()  # not after an error, when the others may wait for this one
+        dist.destroy_process_group()
+    return INTERRUPTED if done < steps else 0

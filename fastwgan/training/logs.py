@@ -7,6 +7,7 @@ import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +66,6 @@ class Interval:
         return averages
 
 
-def _is_row(row: Mapping[str | None, Any]) -> bool:
-    try:
-        int(row["step"]), float(row["seconds"])
-    except (KeyError, TypeError, ValueError):
-        return False
-    return None not in row and None not in row.values()  # which stand for cells too many and too few
-
-
 class CSVLog:
     """A row of averages for each interval, in a file that a resumed run goes on with.
 
@@ -82,8 +75,12 @@ class CSVLog:
     def __init__(self, path: Path, start: int) -> None:
         text = path.read_bytes().decode(errors="replace") if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]  # what a killed process left without a line's end is no row
-        reader = csv.DictReader(io.StringIO(whole, newline=""))
-        kept = [row for row in reader if _is_row(row) and int(row["step"]) <= start]
+        reader, kept = csv.DictReader(io.StringIO(whole, newline="")), []
+        for row in reader:
+            with suppress(KeyError, TypeError, ValueError):  # it is no row of a log
+                step, _ = int(row["step"]), float(row["seconds"])
+                if step <= start and None not in (*row, *row.values()):  # as for cells too many or too few
+                    kept.append(row)
         columns = [*dict.fromkeys((*COLUMNS, *(reader.fieldnames or ())))]
         self._begun = time.perf_counter() - (float(kept[-1]["seconds"]) if kept else 0.0)
         with written(path) as temporary, temporary.open("w", newline="") as file:
