@@ -20,7 +20,6 @@ from fastwgan.training.fit import fit
 
 
 def _data(text: str) -> str:
-    """Return the name of a data set, or KIND:PATH."""
     if not runs.is_known(text):
         names = ", ".join((*runs.DATA, *(f"{kind}:PATH" for kind in files.KINDS)))
         raise ArgumentTypeError(f"expected one of {names}, got {text!r}")

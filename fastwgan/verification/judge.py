@@ -95,7 +95,6 @@ class Judge:
         self.rows.append(Row(self.step.name, op, name, difference(ours, exact, size), eager, tolerance))
 
     def _through(self, op: str, ours: Mapping[str, Tensor | None]) -> None:
-        """Compare what went through the networks."""
         for name, x in ours.items():
             eagers = [each[op, name][0] for each in self.eagers if (op, name) in each]
             self.row(op, name, x, eagers, *self.exact[op, name])

@@ -58,7 +58,6 @@ class Step:
     z: Any = None  # latents, once they are drawn
 
     def to(self, dtype: torch.dtype) -> "Step":
-        """Return the same step on tensors in ``dtype``."""
         return replace(self, **to_dtype({"real": self.real, "cond": self.cond, "z": self.z}, dtype))
 
     @property
@@ -125,7 +124,6 @@ class Step:
         return w.abs().flatten()
 
     def bounded(self, w: Tensor, bound: float) -> Tensor:
-        """Return a weight kept within the bound."""
         if isinstance(self.constraint, WeightClip):
             return w.clamp(-bound, bound)
         factors = (bound / self.sizes(w)).clamp(max=1)

@@ -5,10 +5,9 @@ plain PyTorch op by op, as the papers' Algorithm 1 reads, in the networks' dtype
 copies of the networks show what goes through the trainer's step, so each stage of it (interpolates, means, penalty,
 update, clamp) is also judged by itself, from what that stage was given: the first stage to fail is the one at fault.
 
-Plain PyTorch runs twice, as one run's error may be small by luck: once apart, and once on the trainer's fake samples,
-points of the penalty and batches, and backward from the gradients that the trainer began with, so that a ReLU's input
-that lies within a rounding of zero is on one side in both, and sums over a batch cancel in both. The worse of the two
-counts.
+Plain PyTorch runs twice, as one run's error may be small by luck, and the worse counts: once apart, and once on the
+trainer's fake samples, points of the penalty and batches, and backward from the gradients that it began with, so that a
+ReLU's input within a rounding of zero is on one side in both, and sums over a batch cancel in both.
 """
 
 import copy
@@ -102,7 +101,7 @@ def verify(
     try:
         with torch.enable_grad():  # whatever the caller has
             step = Step(copied(real), tuple(map(copied, cond)), constraint, pack, seed, blend, drift)
-            rows, notes = _verified(networks, step, latent, backend)
+            rows, notes = _rows(networks, step, latent, backend)
     finally:
         set_process_streams(streams, device)
     dtype = next(p.dtype for p in networks["critic"].parameters() if p.is_floating_point())
@@ -126,10 +125,8 @@ def _in_short(constraint: Constraint) -> str:
     return f"{type(constraint).__name__}({options})"
 
 
-def _verified(
-    networks: nn.ModuleDict, step: Step, latent: Latent | None, backend: Backend
-) -> tuple[list[Row], list[str]]:
-    """Return rows and notes."""
+def _rows(networks: nn.ModuleDict, step: Step, latent: Latent | None, backend: Backend) -> tuple[list[Row], list[str]]:
+    """Return the rows of both steps, and notes."""
     template, rows, notes = _copy(networks), list[Row](), []
     for word, kind in RANDOM.items():
         random = [m for m in template.modules() if isinstance(m, kind) and m.training]
