@@ -52,7 +52,7 @@ def fit(
     sample_every: int | None = None, draw: Draw | None = None, sample_count: int = 64, save_every: int = 2000,
     keep: int = 1, callbacks: Sequence[Callable[[Any, dict[str, float]], object]] = (), progress: bool = False,
 ) -> int:  # fmt: skip
-    """Call ``trainer.step`` on ``steps`` batches; return how many: fewer after Ctrl-C, or once a callback returns True.
+    """Call ``trainer.step`` on ``steps`` batches; return how many: fewer after Ctrl-C, or if a callback returns True.
 
     Either ends the loop after the step under way, with everything written. If batches, a callback or ``draw`` raise, a
     checkpoint is left behind. A :class:`fastwgan.training.HealthWarning` tells of numbers that look like a known kind
@@ -72,7 +72,8 @@ def fit(
         steps: critic steps to take.
         out: directory for ``metrics.csv``, the checkpoint ``last.pt``, and what else is asked for; None writes nothing.
         config: numbers and strings to keep in the checkpoint.
-        log_every: steps between rows of the log, averages over these. Reading them waits for the device once in 100.
+        log_every: steps between rows of the log, which has their averages. Reading waits for the device, at least once
+            in 100 steps.
         tensorboard, progress: log to TensorBoard (needs tensorboard) and show a bar (needs rich) as well.
         sample_every: steps between pictures ``samples/step-00002000.png`` of the same latents; the last step has one.
         draw: (samples [sample_count, ...], path) -> None, writes such a picture. The generator takes no conditions.

@@ -10,10 +10,8 @@ from itertools import pairwise
 
 from fastwgan.constraints import WeightClip
 
-# Steps that are judged together. A run's first window only counts non-finite steps: anything goes while it starts.
-WINDOW = 500
-# Steps of a window. Fewer are no fault of the training's: a loss scale finds its range by overflowing a few times.
-NONFINITE = 10
+WINDOW = 500  # steps that are judged together; in a run's first only for numbers: anything goes while it starts
+NONFINITE = 10  # steps of a window; a loss scale finds its range by overflowing a few times
 # Share of steps in each of two windows in a row. Working runs: one window of at most 0.42, later ones 0.25; sign
 # changes 0.27. Critics that learn too slowly: 0.5 to 1; those whose learning rate is far too high change sign in 0.5.
 NEGATIVE, SIGN_CHANGES = 0.45, 0.4
@@ -23,8 +21,7 @@ STEEP_MEAN, STEEP_MAX = 6, 20
 # Times the target of a two-sided penalty, which pulls norms up as well. Working runs: above 1.0; slow ones 0.15. Other
 # penalties may rightly bring the norm near 0, though not to 0.
 FLAT_MEAN = 0.1
-# Mean share of weights on their bound. Working runs: up to 0.41. Near 1 the critic is the signs of its weights.
-SATURATION = 0.95
+SATURATION = 0.95  # mean share of weights on their bound, up to 0.41 in working runs; at 1 the critic is their signs
 
 
 class HealthWarning(UserWarning):
