@@ -11,25 +11,25 @@ from fastwgan.backend import DTYPES
 from fastwgan.reference import PENALTY_KINDS
 
 
-def tensor(name: str, x: object) -> Tensor:
-    """Return ``x`` if it is a floating tensor with elements, or raise."""
+def tensor(name: str, x: object, *, may_be_empty: bool = False) -> Tensor:
+    """Return ``x`` if it is a floating tensor, with elements unless it may be empty, or raise."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
-    if x.numel() == 0:
+    if x.numel() == 0 and not may_be_empty:
         raise ValueError(f"{name}: expected at least one element, got shape {tuple(x.shape)}")
     return x
 
 
-def samples(name: str, x: object, device: torch.device) -> Tensor:
-    """Return ``x`` if it is a floating tensor [N, ...] on ``device``, or raise."""
+def samples(name: str, x: object, device: torch.device | None = None) -> Tensor:
+    """Return ``x`` if it is a floating tensor [N, ...], on ``device`` where that is given, or raise."""
     x = tensor(name, x)
     if x.dim() == 0:
         raise ValueError(f"{name}: expected shape [N, ...], got a 0-d tensor")
-    if x.device != device:
+    if device is not None and x.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
     return x
 
@@ -49,11 +49,16 @@ def like(name: str, x: Tensor, other_name: str, other: Tensor, *, shape: bool) -
         raise ValueError(f"{name}: expected {other_name}'s shape {tuple(other.shape)}, got {tuple(x.shape)}")
 
 
-def promoted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both in one dtype under autocast, where networks give another than they get, as PyTorch's ops have it."""
+def pair(name: str, x: object, other_name: str, other: object, *, shape: bool = True) -> tuple[Tensor, Tensor]:
+    """Return two floating tensors that are :func:`like` each other, or raise.
+
+    Under autocast, where networks give another dtype than they get, both come in one, as PyTorch's ops have it.
+    """
+    a, b = tensor(name, x), tensor(other_name, other)
     if a.dtype != b.dtype and torch.is_autocast_enabled(a.device.type):
         dtype = torch.promote_types(a.dtype, b.dtype)
-        return a.to(dtype), b.to(dtype)
+        a, b = a.to(dtype), b.to(dtype)
+    like(name, a, other_name, b, shape=shape)
     return a, b
 
 
@@ -66,12 +71,13 @@ def number(name: str, value: object, *, minimum: float, exclusive: bool = False)
     return float(value)
 
 
-def count(name: str, value: object, minimum: int = 1) -> int:
-    """Return ``value`` as an int not below ``minimum``, or raise."""
+def count(name: str, value: object, minimum: int = 1, *, bits: int | None = None) -> int:
+    """Return ``value`` as an int not below ``minimum``, and below 2^bits where that is given, or raise."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name}: expected an int >= {minimum}, got {value}")
+    if value < minimum or (bits is not None and value >= 2**bits):
+        expected = f">= {minimum}" if bits is None else f"in [{minimum}, 2**{bits})"
+        raise ValueError(f"{name}: expected an int {expected}, got {value}")
     return value
 
 
@@ -98,11 +104,7 @@ def penalty(kind: object, target: object) -> tuple[str, float]:
 
 def seed(name: str, seed: object) -> int:
     """Return ``seed`` if it is an int in [0, 2^63), or raise."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"{name}: expected an int, got {type(seed).__name__}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"{name}: expected an int in [0, 2**63), got {seed}")
-    return seed
+    return count(name, seed, 0, bits=63)
 
 
 def offset(offset: object, device: torch.device) -> int | Tensor:
@@ -134,12 +136,7 @@ def scores(name: str, scores: object, batch: int, pack: int = 1) -> Tensor:
 
 def parameter(name: str, p: object) -> Tensor:
     """Return ``p`` if a kernel can update it in place, or raise: dense or sliced, floating, not expanded."""
-    if not isinstance(p, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(p).__name__}")
-    if p.dtype not in DTYPES:
-        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {p.dtype}")
-    if p.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got layout {p.layout}")
+    p = tensor(name, p, may_be_empty=True)
     if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
         raise ValueError(f"{name}: expected each element to have its own memory, got an expanded tensor")
     if p.is_neg():
@@ -149,22 +146,19 @@ def parameter(name: str, p: object) -> Tensor:
 
 def refuse_overlap(parameters: Sequence[Tensor]) -> None:
     """Raise unless each parameter has memory of its own, as a launch writes to all of them in any order."""
-    by_storage: dict[int, list[int]] = {}
+    by_storage: dict[int, list[tuple[int, Tensor]]] = {}
     for i, p in enumerate(parameters):
-        by_storage.setdefault(p.untyped_storage().data_ptr(), []).append(i)
+        by_storage.setdefault(p.untyped_storage().data_ptr(), []).append((i, p))
     for members in by_storage.values():
-        first = parameters[members[0]]
+        _, first = members[0]
         if len(members) == 1 or first.device.type == "meta":
             continue
         taken = torch.zeros(first.untyped_storage().nbytes() // first.element_size(), dtype=torch.bool, device="cpu")
-        for i in members:
-            p = parameters[i]
+        for i, p in members:
             places = taken.as_strided(p.shape, p.stride(), p.storage_offset())
             if places.any():
-                raise ValueError(
-                    f"params: expected each in memory of its own, got number {i}, of shape {tuple(p.shape)}, over that "
-                    "of another: make them one parameter"
-                )
+                got = f"number {i}, of shape {tuple(p.shape)}, over that of another"
+                raise ValueError(f"params: expected each in memory of its own, got {got}: make them one parameter")
             places.fill_(True)
 
 

@@ -1,4 +1,4 @@
-"""What differentiable launches have in common."""
+"""The base of differentiable launches, and what their backward passes ask."""
 
 from typing import Any
 
@@ -6,23 +6,30 @@ import torch
 from torch import Tensor
 
 
-def apply(function: Any, *args: Any) -> Any:
-    """Return ``function.apply(*args)``, which PyTorch leaves untyped."""
-    return function.apply(*args)
-
-
 class Op(torch.autograd.Function):
     """A differentiable launch. Under torch.func.vmap it launches once for each element of the batch."""
 
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        launch: Any = cls.apply  # which PyTorch leaves untyped
         elements = [
-            apply(cls, *(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)))
+            launch(*(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)))
             for i in range(info.batch_size)
         ]
         if isinstance(elements[0], tuple):
             return tuple(map(torch.stack, zip(*elements, strict=True))), (0,) * len(elements[0])
         return torch.stack(elements), 0
+
+
+def apply(op: type[Op], *args: Any) -> Tensor:
+    """Return an op's output, the first if it has several."""
+    output = op.apply(*args)  # type: ignore[no-untyped-call]
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first
 
 
 def differentiable(*tensors: Tensor) -> bool:
@@ -33,7 +40,6 @@ def differentiable(*tensors: Tensor) -> bool:
 def recompute(slopes: Tensor) -> bool:
     """Return whether a backward pass is to compute in PyTorch what the forward launch has made as ``slopes``.
 
-    Recompute in PyTorch when the caller wants a double-backward graph, which the kernel's result lacks, or when the
-    kernel skipped the slopes because vmap hid requires_grad.
+    It is for a graph of its own, which the kernel's result lacks, and where vmap hid requires_grad from the kernel.
     """
     return torch.is_grad_enabled() or slopes.numel() == 0

@@ -21,10 +21,7 @@ def empty_buffers(module: nn.Module) -> Empty:
 def call_module(
     module: nn.Module, trained: dict[str, Tensor], rest: dict[str, Tensor], args: tuple[Any, ...], empty: Empty
 ) -> Tensor:
-    """Return ``module(*args)`` with these parameters and buffers; those that it rebinds are rebound in ``rest``.
-
-    ``empty`` are the buffers that were None before, and are so again afterwards.
-    """
+    """Return ``module(*args)`` with these tensors: what it rebinds is rebound in ``rest``; ``empty`` are None again."""
     state = {**trained, **rest}
     output: Tensor = torch.func.functional_call(module, state, args)
     for name in rest:

@@ -9,20 +9,14 @@ from torch import Tensor
 
 def is_dense(x: Tensor) -> bool:
     """Return whether x's elements fill one stretch of memory, each once, in some order of the dimensions."""
-    if x.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
+    return x.is_contiguous() or x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).is_contiguous()
 
 
-def same_layout(x: Tensor, y: Tensor) -> bool:
-    """Return whether two dense tensors of one shape hold corresponding elements at corresponding places."""
-    return x.stride() == y.stride() or (x.is_contiguous() and y.is_contiguous())  # strides of size 1 say nothing
+def laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """Return dense x, or a copy, so that its elements lie where those of ``like``, dense and of its shape, do."""
+    if x.stride() == like.stride() or (x.is_contiguous() and like.is_contiguous()):  # strides of size 1 say nothing
+        return x
+    return torch.empty_like(like, dtype=x.dtype).copy_(x)
 
 
 def lies_in_rows(x: Tensor) -> bool:
@@ -32,10 +26,7 @@ def lies_in_rows(x: Tensor) -> bool:
 
 @contextmanager
 def written(params: list[Tensor], fits: Callable[[Tensor], bool] = is_dense) -> Iterator[list[Tensor]]:
-    """Yield parameters for a launch to write to, which autograd hears of; copies of those that do not lie as it needs.
-
-    The copies are copied back.
-    """
+    """Yield what a launch is to write to: parameters, as autograd hears, and copies, copied back, of those unfit."""
     works = [p if fits(p) else p.detach().contiguous() for p in params]
     yield works
     torch.autograd.graph.increment_version(params)

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastwgan import checks, reference
 from fastwgan.backend import Backend, kernels, resolve, wide
-from fastwgan.ops.autograd import Op, apply, recompute
+from fastwgan.ops.autograd import Op, apply, differentiable, recompute
 from fastwgan.ops.calls import call_module, changed_tensors, empty_buffers, rebind_buffers
 from fastwgan.ops.rectifiers import LinearPieces
 from fastwgan.ops.samples import interpolate
@@ -29,10 +29,9 @@ class _Penalty(Op):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         gradients, ctx.kind, ctx.target, _ = inputs
-        _, cotangent = output
-        ctx.mark_non_differentiable(cotangent)
+        ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gradients, cotangent)
+        ctx.save_for_backward(gradients, output[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None]:
@@ -48,31 +47,26 @@ class _Penalty(Op):
 def penalty(gradients: Tensor, *, kind: str = "two-sided", target: float = 1.0, backend: Backend = "auto") -> Tensor:
     """Return the mean over samples of a function of the gradient's norm n, taken over all of a sample's dimensions.
 
+    It is a 0-d tensor, float32 or wider; its gradient has the dtype of ``gradients``, and is 0 at n = 0.
+    Source: WGAN-GP, arXiv 1704.00028, equation 3; WGAN-LP, 1709.08894; R1, 1801.04406; WGAN-div, 1712.01026.
+
     Args:
         gradients: d critic / d input, [N, ...].
         kind: "two-sided" (n - target)^2, "one-sided" max(n - target, 0)^2, "zero-centered" n^2 or "power" n^6.
         target: the norm wanted, >= 0; used by the first two kinds.
         backend: see :mod:`fastwgan.backend`.
 
-    Returns:
-        0-d tensor, float32 or wider; its gradient has the dtype of ``gradients``, and is 0 at n = 0.
-
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range.
-
-    Source: WGAN-GP, arXiv 1704.00028, equation 3; WGAN-LP, 1709.08894; R1, 1801.04406; WGAN-div, 1712.01026.
 
     >>> penalty(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
     tensor(8.)
     """
-    gradients = checks.tensor("gradients", gradients)
-    if gradients.dim() == 0:
-        raise ValueError("gradients: expected shape [N, ...], got a 0-d tensor")
+    gradients = checks.samples("gradients", gradients)
     kind, target = checks.penalty(kind, target)
     if resolve(backend, gradients.device) == "torch":
         return reference.penalty(gradients, kind=kind, target=target)
-    loss, _ = apply(_Penalty, gradients, kind, target, gradients.requires_grad and torch.is_grad_enabled())
-    return loss  # type: ignore[no-any-return]
+    return apply(_Penalty, gradients, kind, target, differentiable(gradients))
 
 
 def penalty_cotangent(
@@ -82,8 +76,7 @@ def penalty_cotangent(
     gradients = gradients.detach()
     if resolve(backend, gradients.device) == "torch":
         return reference.penalty_cotangent(gradients, kind=kind, target=target, weight=weight)
-    _, statistics, cotangent = kernels.penalty.gradient_penalty(gradients, kind, target, weight, gradients.dtype)
-    return statistics, cotangent
+    return kernels.penalty.gradient_penalty(gradients, kind, target, weight, gradients.dtype)[1:]
 
 
 def input_gradient(
@@ -92,18 +85,15 @@ def input_gradient(
 ) -> Tensor:  # fmt: skip
     """Return d sum(critic(x, *args)) / dx, [N, ...], with a graph.
 
-    Raises:
-        ValueError: the critic does not give scores for each of the N samples, writes to ``x``, or its scores do not
-            depend on ``x`` (which is not seen inside torch.compile: the gradient is zero then).
+    Raise ValueError for a critic that does not give scores for each of the N samples, writes to ``x``, or gives scores
+    that do not depend on ``x`` (which is not seen inside torch.compile: the gradient is zero then).
     """
     if torch.compiler.is_compiling():
         if not isinstance(critic, nn.Module):
             return traced_input_gradient(lambda x, _: critic(x, *args), x, {}, pack)
-        buffers, given, empty = dict(critic.named_buffers()), dict(critic.named_buffers()), empty_buffers(critic)
-        gradient = traced_input_gradient(
-            lambda x, buffers: call_module(critic, {}, buffers, (x, *args), empty), x, buffers, pack
-        )
-        rebind_buffers(critic, changed_tensors(given, buffers))
+        given, rest, empty = dict(critic.named_buffers()), dict(critic.named_buffers()), empty_buffers(critic)
+        gradient = traced_input_gradient(lambda x, own: call_module(critic, {}, own, (x, *args), empty), x, rest, pack)
+        rebind_buffers(critic, changed_tensors(given, rest))
         return gradient
     try:
         with LinearPieces(), sdpa_kernel(SDPBackend.MATH):  # the other attention kernels have no second derivative
@@ -113,12 +103,11 @@ def input_gradient(
             raise ValueError(WRITES) from error
         raise
     checks.scores("critic", scores, len(x), pack)
-    g = None
     if scores.requires_grad:
         (g,) = torch.autograd.grad(scores, x, ones_like(scores), create_graph=True, allow_unused=True)
-    if g is None:
-        raise ValueError(NO_DEPENDENCE)
-    return g
+        if g is not None:
+            return g
+    raise ValueError(NO_DEPENDENCE)
 
 
 def traced_input_gradient(
@@ -152,12 +141,13 @@ def gradient_penalty(
 ) -> Tensor:  # fmt: skip
     """Return WGAN-GP's term of the critic's loss: weight * penalty(d critic / dx) at random interpolates x.
 
-    The graph reaches the critic's parameters, not ``real`` or ``fake``, and is built even under ``torch.no_grad``.
+    It is a 0-d tensor, float32 or wider. The graph reaches the critic's parameters, not ``real`` or ``fake``, and is
+    built even under ``torch.no_grad``.
+    Source: WGAN-GP, arXiv 1704.00028, Algorithm 1, lines 6 and 7.
 
     Args:
         critic: maps samples [N, ...] (and ``args``) to scores [N, ...].
-        real: samples [N, ...].
-        fake: samples; shape, dtype and device as ``real``.
+        real, fake: samples [N, ...] of one shape, dtype and device.
         weight: lambda, >= 0.
         kind, target: see :func:`penalty`.
         seed: the seed of eps, or None to draw anew from PyTorch's CPU generator; inside torch.compile, which cannot
@@ -165,14 +155,9 @@ def gradient_penalty(
         args: further positional arguments of the critic, such as labels.
         backend: see :mod:`fastwgan.backend`.
 
-    Returns:
-        0-d tensor, float32 or wider.
-
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, or the critic's scores do not
             depend on its input.
-
-    Source: WGAN-GP, arXiv 1704.00028, Algorithm 1, lines 6 and 7.
 
     >>> gradient_penalty(torch.nn.Linear(2, 1), torch.randn(4, 2), torch.randn(4, 2)).shape
     torch.Size([])
@@ -183,8 +168,7 @@ def gradient_penalty(
     checks.penalty(kind, target)
     if not isinstance(args, (tuple, list)):
         raise TypeError(f"args: expected a tuple of arguments, got {type(args).__name__}")
-    real, fake = checks.promoted(checks.tensor("real", real), checks.tensor("fake", fake))
-    checks.like("real", real, "fake", fake, shape=True)  # before a seed is drawn
+    real, fake = checks.pair("real", real, "fake", fake)  # before a seed is drawn
     offset: int | Tensor = 0
     if seed is None and torch.compiler.is_compiling():
         seed, offset = 0, torch.randint(2**62, (), device=fake.device)  # anywhere in one stream

@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["LinearPieces"]
-
 
 class _Rectify(torch.autograd.Function):
     @staticmethod
@@ -39,32 +37,23 @@ class _Rectify(torch.autograd.Function):
 
 def _rectify(x: Any, slope: float | None, inplace: bool) -> Tensor | None:
     """Return the rectified x, or None where PyTorch's own function has to do it."""
+    if torch.compiler.is_compiling():  # a form whose derivatives a compiler finds out by itself to have no second order
+        result = torch.where(x <= 0, 0, x) if slope is None else torch.where(x > 0, x, x * slope)  # a NaN stays one
+        return x.copy_(result) if inplace else result
     if not isinstance(x, Tensor) or not x.requires_grad or (slope or 0) < 0 or (inplace and x._is_view()):
         return None
-    return _Rectify.apply(x, slope, inplace)  # type: ignore[no-untyped-call, no-any-return]
+    return _Rectify.apply(x, None if slope is None else float(slope), inplace)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _leaky_relu(input: Any, negative_slope: float = 0.01, inplace: bool = False) -> Tensor | None:
-    return _rectify(input, float(negative_slope), inplace)
+    return _rectify(input, negative_slope, inplace)
 
 
 def _relu(input: Any, inplace: bool = False) -> Tensor | None:
     return _rectify(input, None, inplace)
 
 
-def _traced_leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    result = torch.where(input > 0, input, input * negative_slope)
-    return input.copy_(result) if inplace else result
-
-
-def _traced_relu(input: Tensor, inplace: bool = False) -> Tensor:
-    result = torch.where(input <= 0, 0, input)  # not "> 0": a NaN stays one
-    return input.copy_(result) if inplace else result
-
-
 _OURS: dict[Any, Any] = {F.leaky_relu: _leaky_relu, F.relu: _relu, torch.relu: _relu, Tensor.relu: _relu}
-# A compiler gets a form whose derivatives it finds out by itself to have no second order.
-_TRACED = {F.leaky_relu: _traced_leaky_relu, F.relu: _traced_relu, torch.relu: _traced_relu, Tensor.relu: _traced_relu}
 
 
 class LinearPieces(TorchFunctionMode):
@@ -72,10 +61,5 @@ class LinearPieces(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():
-            return _TRACED.get(func, func)(*args, **kwargs)
-        if func in _OURS:
-            result = _OURS[func](*args, **kwargs)
-            if result is not None:
-                return result
-        return func(*args, **kwargs)
+        result = _OURS[func](*args, **kwargs) if func in _OURS else None
+        return func(*args, **kwargs) if result is None else result

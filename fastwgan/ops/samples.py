@@ -28,7 +28,12 @@ class _Perturb(Op):
 def perturb(
     x: Tensor, *, scale: float | Tensor, seed: int, offset: int | Tensor = 0, backend: Backend = "auto"
 ) -> Tensor:
-    """x + scale * n with normal numbers n, drawn inside the launch: instance noise, or DRAGAN's points.
+    """Return x + scale * n with normal numbers n, drawn inside the launch: instance noise, or DRAGAN's points.
+
+    The result is shaped and typed like ``x``, differentiable in it, and laid out like it where that is contiguous or
+    channels_last. The noise goes by the place of an element in memory, so for channels_last it is another than for
+    contiguous samples; all other layouts have that of contiguous ones.
+    Source: DRAGAN, arXiv 1705.07215, equation 3; instance noise: arXiv 1701.04862.
 
     Args:
         x: samples [N, ...].
@@ -37,22 +42,13 @@ def perturb(
             int64 tensor on the samples' device, which a CUDA graph reads anew at each replay.
         backend: see :mod:`fastwgan.backend`.
 
-    Returns:
-        Samples shaped and typed like ``x``, differentiable in it, and laid out like it where that is contiguous or
-        channels_last. The noise goes by the place of an element in memory, so for channels_last it is another than for
-        contiguous samples; all other layouts have that of contiguous ones.
-
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range.
-
-    Source: DRAGAN, arXiv 1705.07215, equation 3; instance noise: arXiv 1701.04862.
 
     >>> perturb(torch.zeros(2, 3), scale=0.1, seed=0).shape
     torch.Size([2, 3])
     """
-    checks.tensor("x", x)
-    if x.dim() == 0:
-        raise ValueError("x: expected shape [N, ...], got a 0-d tensor")
+    checks.samples("x", x)
     checks.seed("seed", seed)
     offset = checks.offset(offset, x.device)
     if isinstance(scale, Tensor):
@@ -64,8 +60,7 @@ def perturb(
         checks.number("scale", scale, minimum=0)
     if resolve(backend, x.device) == "torch":
         return reference.perturb(x, scale=scale, seed=seed, offset=offset)
-    out: Tensor = apply(_Perturb, x, scale, seed, offset)
-    return out
+    return apply(_Perturb, x, scale, seed, offset)
 
 
 def _uniform(seed: int, offset: int | Tensor, n: int, device: torch.device) -> Tensor:
@@ -79,15 +74,13 @@ def _uniform(seed: int, offset: int | Tensor, n: int, device: torch.device) -> T
 class _Interpolate(Op):
     @staticmethod
     def forward(real: Tensor, fake: Tensor, seed: int, offset: int | Tensor) -> tuple[Tensor, Tensor]:
-        out, eps = kernels.interpolate.interpolate(real, fake, seed, offset)
-        return out, eps
+        return kernels.interpolate.interpolate(real, fake, seed, offset)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, eps = output
-        ctx.mark_non_differentiable(eps)
+        ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(eps)
+        ctx.save_for_backward(output[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -103,37 +96,26 @@ class _Interpolate(Op):
 def interpolate(
     real: Tensor, fake: Tensor, *, seed: int, offset: int | Tensor = 0, backend: Backend = "auto"
 ) -> Tensor:
-    """fake + eps * (real - fake), with one eps in [0, 1) per sample, drawn inside the launch.
+    """Return fake + eps * (real - fake), differentiable in both, with one eps in [0, 1) per sample.
+
+    Source: WGAN-GP, arXiv 1704.00028, Algorithm 1, line 6.
 
     Args:
-        real: samples [N, ...].
-        fake: samples; shape, dtype and device as ``real``.
-        seed: int in [0, 2^63), the key of the random stream.
-        offset: sample i takes number ``offset + i`` of the stream. An int, or a one-element int64 tensor on the
-            samples' device, which a CUDA graph reads anew at each replay.
+        real, fake: samples [N, ...] of one shape, dtype and device, which the result has, too.
+        seed, offset: sample i has the eps of (seed, offset + i), drawn inside the launch; as :func:`perturb`'s.
         backend: see :mod:`fastwgan.backend`. eps is bit-identical in both.
-
-    Returns:
-        Interpolates, shape and dtype of ``fake``. Differentiable in ``real`` and ``fake``.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, is empty, or does not match.
 
-    Source: WGAN-GP, arXiv 1704.00028, Algorithm 1, line 6.
-
     >>> interpolate(torch.ones(2, 1), torch.zeros(2, 1), seed=0).shape
     torch.Size([2, 1])
     """
-    checks.tensor("fake", fake)
-    checks.tensor("real", real)
-    real, fake = checks.promoted(real, fake)
-    checks.like("real", real, "fake", fake, shape=True)
-    if fake.dim() == 0:
-        raise ValueError("fake: expected shape [N, ...], got a 0-d tensor")
+    real, fake = checks.pair("real", real, "fake", fake)
+    checks.samples("fake", fake)
     checks.seed("seed", seed)
     offset = checks.offset(offset, fake.device)
     if resolve(backend, fake.device) == "torch":
         eps = _uniform(seed, offset, len(fake), fake.device)
         return reference.interpolate(real, fake, seed=seed, offset=offset, eps=eps)
-    out, _ = apply(_Interpolate, real, fake, seed, offset)
-    return out  # type: ignore[no-any-return]
+    return apply(_Interpolate, real, fake, seed, offset)

@@ -10,13 +10,6 @@ from fastwgan.backend import Backend, kernels, resolve, wide
 from fastwgan.ops.autograd import Op, apply, differentiable, recompute
 
 
-def _checked_scores(real_scores: object, fake_scores: object) -> tuple[Tensor, Tensor]:
-    real, fake = checks.tensor("real_scores", real_scores), checks.tensor("fake_scores", fake_scores)
-    real, fake = checks.promoted(real, fake)
-    checks.like("fake_scores", fake, "real_scores", real, shape=False)
-    return real, fake
-
-
 def _slopes(scores: list[Tensor], blend: float, drift: float, weight: float | Tensor) -> list[Tensor]:
     """Return weight * d loss / d scores, of real and fake scores or of fake ones alone, in plain PyTorch."""
     terms = zip(scores, (-1, 1), (drift, 0.0), strict=False)
@@ -61,24 +54,17 @@ class _BlendedLoss(Op):
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None, None, None, None
-        a, b, slopes = ctx.saved_tensors
-        scores = [a] if b is None else [a, b]
-        if recompute(slopes):
-            parts = _slopes(scores, ctx.blend, ctx.drift, 1.0)
-        else:
-            parts = list(slopes.split([x.numel() for x in scores]))
-        grads = [(grad * part.view(x.shape)).to(x.dtype) for x, part in zip(scores, parts, strict=True)]
-        return grads[0], None if b is None else grads[1], None, None, None
+        *scores, slopes = [x for x in ctx.saved_tensors if x is not None]
+        again = recompute(slopes)
+        parts = _slopes(scores, ctx.blend, ctx.drift, 1.0) if again else slopes.split([x.numel() for x in scores])
+        of_a, *of_b = ((grad * part.view(x.shape)).to(x.dtype) for x, part in zip(scores, parts, strict=True))
+        return of_a, of_b[0] if of_b else None, None, None, None
 
 
 class _WassersteinLoss(Op):
     @staticmethod
     def forward(y_true: Tensor, y_pred: Tensor) -> Any:
         return kernels.scores.mean_scores("labels", y_true, y_pred)[0]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -92,12 +78,7 @@ class _WassersteinLoss(Op):
 class _HingeCriticLoss(Op):
     @staticmethod
     def forward(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        on_real, on_fake, _ = kernels.scores.mean_scores("hinge", real, fake)
-        return on_real, on_fake
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs)
+        return kernels.scores.mean_scores("hinge", real, fake)[:2]
 
     @staticmethod
     def backward(ctx: Any, real_grad: Tensor, fake_grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,54 +93,40 @@ def critic_loss(
 ) -> Tensor:
     """Return the critic's loss, mean(fake_scores) - mean(real_scores): minus the Wasserstein estimate.
 
+    It is a 0-d tensor, float32 or wider; its gradients have the scores' dtype.
+    Source: WGAN, arXiv 1701.07875, Algorithm 1, line 5 (which ascends; this is to be descended). The GAN's loss:
+    arXiv 1406.2661; the drift term: arXiv 1710.10196, appendix A.1.
+
     Args:
-        real_scores: D(real), any shape, e.g. [N], [N, 1] or [N, 1, H, W].
-        fake_scores: D(fake), any shape; dtype and device as ``real_scores``.
+        real_scores, fake_scores: D(real) and D(fake), of any shapes, e.g. [N] or [N, 1, H, W]; of one dtype and device.
         blend: alpha in [0, 1], the share of the GAN's loss, mean(softplus(fake)) + mean(softplus(-real)), in it.
         drift: weight >= 0 of the term mean(real_scores^2), which keeps scores near zero; in 1 / score.
         backend: see :mod:`fastwgan.backend`.
 
-    Returns:
-        0-d tensor, float32 or wider; its gradients have the scores' dtype.
-
     Raises:
         TypeError, ValueError: an argument is not a floating tensor, is empty, or they do not match.
 
-    Source: WGAN, arXiv 1701.07875, Algorithm 1, line 5 (which ascends; this is to be descended). The GAN's loss:
-    arXiv 1406.2661; the drift term: arXiv 1710.10196, appendix A.1.
-
     >>> critic_loss(torch.tensor([3.0, 1.0]), torch.tensor([0.5]))
     tensor(-1.5000)
-    >>> critic_loss(torch.tensor([3.0, 1.0]), torch.tensor([0.5]), drift=0.1)
-    tensor(-1.)
     """
-    real_scores, fake_scores = _checked_scores(real_scores, fake_scores)
+    fake_scores, real_scores = checks.pair("fake_scores", fake_scores, "real_scores", real_scores, shape=False)
     checks.blend(blend, drift)
     if resolve(backend, real_scores.device) == "torch":
         return reference.critic_loss(real_scores, fake_scores, blend=blend, drift=drift)
-    loss: Tensor
-    if blend or drift:
-        loss, _ = apply(_BlendedLoss, real_scores, fake_scores, blend, drift, differentiable(real_scores, fake_scores))
-    else:
-        loss = apply(_LinearLoss, real_scores, fake_scores)
-    return loss
+    if not blend and not drift:
+        return apply(_LinearLoss, real_scores, fake_scores)
+    return apply(_BlendedLoss, real_scores, fake_scores, blend, drift, differentiable(real_scores, fake_scores))
 
 
 def generator_loss(fake_scores: Tensor, *, blend: float = 0.0, backend: Backend = "auto") -> Tensor:
-    """Return the generator's loss, -mean(fake_scores).
+    """Return the generator's loss, -mean(fake_scores), 0-d, float32 or wider; its gradients have the scores' dtype.
 
-    Args:
-        fake_scores: D(G(z)), any shape.
-        blend: alpha in [0, 1], the share of the GAN's non-saturating loss, mean(softplus(-fake)), in it.
-        backend: see :mod:`fastwgan.backend`.
-
-    Returns:
-        0-d tensor, float32 or wider; its gradients have the scores' dtype.
+    ``fake_scores`` is D(G(z)), of any shape; ``blend`` is alpha in [0, 1], the share of the GAN's non-saturating loss,
+    mean(softplus(-fake)), in it; ``backend``: see :mod:`fastwgan.backend`.
+    Source: WGAN, arXiv 1701.07875, Algorithm 1, line 10; the GAN's, arXiv 1406.2661, section 3.
 
     Raises:
         TypeError, ValueError: ``fake_scores`` is not a floating tensor or is empty.
-
-    Source: WGAN, arXiv 1701.07875, Algorithm 1, line 10; the GAN's, arXiv 1406.2661, section 3.
 
     >>> generator_loss(torch.tensor([3.0, 1.0]))
     tensor(-2.)
@@ -168,68 +135,47 @@ def generator_loss(fake_scores: Tensor, *, blend: float = 0.0, backend: Backend 
     checks.blend(blend)
     if resolve(backend, fake_scores.device) == "torch":
         return reference.generator_loss(fake_scores, blend=blend)
-    loss: Tensor
-    if blend:
-        loss, _ = apply(_BlendedLoss, fake_scores, None, blend, 0.0, differentiable(fake_scores))
-    else:
-        loss = apply(_LinearLoss, fake_scores, None)
-    return loss
+    if not blend:
+        return apply(_LinearLoss, fake_scores, None)
+    return apply(_BlendedLoss, fake_scores, None, blend, 0.0, differentiable(fake_scores))
 
 
 def wasserstein_loss(y_true: Tensor, y_pred: Tensor, *, backend: Backend = "auto") -> Tensor:
     """Return mean(y_true * y_pred), the label form that Keras code uses.
 
+    It is a 0-d tensor, float32 or wider; its gradients have the scores' dtype. ``y_true`` are labels, usually +1 or -1,
+    and ``y_pred`` scores, any shape; of one shape, dtype and device: [N] against [N, 1] is an error, not a broadcast.
     With labels -1 for real and +1 for fake, and as many of each, twice this is :func:`critic_loss`.
-
-    Args:
-        y_true: labels, usually +1 and -1, shape as ``y_pred``: [N] against [N, 1] is an error, not a broadcast.
-        y_pred: scores, any shape; dtype and device as ``y_true``.
-        backend: see :mod:`fastwgan.backend`.
-
-    Returns:
-        0-d tensor, float32 or wider; its gradients have the scores' dtype.
+    Source: WGAN, arXiv 1701.07875, Algorithm 1, lines 5 and 10, with the sign moved into a label.
 
     Raises:
         TypeError, ValueError: an argument is not a floating tensor, is empty, or they do not match.
 
-    Source: WGAN, arXiv 1701.07875, Algorithm 1, lines 5 and 10, with the sign moved into a label.
-
     >>> wasserstein_loss(torch.tensor([-1.0, 1.0]), torch.tensor([3.0, 1.0]))
     tensor(-1.)
     """
-    y_pred = checks.tensor("y_pred", y_pred)
-    y_true, y_pred = checks.promoted(checks.tensor("y_true", y_true), y_pred)
-    checks.like("y_true", y_true, "y_pred", y_pred, shape=True)
+    y_true, y_pred = checks.pair("y_true", y_true, "y_pred", y_pred)
     if resolve(backend, y_pred.device) == "torch":
         return reference.wasserstein_loss(y_true, y_pred)
-    loss: Tensor = apply(_WassersteinLoss, y_true, y_pred)
-    return loss
+    return apply(_WassersteinLoss, y_true, y_pred)
 
 
 def hinge_critic_loss(real_scores: Tensor, fake_scores: Tensor, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
     """Return the hinge form's two halves, (mean(relu(1 - real_scores)), mean(relu(1 + fake_scores))).
 
-    Args:
-        real_scores: D(real), any shape.
-        fake_scores: D(fake), any shape; dtype and device as ``real_scores``.
-        backend: see :mod:`fastwgan.backend`.
-
-    Returns:
-        Two 0-d tensors, float32 or wider; their gradients have the scores' dtype. The critic minimises their sum.
+    They are 0-d, float32 or wider; their gradients have the scores' dtype. The critic minimises their sum. Arguments
+    are as of :func:`critic_loss`. Source: Lim and Ye, Geometric GAN, arXiv 1705.02894.
 
     Raises:
         TypeError, ValueError: an argument is not a floating tensor, is empty, or they do not match.
 
-    Source: Lim and Ye, Geometric GAN, arXiv 1705.02894.
-
     >>> hinge_critic_loss(torch.tensor([3.0, 0.0]), torch.tensor([-0.5]))
     (tensor(0.5000), tensor(0.5000))
     """
-    real_scores, fake_scores = _checked_scores(real_scores, fake_scores)
+    fake_scores, real_scores = checks.pair("fake_scores", fake_scores, "real_scores", real_scores, shape=False)
     if resolve(backend, real_scores.device) == "torch":
         return reference.hinge_critic_loss(real_scores, fake_scores)
-    real, fake = apply(_HingeCriticLoss, real_scores, fake_scores)
-    return real, fake
+    return _HingeCriticLoss.apply(real_scores, fake_scores)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def score_statistics(real_scores: Tensor, fake_scores: Tensor, backend: Backend) -> Tensor:
@@ -237,8 +183,7 @@ def score_statistics(real_scores: Tensor, fake_scores: Tensor, backend: Backend)
     real_scores, fake_scores = real_scores.detach(), fake_scores.detach()
     if resolve(backend, real_scores.device) == "torch":
         return reference.score_statistics(real_scores, fake_scores)
-    *_, statistics = kernels.scores.mean_scores("critic", real_scores, fake_scores)
-    return statistics
+    return kernels.scores.mean_scores("critic", real_scores, fake_scores)[2]
 
 
 def objective(

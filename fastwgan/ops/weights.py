@@ -38,11 +38,7 @@ def saturation(params: list[Tensor], bound: float) -> Share:
 
 
 def _by_kind(parameters: Iterable[Tensor], bound: float, backend: Backend) -> list[tuple[list[Tensor], float, str]]:
-    """Return the parameters of each device and dtype, with the bound as it holds it, and what runs there.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: a parameter, the bound or the backend cannot be used.
-    """
+    """Return the parameters of each device and dtype, the bound as it holds it, and what runs there; or raise."""
     if not isinstance(parameters, Iterable):
         raise TypeError(f"parameters: expected tensors, got {type(parameters).__name__}")
     unique = {id(p): p for p in ([parameters] if isinstance(parameters, Tensor) else parameters)}
@@ -67,15 +63,6 @@ def _clipper(device: torch.device, dtype: torch.dtype, stream: int, bound: float
 _captured: set["kernels.update.Update"] = set()  # launchers that a CUDA graph reads from, for as long as it lives
 
 
-def _clamp(params: list[Tensor], limit: float, gate: Tensor | None) -> Tensor:
-    """Launch once on dense parameters; return the share of weights on their bound."""
-    device = params[0].device
-    launcher = _clipper(device, params[0].dtype, kernels.arrival.stream_of(device), limit)
-    if kernels.arrival.capturing(device):
-        _captured.add(launcher)
-    return launcher.clamp(params, limit, gate)
-
-
 def clip_and_count_(
     parameters: Iterable[Tensor], bound: float, backend: Backend, gate: Tensor | None = None
 ) -> Share | None:
@@ -86,8 +73,12 @@ def clip_and_count_(
     shares = []
     for params, limit, runs in _by_kind(parameters, bound, backend):
         if runs == "triton":
+            device = params[0].device
+            launcher = _clipper(device, params[0].dtype, kernels.arrival.stream_of(device), limit)
+            if kernels.arrival.capturing(device):
+                _captured.add(launcher)
             with written(params) as works:
-                share = _clamp(works, limit, gate)
+                share = launcher.clamp(works, limit, gate)
         elif gate is not None and gate[0]:  # on a GPU this waits, as PyTorch's optimizers do
             share = gate.new_tensor(nan)
         else:
@@ -131,15 +122,11 @@ def project_and_count_(
 def clip_weights_(parameters: Iterable[Tensor], bound: float, *, backend: Backend = "auto") -> None:
     """Clamp every weight to [-bound, bound] in place, in one launch per device and dtype. NaN stays NaN.
 
-    Args:
-        parameters: tensors of any shapes and floating dtypes; any layout but expanded.
-        bound: c > 0.
-        backend: see :mod:`fastwgan.backend`.
+    ``parameters`` are tensors of any shapes and floating dtypes, in any layout but expanded; ``bound`` is c > 0;
+    ``backend``: see :mod:`fastwgan.backend`. Source: WGAN, arXiv 1701.07875, Algorithm 1, line 7.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range. Nothing is changed then.
-
-    Source: WGAN, arXiv 1701.07875, Algorithm 1, line 7.
 
     >>> w = torch.tensor([-3.0, 0.005, 2.0])
     >>> clip_weights_([w], 0.01)
@@ -153,19 +140,12 @@ def clip_norms_(parameters: Iterable[Tensor], bound: float, *, per: str = "row",
     """Scale rows whose L2 norm exceeds the bound down to it, w = w * min(1, bound / ||w||), in place.
 
     One launch per device and dtype. A row within the bound is left bit for bit, and so is one with NaN or an infinity.
-
-    Args:
-        parameters: tensors of any shapes and floating dtypes; any layout but expanded.
-        bound: c > 0.
-        per: what has a norm: "row", each slice along the first dimension, so the weights of one output of a linear or
-            convolutional layer, and each element of a vector, as ``torch.renorm(w, 2, 0, bound)`` has it; or "tensor",
-            each tensor as a whole.
-        backend: see :mod:`fastwgan.backend`.
+    ``per`` says what has a norm: "row", each slice along the first dimension, so the weights of one output of a linear
+    or convolutional layer, and each element of a vector, as ``torch.renorm(w, 2, 0, bound)`` has it; or "tensor", each
+    tensor as a whole. The others are :func:`clip_weights_`'s. Source: Hinton et al., arXiv 1207.0580.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range. Nothing is changed then.
-
-    Source: Hinton et al., arXiv 1207.0580.
 
     >>> w = torch.tensor([[3.0, 4.0], [0.3, 0.4]])
     >>> clip_norms_([w], 1.0)

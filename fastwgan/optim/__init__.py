@@ -6,8 +6,7 @@ be given per parameter group. A ``torch.amp.GradScaler`` may call the step: grad
 and a step that it wants left out is left out without the host's waiting for its verdict.
 """
 
-from fastwgan.optim.adam import Adam
+from fastwgan.optim.algorithms import Adam, RMSprop
 from fastwgan.optim.base import Gated
-from fastwgan.optim.rmsprop import RMSprop
 
 __all__ = ["Adam", "Gated", "RMSprop"]

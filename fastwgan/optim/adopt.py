@@ -7,10 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastwgan.backend import Backend
-from fastwgan.optim.adam import Adam
-from fastwgan.optim.rmsprop import RMSprop
-
-__all__ = ["MarksStepTaken", "adopt", "follow_loads", "has_hooks", "largest_momentum"]
+from fastwgan.optim.algorithms import Adam, RMSprop
 
 OURS: dict[type[Optimizer], type[Adam] | type[RMSprop]] = {kind.adopts: kind for kind in (Adam, RMSprop)}
 
@@ -68,8 +65,3 @@ class MarksStepTaken:
 
     def __call__(self, *_: Any) -> None:
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
-
-
-def largest_momentum(optimizer: Optimizer) -> float:
-    """Return the largest weight that any group gives to past steps: its momentum, or Adam's beta1."""
-    return max(float(max(g.get("momentum", 0), g.get("betas", (0,))[0])) for g in optimizer.param_groups)

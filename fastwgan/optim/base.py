@@ -1,22 +1,23 @@
-"""The step of RMSprop and Adam: one launch for all parameters of a device and dtype, which obeys a gate there."""
+"""RMSprop's and Adam's common part: torch.optim's groups and state, and a step that obeys a gate on the device."""
 
+import copy
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fastwgan import checks, reference
-from fastwgan.backend import kernels, resolve
-from fastwgan.ops.layout import same_layout, written
+from fastwgan.backend import Backend, check_backend, kernels, resolve
+from fastwgan.ops.layout import laid_out, written
 from fastwgan.ops.weights import Share, combine_shares, saturation
-from fastwgan.optim.state import Checked
 
-__all__ = ["Gated", "Together"]
-
+Options = dict[str, Any]  # of a parameter group, or what a parameter has for state
+Params = Iterable[Tensor] | Iterable[Options] | Iterable[tuple[str, Tensor]]
 _Key = tuple[torch.device, torch.dtype, bool, bool, bool]  # has momentum, centered, averaged: one launch's parameters
-_Member = tuple[Tensor, dict[str, Any], float | None]  # a parameter, its group, and the bound of that
+_Member = tuple[Tensor, Options, float | None]  # a parameter, its group, and the bound of that
 
 
 class Together(NamedTuple):
@@ -29,9 +30,16 @@ class Together(NamedTuple):
     bounded: frozenset[int] | set[int] = frozenset()  # ids of the parameters that have it
 
 
-class Gated(Checked):
-    """An optimizer whose step obeys a gate on the device. A subclass is an algorithm."""
+class Gated(Optimizer):
+    """An optimizer whose step is one launch for all parameters of a device and dtype, and obeys a gate there.
 
+    A subclass is an algorithm, with the options and state of one of torch's, and ``clip`` in each group.
+    """
+
+    adopts: type[Optimizer]  # torch's optimizer with the same algorithm, options and state
+    _states: tuple[str, ...]  # every state tensor the algorithm can have, in the kernel's order
+    _required: tuple[str, ...]  # options that tell a state of this algorithm from another's
+    _numbers: tuple[str, ...] = ("lr", "eps", "weight_decay")  # options that are numbers >= 0
     _algorithm: str  # as the kernel has it
     _step_supports_amp_scaling = True  # so a GradScaler sets found_inf and grad_scale, and leaves the rest to the step
     _together = Together()  # of the call of step_gated that is under way
@@ -45,22 +53,130 @@ class Gated(Checked):
         self._updates, self._apart, self._shares = {}, {}, []  # a copy, or one that was pickled, has its own
         return self
 
+    def __init__(self, params: Params, backend: Backend, **defaults: Any) -> None:
+        self.backend = check_backend(backend)
+        if not isinstance(params, Iterable):
+            raise TypeError(f"params: expected tensors or groups of them, got {type(params).__name__}")
+        super().__init__(params, {**defaults, "differentiable": False})  # an option that torch's base class looks for
+
+    def _check_group(self, group: Options) -> None:
+        """Raise unless a group's options can be used."""
+        for name in self._numbers:
+            checks.number(name, group[name], minimum=0)
+        if group.get("clip") is not None:
+            checks.number("clip", group["clip"], minimum=0, exclusive=True)
+        for variant in ("amsgrad", "decoupled_weight_decay"):
+            if group.get(variant, False):
+                raise ValueError(f"{variant}: expected False, which {type(self).__name__} computes, got True")
+
+    def _used_states(self, group: Options) -> tuple[str | None, ...]:
+        """Return the names of the state tensors that ``group`` uses, None where one is not used."""
+        return self._states
+
+    def add_param_group(self, param_group: Options) -> None:
+        """Add a group of parameters; options it does not name take the optimizer's defaults.
+
+        Raises:
+            TypeError, ValueError: an option or a parameter cannot be used. Nothing is changed then.
+        """
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise TypeError(f"param_group: expected a dict with params, got {param_group!r}")
+        self._check_group({**self.defaults, **param_group})
+        params = param_group["params"]
+        if not isinstance(params, set):  # torch refuses sets, whose order changes
+            params = param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
+            seen = set()
+            for i, entry in enumerate(params):
+                p = checks.parameter(f"params[{i}]", entry[1] if isinstance(entry, tuple) else entry)
+                if id(p) in seen:
+                    raise ValueError(f"params[{i}]: expected each parameter once, got one that stands before it")
+                seen.add(id(p))
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> Options:
+        return {**super().__getstate__(), "backend": self.backend}
+
+    def _ensure_state(self, p: Tensor, group: Options) -> Options:
+        """Return p's state: made where it is missing, and following p to another dtype or device."""
+        state: Options = self.state[p]
+        for name in ("step", *filter(None, self._used_states(group))):
+            dtype = torch.float32 if name == "step" else p.dtype
+            if name not in state:
+                state[name] = p.new_zeros((), dtype=dtype) if name == "step" else torch.zeros_like(p)
+            elif state[name].dtype != dtype or state[name].device != p.device:
+                state[name] = state[name].to(p.device, dtype)
+        return state
+
+    def state_dict(self) -> Options:
+        """Return a copy of the state as ``torch.optim``'s optimizer of the same name has it."""
+        result = super().state_dict()
+        for i, state in result["state"].items():
+            kept = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+            result["state"][i] = {k: v.cpu() if k == "step" else v for k, v in kept.items()}
+        return result
+
+    def load_state_dict(self, state_dict: Options) -> None:
+        """Take a state from :meth:`state_dict`, or from ``torch.optim``'s optimizer of the same name.
+
+        A torch state has no ``clip``; the groups keep theirs.
+
+        Raises:
+            ValueError: the state belongs to other parameters, or to a variant this optimizer does not compute
+                (``amsgrad``, ``decoupled_weight_decay``). Nothing is changed then.
+        """
+        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+            came = ", ".join(map(str, state_dict)) if isinstance(state_dict, dict) else type(state_dict).__name__
+            raise ValueError(f"state_dict: expected a dict of state and param_groups, got {came}")
+        state_dict = copy.deepcopy(state_dict)
+        groups = state_dict["param_groups"]
+        if len(groups) != len(self.param_groups):
+            raise ValueError(f"state_dict: expected {len(self.param_groups)} parameter groups, got {len(groups)}")
+        for group, own in zip(groups, self.param_groups, strict=True):
+            self._check_loaded(group, own, state_dict["state"])
+        # The group dicts stay the same objects: a scheduler, or the torch optimizer they were taken from, holds them.
+        own_groups, own_state = self.param_groups, self.state
+        super().load_state_dict(state_dict)
+        pairs: list[tuple[Any, Any]] = [*zip(own_groups, self.param_groups, strict=True), (own_state, self.state)]
+        for own, loaded in pairs:
+            own.clear()
+            own.update(loaded)
+        self.param_groups, self.state = own_groups, own_state
+        for p, state in self.state.items():
+            if state:
+                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(p.device).clone()
+
+    def _check_loaded(self, group: Options, own: Options, states: dict[int, Options]) -> None:
+        """Give a group to be loaded the options that it lacks; raise unless it and its state can be ``own``'s."""
+        missing = [name for name in self._required if name not in group]
+        if missing:
+            raise ValueError(f"state_dict: expected a state of {type(self).__name__}, missing {', '.join(missing)}")
+        group.setdefault("clip", own.get("clip"))
+        for name, default in self.defaults.items():
+            group.setdefault(name, default)  # an older torch did not save them all
+        try:
+            self._check_group(group)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"state_dict: {error}") from error
+        expected, got = len(own["params"]), len(group["params"])
+        if got != expected:
+            raise ValueError(f"state_dict: expected {expected} parameters in a group, got {got}")
+        for i, p in zip(group["params"], own["params"], strict=True):
+            state = states.get(i, {})
+            for name in ("step", *filter(None, self._used_states(group))) if state else ():
+                if name not in state:
+                    raise ValueError(f"state_dict: parameter {i}: expected {name}, got {', '.join(map(str, state))}")
+                shape, came = () if name == "step" else tuple(p.shape), tuple(torch.as_tensor(state[name]).shape)
+                if came != shape:
+                    raise ValueError(f"state_dict: {name} of parameter {i}: expected shape {shape}, got {came}")
+
     @staticmethod
-    def _variant(group: dict[str, Any]) -> tuple[bool, bool]:
+    def _variant(group: Options) -> tuple[bool, bool]:
         """Return what makes another kernel of the algorithm: (has momentum, centered)."""
         return group.get("momentum", 0) > 0, bool(group.get("centered", False))
 
-    def _hyper(self, group: dict[str, Any]) -> tuple[float, ...]:
-        """Return the kernel's numbers but the last three, which are not the algorithm's."""
-        raise NotImplementedError
-
-    def _step_group(
-        self, params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any], finite: bool
-    ) -> None:
+    def _step_group(self, params: list[Tensor], states: list[Options], group: Options, finite: bool) -> None:
         """Take the step of a group's parameters in PyTorch; ``finite`` if the gradients are known to be."""
         raise NotImplementedError
-
-    # The step
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -71,11 +187,7 @@ class Gated(Checked):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient, and clamp it.
 
-        Args:
-            closure: computes and returns the loss, with gradients, before the update.
-
-        Returns:
-            The closure's loss, or None.
+        Return the loss of ``closure``, which computes it, with gradients, before the update; or None.
 
         Raises:
             TypeError, ValueError: a gradient or an option cannot be used. Nothing is changed then.
@@ -107,22 +219,17 @@ class Gated(Checked):
         return loss
 
     def step_gated(self, together: Together) -> tuple[list[Share], set[int]]:
-        """Take a step with all that a trainer wants done together with it.
+        """Take a trainer's step; return the shares of weights on their bound, and which have ``together.bound``.
 
-        Returns:
-            (the shares of weights on their bound, the ids of the parameters that were clamped to ``together.bound``:
-            those with a gradient, in groups all of whose parameters have that bound).
+        These are the ids of the parameters with a gradient, in groups all of whose parameters have that bound.
         """
         self._together = together
         try:
             self.step()  # which schedulers and users wrap, and which calls the hooks
         finally:
             del self._together
-        clamped: set[int] = set()
-        for group in self.param_groups if together.bound is not None else ():
-            if together.bounded.issuperset(map(id, group["params"])):
-                clamped |= {id(p) for p in group["params"] if p.grad is not None}
-        return [*self._shares], clamped
+        held = [] if together.bound is None else [g for g in self.param_groups if self._bound(g, together) is not None]
+        return [*self._shares], {id(p) for group in held for p in group["params"] if p.grad is not None}
 
     @property
     def saturation(self) -> Tensor | None:
@@ -133,13 +240,10 @@ class Gated(Checked):
         combined = combine_shares(self._shares)
         return None if combined is None else combined[0]
 
-    def _bound(self, group: dict[str, Any], together: Together) -> float | None:
-        """Return the bound of a group's weights: the trainer's, where all of them have it, or the group's own.
-
-        A group that was added to a torch optimizer, whose groups are ours, has none of its own.
-        """
+    def _bound(self, group: Options, together: Together) -> float | None:
+        """Return the bound of a group's weights: the trainer's, where all of them have it, or the group's own."""
         if together.bound is None:
-            return group.get("clip")
+            return group.get("clip")  # which a group that was added to a torch optimizer, whose groups are ours, lacks
         return together.bound if together.bounded.issuperset(map(id, group["params"])) else None
 
     def _gate(self, together: Together) -> Tensor | None:
@@ -176,7 +280,7 @@ class Gated(Checked):
             grads = torch._foreach_mul([p.grad for p, *_ in members if p.grad is not None], factor)
             for (p, *_), grad in zip(members, grads, strict=True):
                 p.grad = grad
-        groups: dict[int, tuple[dict[str, Any], float | None, list[Tensor]]] = {}
+        groups: dict[int, tuple[Options, float | None, list[Tensor]]] = {}
         for p, group, bound in members:
             groups.setdefault(id(group), (group, bound, []))[2].append(p)
         for group, _, params in groups.values():
@@ -197,7 +301,8 @@ class Gated(Checked):
         if places != self._apart.get(key):
             checks.refuse_overlap(given)
             self._apart[key] = places
-        row_of_group = {id(group): row for row, group in enumerate(self._groups_of(key))}
+        hyper = self._hyper(key, together)
+        row_of_group = {group: row for row, group in enumerate(hyper)}
         grads, states, steps, rows = [], [], [], []
         if gate is not None:  # a GradScaler has one, on one of the devices
             gate = gate.to(device, non_blocking=True)
@@ -207,55 +312,53 @@ class Gated(Checked):
                     raise RuntimeError(kernels.table.NOT_WARM)  # a replay would make the state anew
                 state, names = self._ensure_state(p, group), self._used_states(group)
                 assert p.grad is not None
-                grad = p.grad.resolve_neg()
-                grads.append(grad if same_layout(grad, work) else torch.empty_like(work).copy_(grad))
-                for name in names:
-                    if name is not None and not same_layout(state[name], work):
-                        state[name] = torch.empty_like(work).copy_(state[name])
-                if averaged and not same_layout(averages[p], work):
-                    averages[p] = torch.empty_like(work, dtype=averages[p].dtype).copy_(averages[p])
+                grads.append(laid_out(p.grad.resolve_neg(), work))
+                state.update({name: laid_out(state[name], work) for name in names if name is not None})
+                if averaged:
+                    averages[p] = laid_out(averages[p], work)
                 states.append([None if name is None else state[name] for name in names])
                 steps.append(state["step"])
                 rows.append(row_of_group[id(group)])
             if key not in self._updates:
                 self._updates[key] = kernels.update.Update(device, dtype)
             share = self._updates[key].launch(
-                self._algorithm, params, grads, states, steps, self._hyper_rows(key, together), rows, gate=gate,
+                self._algorithm, params, grads, states, steps, tuple(hyper.values()), rows, gate=gate,
                 averages=[averages[p] for p in given] if averaged else None, momentum=momentum, centered=centered,
             )  # fmt: skip
         if share is not None:
             self._shares.append((share, sum([p.numel() for p, _, bound in members if bound is not None])))
 
-    def _groups_of(self, key: _Key) -> list[dict[str, Any]]:
-        """Return all groups of a launch's variant, one row of numbers each.
+    def _hyper(self, key: _Key, together: Together) -> dict[int, tuple[float, ...]]:
+        """Return the kernel's numbers of each group of a launch's variant, by its id.
 
-        Those whose parameters have no gradients are among them, so that a group's row never changes: a captured graph
-        relies on it.
+        Groups whose parameters have no gradients are among them, so that a group's place never changes: a captured
+        graph relies on it.
         """
-        return [group for group in self.param_groups if self._variant(group) == key[2:4]]
-
-    def _hyper_rows(self, key: _Key, together: Together) -> tuple[tuple[float, ...], ...]:
-        rows = []
-        for group in self._groups_of(key):
+        rows: dict[int, tuple[float, ...]] = {}
+        for group in self.param_groups:
+            if self._variant(group) != key[2:4]:
+                continue
             # The bound as this dtype holds it, so that weights on it are counted.
             bound = self._bound(group, together)
             none = bound is None or bound > torch.finfo(key[1]).max
             limit = math.inf if none else checks.bound("clip", bound, key[1])
-            rows.append((*self._hyper(group), together.decay, 1 - together.decay, limit))
-        return tuple(rows)
+            betas = group["betas"] if self._algorithm == "adam" else (0.0, group["alpha"])
+            decays = [(beta, 1 - beta, math.log(beta) if beta > 0 else -math.inf) for beta in betas]
+            rows[id(group)] = (
+                group["lr"], *decays[0], *decays[1], group["eps"], group["weight_decay"], group.get("momentum", 0.0),
+                -1.0 if group["maximize"] else 1.0, together.decay, 1 - together.decay, limit,
+            )  # fmt: skip
+        return rows
 
     def refresh(self, together: Together) -> None:
-        """Have launches that a CUDA graph replays use the present numbers, as a replay runs no Python.
+        """Have launches that a CUDA graph replays use the present numbers, or raise: a replay runs no Python.
 
         Not only ``lr`` but every number counts, as long as the same algorithm and the same parameters are meant.
-
-        Raises:
-            TypeError, ValueError: an option cannot be used. Nothing is changed then.
         """
         for group in self.param_groups:
             self._check_group(group)
         for key, update in self._updates.items():
-            update.set_hyper(self._hyper_rows(key, together))
+            update.set_hyper(tuple(self._hyper(key, together).values()))
 
     def capture_key(self) -> Hashable:
         """Return what of the groups a captured graph depends on: their parameters, and which kernel updates them."""
