@@ -84,9 +84,8 @@ def count(name: str, value: object, minimum: int = 1, *, bits: int | None = None
 def removed(given: dict[str, object], remedies: dict[str, str]) -> None:
     """Raise TypeError for keywords that a function does not take; of removed ones say what to write instead."""
     for name in given:
-        if name in remedies:
-            raise TypeError(f"{name}: was removed; {remedies[name]}")
-        raise TypeError(f"got an unexpected keyword argument {name!r}")
+        unexpected = f"got an unexpected keyword argument {name!r}"
+        raise TypeError(f"{name}: was removed; {remedies[name]}" if name in remedies else unexpected)
 
 
 def refuse_inference_mode() -> None:

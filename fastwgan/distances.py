@@ -27,21 +27,14 @@ COPIES = 4096
 
 
 def _finite(name: str, x: Tensor) -> Tensor:
-    if x.numel() == 0:
-        raise ValueError(f"{name}: expected at least one element, got shape {tuple(x.shape)}")
     if not x.isfinite().all():
         raise ValueError(f"{name}: expected finite values, got some that are infinite or NaN")
     return x.double()
 
 
 def _floating(name: str, x: object, device: torch.device | None = None) -> Tensor:
-    """Return a finite floating tensor [n, ...] (on ``device``, where given) as float64, or raise."""
-    x = checks.tensor(name, x)
-    if x.dim() == 0:
-        raise ValueError(f"{name}: expected shape [n, ...], got a 0-d tensor")
-    if device is not None and x.device != device:
-        raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
-    return _finite(name, x)
+    """Return a finite floating tensor [N, ...] (on ``device``, where given) as float64, or raise."""
+    return _finite(name, checks.samples(name, x, device))
 
 
 def _numbers(name: str, x: Numbers, device: torch.device | None = None) -> Tensor:
@@ -54,7 +47,7 @@ def _numbers(name: str, x: Numbers, device: torch.device | None = None) -> Tenso
         wide = torch.as_tensor(x, dtype=torch.float64, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: expected numbers, got {type(x).__name__}: {error}") from error
-    return _finite(name, wide)
+    return _finite(name, checks.tensor(name, wide))
 
 
 def _clouds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,9 +57,6 @@ def _clouds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if a.shape[1:] != b.shape[1:]:
         raise ValueError(f"y: expected samples of x's shape {tuple(a.shape[1:])}, got {tuple(b.shape[1:])}")
     return a.reshape(len(a), -1), b.reshape(len(b), -1)
-
-
-# Wasserstein distances
 
 
 def _coupling(x_cdf: Tensor, y_cdf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,12 +86,9 @@ def wasserstein_1d(
 ) -> Tensor:
     """Return W_p between weighted samples on a line: (integral over u of abs(F^-1(u) - G^-1(u))^p)^(1/p), exactly.
 
-    Args:
-        x, y: samples [n] and [m], any floating dtype.
-        x_weights, y_weights: weights [n] and [m], >= 0, of any positive sum; None for equal ones.
-        p: order >= 1 of the cost.
-
-    The result is a 0-d float64 tensor in the samples' unit, differentiable in ``x`` and ``y``.
+    ``x`` and ``y`` are samples [n] and [m] of any floating dtype, ``x_weights`` and ``y_weights`` weights [n] and [m],
+    >= 0 and of any positive sum, or None for equal ones; ``p`` >= 1 is the order of the cost. The result is a 0-d
+    float64 tensor in the samples' unit, differentiable in ``x`` and ``y``.
     Source: Peyre and Cuturi, Computational Optimal Transport, arXiv 1803.00567, section 2.6.
 
     >>> wasserstein_1d(torch.tensor([0.0, 1.0]), torch.tensor([5.0, 6.0, 7.0]))
@@ -124,11 +111,9 @@ def wasserstein_1d(
 class EarthMove(NamedTuple):
     """How one row of piles is made into another with the least work.
 
-    Attributes:
-        total: 0-d, the work: amount times distance, summed.
-        delta: [n + 1], what has to be carried over each boundary, from before the first pile to behind the last, where
-            it is 0; negative is from right to left.
-        plan: [n, n], how much of pile i ends in pile j. Rows add up to the source, columns to the target.
+    ``total`` is 0-d, the work: amount times distance, summed. ``delta`` [n + 1] is what has to be carried over each
+    boundary, from before the first pile to behind the last, where it is 0; negative is from right to left. ``plan``
+    [n, n] is how much of pile i ends in pile j: rows add up to the source, columns to the target.
     """
 
     total: Tensor
@@ -146,7 +131,6 @@ def earth_movers(source: Numbers, target: Numbers) -> EarthMove:
 
     ``source`` and ``target`` are amounts [n] >= 0, tensors of any real dtype or sequences of numbers, as much in one as
     in the other. EarthMove has float64 tensors.
-
     Source: Rubner, Tomasi and Guibas, The Earth Mover's Distance as a Metric for Image Retrieval, IJCV 40, 2000.
 
     >>> move = earth_movers([3, 2, 1, 4], [1, 2, 4, 3])
@@ -159,8 +143,7 @@ def earth_movers(source: Numbers, target: Numbers) -> EarthMove:
     b = _numbers("target", target, a.device)
     if a.dim() != 1:
         raise ValueError(f"source: expected shape [n], got {tuple(a.shape)}")
-    if b.shape != a.shape:
-        raise ValueError(f"target: expected source's shape {tuple(a.shape)}, got {tuple(b.shape)}")
+    checks.like("target", b, "source", a, shape=True)
     for name, piles in (("source", a), ("target", b)):
         if (piles < 0).any():
             raise ValueError(f"{name}: expected amounts >= 0, got {piles.min().item():g}")
@@ -228,15 +211,10 @@ def _transport_cost(cost: np.ndarray) -> float:
 def sliced_wasserstein(x: Tensor, y: Tensor, *, projections: int = 128, seed: int = 0, p: float = 1) -> Tensor:
     """Return (mean over directions, drawn from the sphere, of W_p(x's projection, y's projection)^p)^(1/p).
 
-    Each projection's distance is exact; their mean estimates that over all directions. It is at most W_p.
-
-    Args:
-        x, y: points [n, d] and [m, d], or samples [n, ...] and [m, ...] which are flattened; any floating dtype.
-        projections: number of directions.
-        seed: of the directions, in [0, 2^63); the same ones on any device.
-        p: order >= 1 of the cost.
-
-    The result is a 0-d float64 tensor in the points' unit, differentiable in ``x`` and ``y``.
+    Each projection's distance is exact; their mean estimates that over all directions. It is at most W_p. ``x`` and
+    ``y`` are as of :func:`wasserstein`; ``projections`` is the number of directions, and ``seed`` in [0, 2^63) is
+    theirs, for the same ones on any device; ``p`` >= 1 is the order of the cost. The result is a 0-d float64 tensor in
+    the points' unit, differentiable in ``x`` and ``y``.
     Source: Bonneel, Rabin, Peyre and Pfister, Sliced and Radon Wasserstein Barycenters of Measures, JMIV 51, 2015.
 
     >>> sliced_wasserstein(torch.zeros(3, 1), torch.ones(5, 1))  # on a line there are no other directions
@@ -255,28 +233,20 @@ def sliced_wasserstein(x: Tensor, y: Tensor, *, projections: int = 128, seed: in
     return cost if p == 1 else cost ** (1 / p)
 
 
-# Divergences of discrete distributions
-
-
-def _distribution(name: str, p: Tensor, device: torch.device | None = None) -> Tensor:
-    """Return probabilities [..., n], made to add up to 1 in float64 as they do in their dtype."""
-    wide = _floating(name, p, device)
-    if (wide < 0).any():
-        raise ValueError(f"{name}: expected probabilities >= 0, got {wide.min().item():g}")
-    sums = wide.sum(-1, keepdim=True)
-    # A float64 copy of narrower numbers adds up no better than they do.
-    if ((sums - 1).abs() > max(1e-5, torch.finfo(p.dtype).eps ** 0.5)).any():
-        got = sums.flatten()[(sums - 1).abs().argmax()].item()
-        raise ValueError(f"{name}: expected probabilities that add up to 1 along the last dimension, got {got:.7g}")
-    return wide / sums
-
-
 def _distributions(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    a = _distribution("p", p)
-    b = _distribution("q", q, a.device)
-    if a.shape != b.shape:
-        raise ValueError(f"q: expected p's shape {tuple(a.shape)}, got {tuple(b.shape)}")
-    return a, b
+    """Return probabilities [..., n] of both, made to add up to 1 in float64 as they do in their dtype."""
+    a = _floating("p", p)
+    b = _floating("q", q, a.device)
+    for name, x, dtype in (("p", a, p.dtype), ("q", b, q.dtype)):
+        if (x < 0).any():
+            raise ValueError(f"{name}: expected probabilities >= 0, got {x.min().item():g}")
+        off = (x.sum(-1) - 1).abs()
+        # A float64 copy of narrower numbers adds up no better than they do.
+        if (off > max(1e-5, torch.finfo(dtype).eps ** 0.5)).any():
+            got = x.sum(-1).flatten()[off.argmax()].item()
+            raise ValueError(f"{name}: expected probabilities that add up to 1 along the last dimension, got {got:.7g}")
+    checks.like("q", b, "p", a, shape=True)
+    return a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
 
 
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
@@ -285,22 +255,19 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     ``p`` and ``q`` are probabilities [..., n] of any floating dtype; the result is [...] float64, in nats, >= 0. They
     add up to 1 along the last dimension, to 1e-5 or the square root of the dtype's rounding error, and are divided by
     their sum; what is no distribution raises ValueError.
-
     Source: Kullback and Leibler, On Information and Sufficiency, Ann. Math. Statist. 22, 1951.
 
     >>> kl_divergence(torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.25, 0.75, 0.0]))
     tensor(0.1438, dtype=torch.float64)
     """
     a, b = _distributions(p, q)
-    nats: Tensor = (torch.xlogy(a, a) - torch.xlogy(a, b)).sum(-1)
-    return nats.clamp(min=0)
+    return (torch.xlogy(a, a) - torch.xlogy(a, b)).sum(-1).clamp(min=0)
 
 
 def js_divergence(p: Tensor, q: Tensor) -> Tensor:
     """Return JS(p, q) = KL(p || m) / 2 + KL(q || m) / 2 with m = (p + q) / 2: log 2 for disjoint supports, never more.
 
     Arguments and result are as of :func:`kl_divergence`. (SciPy's ``jensenshannon`` is its square root.)
-
     Source: Lin, Divergence Measures Based on the Shannon Entropy, IEEE Trans. Inf. Theory 37, 1991.
 
     >>> js_divergence(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
@@ -309,31 +276,26 @@ def js_divergence(p: Tensor, q: Tensor) -> Tensor:
     a, b = _distributions(p, q)
     total = a + b  # not its half: that of the least float64 is 0
     total = total.where(total > 0, 1)
-    nats: Tensor = (torch.xlogy(a, 2 * (a / total)) + torch.xlogy(b, 2 * (b / total))).sum(-1) / 2
-    return nats.clamp(0, math.log(2))
+    twice = (torch.xlogy(a, 2 * (a / total)) + torch.xlogy(b, 2 * (b / total))).sum(-1)
+    return (twice / 2).clamp(0, math.log(2))
 
 
-# Gaussians
-
-
-def _gaussians(mean_p: Numbers, cov_p: Numbers, mean_q: Numbers, cov_q: Numbers) -> tuple[Tensor, ...]:
+def _gaussians(mean_p: Numbers, cov_p: Numbers, mean_q: Numbers, cov_q: Numbers) -> list[Tensor]:
     """Return means [d] and covariances [d, d] of both, from numbers or tensors."""
-    parts, others = [_numbers("mean_p", mean_p)], {"cov_p": cov_p, "mean_q": mean_q, "cov_q": cov_q}
-    parts += [_numbers(name, part, parts[0].device) for name, part in others.items()]
-    if parts[0].dim() == 0:
-        for name, part in zip(others, parts[1:], strict=True):
-            if part.dim():
-                raise ValueError(f"{name}: expected a number, as mean_p is, got shape {tuple(part.shape)}")
-        parts = [part.reshape((1,) * (1 + i % 2)) for i, part in enumerate(parts)]
-    if parts[0].dim() != 1:
-        raise ValueError(f"mean_p: expected shape [d], got {tuple(parts[0].shape)}")
-    d = len(parts[0])
-    for name, part, shape in zip(others, parts[1:], ((d, d), (d,), (d, d)), strict=True):
-        if part.shape != shape:
-            raise ValueError(f"{name}: expected shape {shape}, as mean_p has {d} elements, got {tuple(part.shape)}")
-        if part.dim() == 2 and (part - part.T).abs().max() > 1e-6 * part.abs().max():
+    first = _numbers("mean_p", mean_p)
+    if first.dim() > 1:
+        raise ValueError(f"mean_p: expected shape [d], got {tuple(first.shape)}")
+    d = first.numel()
+    parts = [first.reshape(d)]
+    for name, x, shape in (("cov_p", cov_p, (d, d)), ("mean_q", mean_q, (d,)), ("cov_q", cov_q, (d, d))):
+        part = _numbers(name, x, first.device)
+        if part.shape != (shape if first.dim() else ()):
+            expected = f"shape {shape}, as mean_p has {d} elements" if first.dim() else "a number, as mean_p is"
+            raise ValueError(f"{name}: expected {expected}, got shape {tuple(part.shape)}")
+        parts.append(part.reshape(shape))
+        if len(shape) > 1 and (parts[-1] - parts[-1].T).abs().max() > 1e-6 * part.abs().max():
             raise ValueError(f"{name}: expected a symmetric matrix, got one that is not")
-    return tuple(parts)
+    return parts
 
 
 def _cholesky(name: str, cov: Tensor) -> Tensor:
@@ -349,7 +311,6 @@ def gaussian_kl(mean_p: Numbers, cov_p: Numbers, mean_q: Numbers, cov_q: Numbers
 
     Means are [d] and covariances (variances, not standard deviations) [d, d] and positive definite; or all are numbers.
     The result is a 0-d float64 tensor, in nats.
-
     Source: Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, equation A.23.
 
     >>> gaussian_kl(0.0, 1.0, 1.0, 1.0)
@@ -357,10 +318,9 @@ def gaussian_kl(mean_p: Numbers, cov_p: Numbers, mean_q: Numbers, cov_q: Numbers
     """
     m_p, c_p, m_q, c_q = _gaussians(mean_p, cov_p, mean_q, cov_q)
     l_p, l_q = _cholesky("cov_p", c_p), _cholesky("cov_q", c_q)
-    whitened = torch.linalg.solve_triangular(l_q, torch.cat((l_p, (m_q - m_p)[:, None]), 1), upper=False)
+    whitened: Tensor = torch.linalg.solve_triangular(l_q, torch.cat((l_p, (m_q - m_p)[:, None]), 1), upper=False)
     log_determinants = 2 * (l_q.diagonal().log() - l_p.diagonal().log()).sum()
-    twice: Tensor = whitened.square().sum() - len(m_p) + log_determinants
-    return twice.clamp(min=0) / 2
+    return (whitened.square().sum() - len(m_p) + log_determinants).clamp(min=0) / 2
 
 
 def gaussian_js(mean_p: Numbers, cov_p: Numbers, mean_q: Numbers, cov_q: Numbers) -> Tensor:
@@ -368,7 +328,6 @@ def gaussian_js(mean_p: Numbers, cov_p: Numbers, mean_q: Numbers, cov_q: Numbers
 
     The error is below 1e-12: Gauss-Legendre, 16 nodes to each standard deviation of both, 12 to either side. Means are
     numbers or [1], variances > 0 numbers or [1, 1]; the result is a 0-d float64 tensor, in nats, in [0, log 2].
-
     Source: Lin, Divergence Measures Based on the Shannon Entropy, IEEE Trans. Inf. Theory 37, 1991.
 
     >>> gaussian_js(0.0, 1.0, 1.0, 1.0)
@@ -388,8 +347,7 @@ def gaussian_js(mean_p: Numbers, cov_p: Numbers, mean_q: Numbers, cov_q: Numbers
     )
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     density = log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)
-    nats: Tensor = (density * weights * half).sum() / 2
-    return nats.clamp(0, math.log(2))
+    return ((density * weights * half).sum() / 2).clamp(0, math.log(2))
 
 
 def gaussian_wasserstein(mean_p: Numbers, cov_p: Numbers, mean_q: Numbers, cov_q: Numbers) -> Tensor:
@@ -397,7 +355,6 @@ def gaussian_wasserstein(mean_p: Numbers, cov_p: Numbers, mean_q: Numbers, cov_q
 
     Arguments are as of :func:`gaussian_kl`, but covariances may be semidefinite; the result is a 0-d float64 tensor, in
     the samples' unit. Its square, of features, is the Frechet distance that FID is.
-
     Source: Dowson and Landau, The Frechet Distance between Multivariate Normal Distributions, JMVA 12, 1982.
 
     >>> gaussian_wasserstein([0.0, 0.0], [[1.0, 0.0], [0.0, 4.0]], [3.0, 4.0], [[1.0, 0.0], [0.0, 4.0]])

@@ -7,7 +7,7 @@ but in :mod:`fastwgan.functional`.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from fastwgan.backend import wide
 
-POWER = 6  # WGAN-div's exponent, arXiv 1712.01026
 STREAM = 0x57474150  # Philox's last word for uniform numbers
 
 
@@ -29,9 +28,6 @@ def _wide(x: Tensor) -> Tensor:
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     """Return [N] values shaped to broadcast over ``like`` [N, ...]."""
     return values.view(-1, *[1] * (like.dim() - 1))
-
-
-# Scores
 
 
 def critic_loss(real_scores: Tensor, fake_scores: Tensor, *, blend: float = 0.0, drift: float = 0.0) -> Tensor:
@@ -86,9 +82,6 @@ def score_statistics(real_scores: Tensor, fake_scores: Tensor, *, blend: float =
     return torch.stack((real, fake, wasserstein, loss))
 
 
-# Philox
-
-
 def philox(counter: Iterable[Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
     """Return Philox-4x32-10 of four words below 2^32: int64 arrays, or numbers. Salmon et al., SC 2011."""
     mask = 0xFFFFFFFF
@@ -138,74 +131,54 @@ def words(seed: int, index: Any, place: Any, stream: int) -> tuple[Any, Any, Any
     return philox(counter, (key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF))
 
 
-# Noise
-
-
 def perturb(x: Tensor, *, scale: float | Tensor, seed: int, offset: int | Tensor = 0, stream: int = 1) -> Tensor:
-    """Return x + scale * n, n ~ N(0, 1) in the order of elements in memory. DRAGAN, arXiv 1705.07215, equation 3.
-
-    As instance noise on a critic's inputs: Arjovsky and Bottou, arXiv 1701.04862.
-    """
+    """Return x + scale * n, n ~ N(0, 1) in order of memory. DRAGAN, arXiv 1705.07215; instance noise, 1701.04862."""
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    last = channels_last and not x.is_contiguous() and x.is_contiguous(memory_format=channels_last)
-    shape = x.movedim(1, -1).shape if last else x.shape
+    if channels_last and not x.is_contiguous() and x.is_contiguous(memory_format=channels_last):
+        return perturb(x.movedim(1, -1), scale=scale, seed=seed, offset=offset, stream=stream).movedim(-1, 1)
     dtype = wide(x.dtype)
-    noise = normals(seed, offset, len(x), x[0].numel(), stream=stream, dtype=dtype, device=x.device).view(shape)
+    noise = normals(seed, offset, len(x), x[0].numel(), stream=stream, dtype=dtype, device=x.device).view(x.shape)
     factor = torch.as_tensor(scale, dtype=torch.float32)  # in any case
-    return (x.to(dtype) + factor * (noise.movedim(-1, 1) if last else noise)).to(x.dtype)
-
-
-# Penalty
+    return (x.to(dtype) + factor * noise).to(x.dtype)
 
 
 def interpolate(
     real: Tensor, fake: Tensor, *, seed: int, offset: int | Tensor = 0, eps: Tensor | None = None
 ) -> Tensor:
-    """Return fake + eps * (real - fake) with one eps per sample. WGAN-GP, Algorithm 1, line 6.
-
-    ``eps`` is uniform(seed, offset, N), which a caller may have drawn.
-    """
-    if eps is None:
-        eps = uniform(seed, offset, len(fake), fake.device)
-    real_wide, fake_wide = _wide(real), _wide(fake)
-    return (fake_wide + _per_sample(eps, fake).to(fake_wide.dtype) * (real_wide - fake_wide)).to(fake.dtype)
+    """Return fake + eps * (real - fake), eps [N] being uniform(seed, offset, N). WGAN-GP, Algorithm 1, line 6."""
+    eps = uniform(seed, offset, len(fake), fake.device) if eps is None else eps
+    start = _wide(fake)
+    return (start + _per_sample(eps, fake).to(start.dtype) * (_wide(real) - start)).to(fake.dtype)
 
 
 def _norms(gradients: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each sample's squared norm over all its dimensions and its norm, [N], float32 or wider.
-
-    The root has subgradient 0 at zero, where sqrt gives infinity and then NaN.
-    """
+    """Return each sample's squared norm over all its dimensions and its norm, [N], float32 or wider."""
     squares = _wide(gradients).reshape(len(gradients), -1).square().sum(1)
-    positive = squares > 0
+    positive = squares > 0  # at zero the root has subgradient 0, where sqrt gives infinity and then NaN
     return squares, torch.where(positive, torch.where(positive, squares, 1).sqrt(), squares)
 
 
-def _over(x: Tensor, norms: Tensor) -> Tensor:
-    """Return x / norms, and 0 where a norm is."""
+PENALTY_KINDS = ("two-sided", "one-sided", "zero-centered", "power")
+
+
+def _phi(squares: Tensor, norms: Tensor, kind: str, target: float, *, slope: bool = False) -> Tensor:
+    """Return phi(n), the penalty of a gradient's norm n; with ``slope`` phi'(n) / n, which is 0 at n = 0."""
+    if kind == "zero-centered":  # n^2: R1 and R2 without their factor 1/2, arXiv 1801.04406
+        return torch.full_like(squares, 2.0) if slope else squares
+    if kind == "power":  # n^6: WGAN-div, arXiv 1712.01026
+        return 6 * squares**2 if slope else squares**3
+    excess = norms - target  # (n - target)^2: WGAN-GP, equation 3
+    if kind == "one-sided":  # max(n - target, 0)^2: WGAN-LP, arXiv 1709.08894
+        excess = excess.relu()
+    if not slope:
+        return excess.square()
     zero = norms == 0
-    return torch.where(zero, 0, x / torch.where(zero, 1, norms))
-
-
-# phi(n), a function of a gradient's norm n, and phi'(n) / n: each of n^2, n and the norm that is wanted.
-#   two-sided (n - target)^2: WGAN-GP, equation 3. one-sided max(n - target, 0)^2: WGAN-LP, arXiv 1709.08894.
-#   zero-centered n^2: R1 and R2 without their factor 1/2, arXiv 1801.04406. power n^6: WGAN-div, arXiv 1712.01026.
-_Phi = Callable[[Tensor, Tensor, float], Tensor]
-PENALTY_KINDS: dict[str, tuple[_Phi, _Phi]] = {
-    "two-sided": (lambda _, n, target: (n - target).square(), lambda _, n, target: _over(2 * (n - target), n)),
-    "one-sided": (
-        lambda _, n, target: (n - target).relu().square(),
-        lambda _, n, target: _over(2 * (n - target).relu(), n),
-    ),
-    "zero-centered": (lambda square, *_: square, lambda square, *_: torch.full_like(square, 2.0)),
-    "power": (lambda square, *_: square ** (POWER // 2), lambda square, *_: POWER * square ** (POWER // 2 - 1)),
-}
+    return torch.where(zero, 0, 2 * excess / torch.where(zero, 1, norms))
 
 
 def penalty(gradients: Tensor, *, kind: str = "two-sided", target: float = 1.0) -> Tensor:
     """Return the mean over samples of a function of the gradient's norm, by its name in PENALTY_KINDS."""
-    phi, _ = PENALTY_KINDS[kind]
-    return phi(*_norms(gradients), target).mean()
+    return _phi(*_norms(gradients), kind, target).mean()
 
 
 def penalty_cotangent(gradients: Tensor, *, kind: str, target: float, weight: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -214,13 +187,11 @@ def penalty_cotangent(gradients: Tensor, *, kind: str, target: float, weight: fl
     Sample i's cotangent is weight / N * phi'(n) / n * g, and 0 at n = 0.
     """
     squares, norms = _norms(gradients)
-    phi, slope = PENALTY_KINDS[kind]
-    statistics = torch.stack((phi(squares, norms, target).mean(), norms.mean(), norms.amin(), norms.amax()))
-    scale = _per_sample(slope(squares, norms, target) * (weight / len(norms)), gradients)
+    mean = _phi(squares, norms, kind, target).mean()
+    slopes = _phi(squares, norms, kind, target, slope=True)
+    scale = _per_sample(slopes * (weight / len(norms)), gradients)
+    statistics = torch.stack((mean, norms.mean(), norms.amin(), norms.amax()))
     return statistics, (scale * _wide(gradients)).to(gradients.dtype)
-
-
-# Update
 
 
 @torch.no_grad()
@@ -352,13 +323,10 @@ GROWTH_INTERVAL, LEAST_SCALE, MOST_SCALE = 2000, 1.0, 2.0**24  # of a loss scale
 def guard_(gradients: list[Tensor], tally: Tensor, gate: Tensor, scale: Tensor | None = None) -> None:
     """Count what is not finite in a network's gradients, and say in ``gate`` whether to leave the step out.
 
-    Args:
-        gradients: of the network, loss scale included.
-        tally: [TALLY] int64, written; :class:`Tally` says what stands where.
-        gate: [2] float32, written: 1 to leave the step out, else 0; what gradients are to be multiplied by.
-        scale: [2] float32, or None: the loss scale, and how many steps it has served. It is halved after a step left
-            out and doubled after GROWTH_INTERVAL in a row that were not, from LEAST_SCALE up to MOST_SCALE.
-            Micikevicius et al., arXiv 1710.03740.
+    ``gradients`` include the loss scale. Written are ``tally``, [TALLY] int64, where :class:`Tally` says; and ``gate``,
+    [2] float32: 1 to leave the step out, else 0; what gradients are to be multiplied by. ``scale``, [2] float32 or
+    None, is the loss scale, and how many steps it has served: it is halved after a step left out and doubled after
+    GROWTH_INTERVAL in a row that were not, from LEAST_SCALE up to MOST_SCALE. Micikevicius et al., arXiv 1710.03740.
     """
     counts = torch.stack([(~g.isfinite()).sum() for g in gradients])
     skip = counts.any()
@@ -379,9 +347,6 @@ def guard_(gradients: list[Tensor], tally: Tensor, gate: Tensor, scale: Tensor |
         scale[1] = torch.where(skip | grown, 0, served)
 
 
-# The whole step
-
-
 def textbook_critic_step(
     generator: nn.Module, critic: nn.Module, optimizer: torch.optim.Optimizer, real: Tensor, z: Tensor, *,
     cond: tuple[Any, ...] = (), clip: float | None = None, penalty_weight: float | None = None,
@@ -389,14 +354,12 @@ def textbook_critic_step(
 ) -> Tensor:  # fmt: skip
     """Take a critic step as Algorithm 1 of either paper reads, op by op, the unfused baseline; return the loss.
 
-    ``clip`` is WGAN's clamp after the update; ``penalty_weight`` is WGAN-GP's lambda, with ``eps`` [N] drawn by
-    torch.rand where it is None. ``detach=False`` leaves the generator's graph on the fakes, as popular code does;
-    the weights come out the same and the time is lost.
+    ``clip`` is WGAN's clamp after the update; ``penalty_weight`` is WGAN-GP's lambda, with ``eps`` [N] or one drawn by
+    torch.rand. ``detach=False`` leaves the generator's graph on the fakes, as popular code does, for the same weights.
     """
     optimizer.zero_grad()
     fake = generator(z, *cond)
-    if detach:
-        fake = fake.detach()
+    fake = fake.detach() if detach else fake
     real_scores, fake_scores = critic(real, *cond), critic(fake, *cond)
     loss: Tensor = fake_scores.mean() - real_scores.mean()
     if penalty_weight is not None:

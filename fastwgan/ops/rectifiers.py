@@ -45,15 +45,10 @@ def _rectify(x: Any, slope: float | None, inplace: bool) -> Tensor | None:
     return _Rectify.apply(x, None if slope is None else float(slope), inplace)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def _leaky_relu(input: Any, negative_slope: float = 0.01, inplace: bool = False) -> Tensor | None:
-    return _rectify(input, negative_slope, inplace)
-
-
-def _relu(input: Any, inplace: bool = False) -> Tensor | None:
-    return _rectify(input, None, inplace)
-
-
-_OURS: dict[Any, Any] = {F.leaky_relu: _leaky_relu, F.relu: _relu, torch.relu: _relu, Tensor.relu: _relu}
+_OURS: dict[Any, Any] = {
+    F.leaky_relu: lambda input, negative_slope=0.01, inplace=False: _rectify(input, negative_slope, inplace),
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), lambda input, inplace=False: _rectify(input, None, inplace)),
+}
 
 
 class LinearPieces(TorchFunctionMode):

@@ -329,15 +329,10 @@ class Gated(Optimizer):
             self._shares.append((share, sum([p.numel() for p, _, bound in members if bound is not None])))
 
     def _hyper(self, key: _Key, together: Together) -> dict[int, tuple[float, ...]]:
-        """Return the kernel's numbers of each group of a launch's variant, by its id.
-
-        Groups whose parameters have no gradients are among them, so that a group's place never changes: a captured
-        graph relies on it.
-        """
+        """Return the kernel's numbers of each group of a launch's variant, by its id."""
         rows: dict[int, tuple[float, ...]] = {}
-        for group in self.param_groups:
-            if self._variant(group) != key[2:4]:
-                continue
+        # Groups without gradients are among them, so that a group's place never changes: a captured graph relies on it.
+        for group in [group for group in self.param_groups if self._variant(group) == key[2:4]]:
             # The bound as this dtype holds it, so that weights on it are counted.
             bound = self._bound(group, together)
             none = bound is None or bound > torch.finfo(key[1]).max

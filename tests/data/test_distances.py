@@ -458,7 +458,7 @@ MISUSE = [
             ((PLANE, LINE), "y: expected samples of x's shape (2,), got ()"),
             ((PLANE * NAN, PLANE), "x: expected finite values"),
             ((PLANE, PLANE + INF), "y: expected finite values"),
-            ((torch.tensor(1.0), PLANE), "x: expected shape [n, ...], got a 0-d tensor"),
+            ((torch.tensor(1.0), PLANE), "x: expected shape [N, ...], got a 0-d tensor"),
             ((torch.zeros(0, 2), PLANE), "x: expected at least one element, got shape (0, 2)"),
         ]
     ],
