@@ -26,17 +26,6 @@ Numbers = Tensor | float | Sequence[float] | Sequence[Sequence[float]]
 COPIES = 4096
 
 
-def _finite(name: str, x: Tensor) -> Tensor:
-    if not x.isfinite().all():
-        raise ValueError(f"{name}: expected finite values, got some that are infinite or NaN")
-    return x.double()
-
-
-def _floating(name: str, x: object, device: torch.device | None = None) -> Tensor:
-    """Return a finite floating tensor [N, ...] (on ``device``, where given) as float64, or raise."""
-    return _finite(name, checks.samples(name, x, device))
-
-
 def _numbers(name: str, x: Numbers, device: torch.device | None = None) -> Tensor:
     """Return finite real numbers as a float64 tensor, on ``device`` where that is given, or raise."""
     if isinstance(x, Tensor) and x.is_complex():
@@ -47,7 +36,14 @@ def _numbers(name: str, x: Numbers, device: torch.device | None = None) -> Tenso
         wide = torch.as_tensor(x, dtype=torch.float64, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: expected numbers, got {type(x).__name__}: {error}") from error
-    return _finite(name, checks.tensor(name, wide))
+    if not checks.tensor(name, wide).isfinite().all():
+        raise ValueError(f"{name}: expected finite values, got some that are infinite or NaN")
+    return wide
+
+
+def _floating(name: str, x: object, device: torch.device | None = None) -> Tensor:
+    """Return a finite floating tensor [N, ...] (on ``device``, where given) as float64, or raise."""
+    return _numbers(name, checks.samples(name, x, device))
 
 
 def _clouds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,8 +85,7 @@ def score_statistics(real_scores: Tensor, fake_scores: Tensor, *, blend: float =
 def philox(counter: Iterable[Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
     """Return Philox-4x32-10 of four words below 2^32: int64 arrays, or numbers. Salmon et al., SC 2011."""
     mask = 0xFFFFFFFF
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
+    (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
         product0, product2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wraps past 2^63, which leaves all 64 bits right
         c0, c2 = ((product2 >> 32) ^ c1 ^ k0) & mask, ((product0 >> 32) ^ c3 ^ k1) & mask
@@ -124,9 +123,8 @@ def normals(
 
 def words(seed: int, index: Any, place: Any, stream: int) -> tuple[Any, Any, Any, Any]:
     """Return Philox's four words of each counter."""
-    key: int | Tensor = seed
-    if torch.compiler.is_compiling():
-        key = torch.full((), seed, dtype=torch.int64, device=index.device)  # so that another seed is no other program
+    # A compiler gets a tensor for a key, so that another seed is no other program.
+    key = torch.full((), seed, dtype=torch.int64, device=index.device) if torch.compiler.is_compiling() else seed
     counter = (index & 0xFFFFFFFF, (index >> 32) & 0xFFFFFFFF, place, stream)
     return philox(counter, (key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF))
 

@@ -37,15 +37,12 @@ class RMSprop(Gated):
         p = p - lr * g / a                                    b = momentum * b + g / a;  p = p - lr * b with momentum
         p = min(max(p, -clip), clip)
 
-    Args:
-        params, lr, alpha, eps, weight_decay, momentum, centered, maximize: as ``torch.optim.RMSprop`` takes them.
-        clip: bound > 0 of the weights after the step, or None; also per group.
-        backend: see :mod:`fastwgan.backend`.
+    Parameters and options are as ``torch.optim.RMSprop`` takes them, but for ``clip``, the bound > 0 of the weights
+    after the step, or None, also per group, and ``backend``: see :mod:`fastwgan.backend`.
+    Source: WGAN, arXiv 1701.07875, Algorithm 1, lines 6 and 7; formula and defaults of torch.optim.RMSprop.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range.
-
-    Source: WGAN, arXiv 1701.07875, Algorithm 1, lines 6 and 7; formula and defaults of torch.optim.RMSprop.
 
     >>> w = torch.nn.Parameter(torch.ones(2))
     >>> w.grad = torch.ones(2)
@@ -101,15 +98,11 @@ class Adam(Gated):
         p = p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
         p = min(max(p, -clip), clip)
 
-    Args:
-        params, lr, betas, eps, weight_decay, maximize: as ``torch.optim.Adam`` takes them; no amsgrad.
-        clip: bound > 0 of the weights after the step, or None; also per group.
-        backend: see :mod:`fastwgan.backend`.
+    Parameters and options are as ``torch.optim.Adam`` takes them, without amsgrad; ``clip`` and ``backend`` are as of
+    :class:`RMSprop`. Source: Kingma and Ba, arXiv 1412.6980, Algorithm 1; formula and defaults of torch.optim.Adam.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range.
-
-    Source: Kingma and Ba, arXiv 1412.6980, Algorithm 1; formula and defaults of torch.optim.Adam.
 
     >>> w = torch.nn.Parameter(torch.ones(2))
     >>> w.grad = torch.ones(2)

@@ -346,10 +346,7 @@ class Gated(Optimizer):
         return rows
 
     def refresh(self, together: Together) -> None:
-        """Have launches that a CUDA graph replays use the present numbers, or raise: a replay runs no Python.
-
-        Not only ``lr`` but every number counts, as long as the same algorithm and the same parameters are meant.
-        """
+        """Have launches that a CUDA graph replays use the present numbers, all of them: a replay runs no Python."""
         for group in self.param_groups:
             self._check_group(group)
         for key, update in self._updates.items():
