@@ -16,11 +16,10 @@ from torch.optim.adam import adam
 from torch.optim.rmsprop import rmsprop
 
 from benchmarks.workloads import Workload
-from fastwgan import reference
 from fastwgan.constraints import GradientPenalty, WeightClip
 from fastwgan.trainer import Trainer
 
-__all__ = ["IMPLEMENTATIONS", "Given", "Implementation", "Setting", "Step"]
+__all__ = ["IMPLEMENTATIONS", "Given", "Implementation", "Setting", "Step", "textbook_critic_step"]
 
 # What the Trainer takes where it is given no optimizers: the papers' numbers.
 RMSPROP: dict[str, Any] = {"lr": 5e-5}
@@ -143,13 +142,44 @@ class Step(NamedTuple):
 Implementation = Callable[[Setting], Step]
 
 
+def textbook_critic_step(
+    generator: nn.Module, critic: nn.Module, optimizer: torch.optim.Optimizer, real: Tensor, z: Tensor, *,
+    cond: tuple[Any, ...] = (), clip: float | None = None, penalty_weight: float | None = None,
+    eps: Tensor | None = None, detach: bool = True,
+) -> Tensor:  # fmt: skip
+    """Take a critic step as Algorithm 1 of either paper reads, op by op, the unfused baseline; return the loss.
+
+    ``clip`` is WGAN's clamp after the update; ``penalty_weight`` is WGAN-GP's lambda, with ``eps`` [N] or one drawn by
+    torch.rand. ``detach=False`` leaves the generator's graph on the fakes, as popular code does, for the same weights.
+    """
+    optimizer.zero_grad()
+    fake = generator(z, *cond)
+    fake = fake.detach() if detach else fake
+    real_scores, fake_scores = critic(real, *cond), critic(fake, *cond)
+    loss: Tensor = fake_scores.mean() - real_scores.mean()
+    if penalty_weight is not None:
+        if eps is None:
+            eps = torch.rand(len(real), device=real.device, dtype=real.dtype)
+        eps = eps.view(-1, *[1] * (real.dim() - 1))
+        x = (eps * real + (1 - eps) * fake.detach()).requires_grad_()
+        scores = critic(x, *cond)
+        (g,) = torch.autograd.grad(scores, x, torch.ones_like(scores), create_graph=True)
+        loss = loss + penalty_weight * ((g.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    if clip is not None:
+        for p in critic.parameters():
+            p.data.clamp_(-clip, clip)
+    return loss.detach()
+
+
 def textbook(setting: Setting) -> Step:
     """Algorithm 1 op by op, as popular code has it: loops over parameters, and a graph through the generator."""
     optimizer = setting.optimizer(foreach=False)
 
     def take() -> None:
         eps = None if setting.given is None or setting.penalty_weight is None else setting.eps()
-        reference.textbook_critic_step(
+        textbook_critic_step(
             setting.generator, setting.critic, optimizer, setting.real, setting.latents(),
             clip=setting.clip, penalty_weight=setting.penalty_weight, eps=eps, detach=False,
         )  # fmt: skip

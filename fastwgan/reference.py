@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch: the specification, the CPU path, the oracle and the baseline.
+"""Every op in plain PyTorch: the specification, the CPU path and the oracle.
 
 WGAN is Arjovsky, Chintala and Bottou, arXiv 1701.07875; WGAN-GP is Gulrajani, Ahmed, Arjovsky, Dumoulin and
 Courville, arXiv 1704.00028. Any floating dtype goes in. Half precision is computed in float32: tensors come out in
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastwgan.backend import wide
 
@@ -343,34 +343,3 @@ def guard_(gradients: list[Tensor], tally: Tensor, gate: Tensor, scale: Tensor |
         halved, doubled = (0.5 * scale[0]).clamp(min=LEAST_SCALE), (2 * scale[0]).clamp(max=MOST_SCALE)
         scale[0] = torch.where(skip, halved, torch.where(grown, doubled, scale[0]))
         scale[1] = torch.where(skip | grown, 0, served)
-
-
-def textbook_critic_step(
-    generator: nn.Module, critic: nn.Module, optimizer: torch.optim.Optimizer, real: Tensor, z: Tensor, *,
-    cond: tuple[Any, ...] = (), clip: float | None = None, penalty_weight: float | None = None,
-    eps: Tensor | None = None, detach: bool = True,
-) -> Tensor:  # fmt: skip
-    """Take a critic step as Algorithm 1 of either paper reads, op by op, the unfused baseline; return the loss.
-
-    ``clip`` is WGAN's clamp after the update; ``penalty_weight`` is WGAN-GP's lambda, with ``eps`` [N] or one drawn by
-    torch.rand. ``detach=False`` leaves the generator's graph on the fakes, as popular code does, for the same weights.
-    """
-    optimizer.zero_grad()
-    fake = generator(z, *cond)
-    fake = fake.detach() if detach else fake
-    real_scores, fake_scores = critic(real, *cond), critic(fake, *cond)
-    loss: Tensor = fake_scores.mean() - real_scores.mean()
-    if penalty_weight is not None:
-        if eps is None:
-            eps = torch.rand(len(real), device=real.device, dtype=real.dtype)
-        eps = _per_sample(eps, real)
-        x = (eps * real + (1 - eps) * fake.detach()).requires_grad_()
-        scores = critic(x, *cond)
-        (g,) = torch.autograd.grad(scores, x, torch.ones_like(scores), create_graph=True)
-        loss = loss + penalty_weight * ((g.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    if clip is not None:
-        for p in critic.parameters():
-            p.data.clamp_(-clip, clip)
-    return loss.detach()

@@ -12,6 +12,7 @@ from count_launches import BUDGETS, Live, count_kernels
 from small_trainers import CONSTRAINTS, F64, PAIRS, assert_same_state, mlp_pair, quietly, weights
 from torch import nn
 
+from benchmarks.implementations import textbook_critic_step
 from fastwgan import Adam, GradientPenalty, RMSprop, Trainer, WeightClip, models, reference, warmup_schedule
 
 
@@ -39,7 +40,7 @@ def test_critic_step_is_the_textbooks(backend, constraint, pair, device):
         metrics = trainer.critic_step(real)
         eps = reference.uniform(3, 8 * step, 8, device).double()
         options = {"clip": 0.05} if constraint == "clip" else {"penalty_weight": 10.0, "eps": eps}
-        loss = reference.textbook_critic_step(generator2, critic2, optimizer, real, kept[-1], **options)
+        loss = textbook_critic_step(generator2, critic2, optimizer, real, kept[-1], **options)
         torch.testing.assert_close(metrics.critic_loss, loss, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(weights(critic), weights(critic2), rtol=1e-8, atol=1e-11)
     torch.testing.assert_close(critic.state_dict(), critic2.state_dict(), rtol=1e-8, atol=1e-11)
@@ -91,7 +92,7 @@ def test_lean_budgets(name):
         optimizer, options = torch.optim.Adam(critic.parameters(), foreach=False), {"penalty_weight": 10.0}
     for _ in range(2):
         with count_kernels() as counts:
-            reference.textbook_critic_step(samples, critic, optimizer, torch.randn(4, *shape), None, **options)
+            textbook_critic_step(samples, critic, optimizer, torch.randn(4, *shape), None, **options)
     assert sum(counts.values()) - counts["randn"] >= textbook
 
     trainer = Trainer(
@@ -117,7 +118,7 @@ def test_no_more_memory_than_the_textbooks(name):
     optimizer = torch.optim.RMSprop(critic.parameters(), foreach=False)
 
     def textbook():
-        reference.textbook_critic_step(generator, critic, optimizer, real, torch.randn(16, 100), **options)
+        textbook_critic_step(generator, critic, optimizer, real, torch.randn(16, 100), **options)
 
     def peak(step):
         for _ in range(2):
@@ -254,7 +255,7 @@ def test_conditions_reach_both_networks(constraint, device):
     )
     kind = torch.optim.RMSprop if constraint == "clip" else torch.optim.Adam
     numbers = {"lr": 5e-5} if constraint == "clip" else {"lr": 1e-4, "betas": (0.0, 0.9)}
-    reference.textbook_critic_step(
+    textbook_critic_step(
         twin, critic2, kind(critic2.parameters(), **numbers), real, z, cond=(labels,), **options
     )  # fmt: skip
     trainer.step(real, labels)
@@ -419,7 +420,7 @@ def test_torch_optimizers_are_taken_over_with_state_and_scheduler(kind, device):
     assert isinstance(trainer.critic_optimizer, (RMSprop, Adam))
     for _ in range(3):
         real = torch.randn(8, 10, dtype=F64, device=device)
-        reference.textbook_critic_step(generator, critic2, optimizers[1], real, z, clip=0.01)
+        textbook_critic_step(generator, critic2, optimizers[1], real, z, clip=0.01)
         trainer.critic_step(real)
         scheduler.step()
         scheduler2.step()

@@ -13,6 +13,7 @@ from small_trainers import F64, PAIRS, assert_same_state, quietly, weights
 from tolerance import assert_close
 from torch import nn
 
+from benchmarks.implementations import textbook_critic_step
 from fastwgan import Adam, NormClip, RMSprop, Trainer, functional, models, reference
 from fastwgan.backend import kernels
 from fastwgan.ops.weights import project_and_count_
@@ -281,7 +282,7 @@ def test_a_step_is_the_textbooks_and_a_projection(per, optimizer, pair, backend,
     for _ in range(4):
         real = torch.randn(8, *shape, dtype=F64, device=device)
         metrics = trainer.critic_step(real)
-        reference.textbook_critic_step(generator2, critic2, theirs, real, kept[-1])
+        textbook_critic_step(generator2, critic2, theirs, real, kept[-1])
         norms = torch.cat([rows_of(p, per).norm(dim=1) for p in critic2.parameters()])
         project_(critic2.parameters(), bound, per)
         torch.testing.assert_close(weights(critic), weights(critic2), rtol=1e-7, atol=1e-10)
