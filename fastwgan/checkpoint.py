@@ -99,7 +99,7 @@ def save_newest(directory: Path, content: dict[str, Any], *, step: int, keep: in
             os.link(newest, temporary)
         except OSError:  # a file system without hard links
             shutil.copyfile(newest, temporary)
-    steps = [int(m[1]) for m in (re.fullmatch(r"step-(\d{9,})\.pt", p.name) for p in directory.iterdir()) if m]
+    steps = [int(m[1]) for p in directory.iterdir() if (m := re.fullmatch(r"step-(\d{9,})\.pt", p.name))]
     for old in sorted(s for s in steps if s <= step)[:-keep]:
         (directory / f"step-{old:09d}.pt").unlink()
 
@@ -116,7 +116,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> di
         raise ValueError(f"path: expected a file, got the directory {path}")
     try:
         with zipfile.ZipFile(path) as archive:  # as which torch writes it, but it looks at no checksum
-            if (damaged := archive.testzip()) is not None:
+            if damaged := archive.testzip():
                 raise ValueError(f"the checksum of its part {damaged} is wrong")
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # a foreign or truncated file raises many kinds

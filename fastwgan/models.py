@@ -100,9 +100,6 @@ def dcgan_generator(latent: int = 100, *, channels: int = 3, width: int = 64, si
     return nn.Sequential(*layers, nn.BatchNorm2d(deepest), nn.ReLU(), last, nn.Tanh()).apply(init_dcgan)
 
 
-# Tables
-
-
 def ctgan_critic(columns: int, *, width: int = 256, pack: int = 10) -> nn.Sequential:
     """CTGAN's discriminator: scores [N, 1] of ``pack`` rows each, given side by side as [N, pack * columns].
 
@@ -146,9 +143,6 @@ def ctgan_generator(latent: int, columns: int, *, width: int = 256, pack: int = 
     """
     hidden = _Concatenated(latent, width), _Concatenated(latent + width, width)
     return nn.Sequential(_Rows(latent), *hidden, nn.Linear(latent + 2 * width, columns), _Rows(pack * columns))
-
-
-# Images of 32x32
 
 
 class Residual(nn.Module):

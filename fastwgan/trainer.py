@@ -75,11 +75,10 @@ class Trainer:
             are left out to find a loss scale. On a GPU, where the host does not wait, the error comes some steps late.
 
     Under ``torch.distributed``, initialised before, every process makes the same trainer, takes the same steps, and
-    gives its own part of each batch, all of one size, in the order of ranks. Weights and seed are rank 0's, gradients
-    are averaged, metrics are of the whole batch, and latents and eps are each rank's part of what one process would
-    draw: N ranks with batches B / N train as one with batch B, but for layers like BatchNorm, whose batch is the
-    rank's own (a checkpoint has rank 0's averages). Networks in DistributedDataParallel are taken out of it, but while
-    you hold the wrapper, backward passes cannot be captured in CUDA graphs.
+    gives its own part of each batch, all of one size. Weights and seed are rank 0's, gradients are averaged, metrics
+    are of the whole batch, and latents and eps are parts of what one process would draw: N ranks with batches B / N
+    train as one with batch B, but for layers like BatchNorm, whose batch is the rank's own. Networks are taken out of
+    DistributedDataParallel, but while you hold the wrapper, backward passes cannot be captured in CUDA graphs.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, or they do not fit together.
@@ -89,8 +88,6 @@ class Trainer:
     Attributes:
         critic_iterations, generator_iterations: steps taken so far, those left out included.
         rank, world: of this process, and how many there are.
-        pack: samples to a score.
-        ema: the decay of the running average, or None.
         last_checkpoint: the path last saved to or loaded from, or None.
 
     Source: WGAN, arXiv 1701.07875, Algorithm 1; WGAN-GP, arXiv 1704.00028, Algorithm 1.
@@ -199,13 +196,12 @@ class Trainer:
     def critic_step(self, real: Tensor, *cond: Any) -> Metrics:
         """Update the critic once on a batch of real samples and as many fresh fake ones.
 
+        Return Metrics without ``generator_loss``.
+
         Args:
             real: samples [N, ...] on the networks' device.
             cond: conditions, passed on to generator and critic after their first argument. A tensor whose first
                 dimension is N counts as one row per sample.
-
-        Returns:
-            Metrics without ``generator_loss``.
 
         Raises:
             TypeError, ValueError: ``real`` or a network's output cannot be used. No weight is changed then.
@@ -268,27 +264,22 @@ class Trainer:
     def iteration(self, batches: Iterable[Any]) -> list[Metrics]:
         """Take the critic steps up to the next generator step, and that one, as ``step`` does on each batch in turn.
 
-        On a GPU the whole iteration is one CUDA graph, where that can be.
-
-        Args:
-            batches: for each critic step left its real samples [N, ...], or a tuple of them and their conditions.
-
-        Returns:
-            The Metrics of each critic step; ``generator_loss`` is set in the last.
+        On a GPU the whole iteration is one CUDA graph, where that can be. ``batches`` has for each critic step left its
+        real samples [N, ...], or a tuple of them and their conditions. Return the Metrics of each critic step;
+        ``generator_loss`` is set in the last.
         """
         if not isinstance(batches, Iterable):
             raise TypeError(f"batches: expected an iterable, got {type(batches).__name__}")
         left = self._critic_steps_left()
         # One more is enough to know that there are too many: a whole loader is not read for that.
         parts = [tuple(b) if isinstance(b, (tuple, list)) else (b,) for b in islice(batches, left + 1)]
-        if len(parts) != left:
-            got = f"{len(parts)} or more" if len(parts) > left else len(parts)
+        if (n := len(parts)) != left:
             expected = f"{left}, one for each critic step up to the next generator step"
-            raise ValueError(f"batches: expected {expected}, got {got}")
-        for part in parts:
-            if not part:
-                raise ValueError("batches: expected real samples and their conditions, got an empty tuple")
-            self._check_real(part[0])
+            raise ValueError(f"batches: expected {expected}, got {n}{' or more' if n > left else ''}")
+        if not all(parts):
+            raise ValueError("batches: expected real samples and their conditions, got an empty tuple")
+        for real, *_ in parts:
+            self._check_real(real)
         self._steps.generator.check()  # before the critic is changed
         weights = tuple(self.constraint.penalty_weight(self.critic_iterations + i) for i in range(left))
         found = None if self.critic_scheduler is not None else self._steps.take_iteration(weights, parts)
