@@ -20,22 +20,15 @@ BACKENDS = get_args(Backend)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _call_vector_functions() -> None:
-    """Call each function that MKL computes on arrays once, by one thread, so that one seed has one outcome.
-
-    MKL looks for a function's code on its first call. If several threads make that call together, one of them may run
-    code that is 1000 ulp off (pytorch/pytorch#188792).
-    """
-    for function in (
-        torch.acos, torch.asin, torch.atan, torch.cos, torch.cosh, torch.erf, torch.erfc, torch.erfinv, torch.exp,
-        torch.expm1, torch.log, torch.log10, torch.log1p, torch.log2, torch.sin, torch.sinh, torch.sqrt, torch.tan,
-        torch.tanh, torch.trunc,
-    ):  # fmt: skip
-        for dtype in (torch.float32, torch.float64):
-            function(torch.zeros(1, dtype=dtype, device="cpu"))
-
-
-_call_vector_functions()
+# MKL looks for a function's code on its first call. If several threads make that call together, one of them may run
+# code that is 1000 ulp off (pytorch/pytorch#188792). So one thread calls each, for one seed to have one outcome.
+for _function in (
+    torch.acos, torch.asin, torch.atan, torch.cos, torch.cosh, torch.erf, torch.erfc, torch.erfinv, torch.exp,
+    torch.expm1, torch.log, torch.log10, torch.log1p, torch.log2, torch.sin, torch.sinh, torch.sqrt, torch.tan,
+    torch.tanh, torch.trunc,
+):  # fmt: skip
+    for _dtype in (torch.float32, torch.float64):
+        _function(torch.zeros(1, dtype=_dtype, device="cpu"))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -100,30 +100,15 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        generator: nn.Module,
-        critic: nn.Module,
-        *,
-        latent: Latent,
+        self, generator: nn.Module, critic: nn.Module, *, latent: Latent,
         constraint: Constraint = WeightClip(),  # noqa: B008 - it is frozen
         critic_optimizer: torch.optim.Optimizer | None = None,
-        generator_optimizer: torch.optim.Optimizer | None = None,
-        critic_scheduler: LRScheduler | None = None,
-        generator_scheduler: LRScheduler | None = None,
-        n_critic: int | Callable[[int], int] = 5,
-        seed: int = 0,
-        backend: Backend = "auto",
-        amp: torch.dtype | None = None,
-        cuda_graph: bool | str = "auto",
-        independent_samples: bool = False,
-        compile: bool = False,
-        ema: float | None = None,
-        blend: float = 0.0,
-        drift: float = 0.0,
-        pack: int = 1,
-        nonfinite: str = "raise",
-        **removed: object,
-    ) -> None:
+        generator_optimizer: torch.optim.Optimizer | None = None, critic_scheduler: LRScheduler | None = None,
+        generator_scheduler: LRScheduler | None = None, n_critic: int | Callable[[int], int] = 5, seed: int = 0,
+        backend: Backend = "auto", amp: torch.dtype | None = None, cuda_graph: bool | str = "auto",
+        independent_samples: bool = False, compile: bool = False, ema: float | None = None, blend: float = 0.0,
+        drift: float = 0.0, pack: int = 1, nonfinite: str = "raise", **removed: object,
+    ) -> None:  # fmt: skip
         checks.removed(removed, REMOVED)
         checks.refuse_inference_mode()
         generator, critic = unwrapped("generator", generator), unwrapped("critic", critic)

@@ -13,7 +13,7 @@ from fastwgan.engine.latents import Latents
 from fastwgan.engine.player import Player, Settled
 from fastwgan.engine.ranks import Ranks
 from fastwgan.engine.settings import Settings
-from fastwgan.engine.sharing import Sharing
+from fastwgan.engine.structure import Sharing
 
 MOST_CAPTURED = 8  # critic steps in a graph of a whole iteration, which bounds the time that its capture takes
 

@@ -39,20 +39,11 @@ UNTOLD = "latent: expected a width or a callable, as the generator's first layer
 
 
 def verify(
-    generator: nn.Module,
-    critic: nn.Module,
-    real: Tensor,
-    *,
+    generator: nn.Module, critic: nn.Module, real: Tensor, *,
     constraint: Constraint = WeightClip(),  # noqa: B008 - it is frozen
-    blend: float = 0.0,
-    drift: float = 0.0,
-    cond: tuple[Any, ...] = (),
-    latent: Latent | None = None,
-    pack: int = 1,
-    seed: int = 0,
-    backend: Backend = "auto",
-    **removed: object,
-) -> Report:
+    blend: float = 0.0, drift: float = 0.0, cond: tuple[Any, ...] = (), latent: Latent | None = None, pack: int = 1,
+    seed: int = 0, backend: Backend = "auto", **removed: object,
+) -> Report:  # fmt: skip
     """Take a critic step and a generator step on copies of the networks; report on every stage, against float64.
 
     The networks, their gradients and modes, and the process's random streams are left as they are. Dropout and

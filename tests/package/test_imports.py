@@ -38,7 +38,6 @@ ORDER = [
     "engine.guard",
     "engine.latents",
     "engine.settings",
-    "engine.sharing",
     "engine.eager",
     "engine.compiled",
     "engine.player",
