@@ -33,23 +33,6 @@ GRAPHS = 8  # graphs at a time; steps on batches of yet other shapes run without
 
 
 @contextmanager
-def _nothing_collected() -> Iterator[None]:
-    """Collect garbage before a capture, and none during it.
-
-    During it, freeing other graphs or Triton's modules is illegal. Before it, autograd nodes of another stream, which
-    cannot be captured, may be kept alive by garbage alone.
-    """
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@contextmanager
 def capturing(
     stream: torch.cuda.Stream, pool: Any, generators: Sequence[torch.Generator]
 ) -> Iterator[torch.cuda.CUDAGraph]:
@@ -59,10 +42,12 @@ def capturing(
         Exception: it cannot be captured. PyTorch is as before then, but for random generators, which are made anew:
             without that no later call could draw from them, nor empty the cache or begin another capture.
     """
-    index, graph = stream.device.index, torch.cuda.CUDAGraph()
+    index, graph, collects = stream.device.index, torch.cuda.CUDAGraph(), gc.isenabled()
+    gc.collect()  # garbage alone may keep alive autograd nodes of another stream, which cannot be captured
+    gc.disable()  # during a capture, freeing other graphs or Triton's modules is illegal
     try:
         # The stream twice: PyTorch's context leaves it as it is where a capture fails to begin or to end.
-        with _nothing_collected(), torch.cuda.device(index), torch.cuda.stream(stream):
+        with torch.cuda.device(index), torch.cuda.stream(stream):
             for generator in generators:
                 graph.register_generator_state(generator)
             # Other threads, such as a data loader's, may go on allocating.
@@ -76,6 +61,9 @@ def capturing(
             torch._C._cuda_endAllocateToPool(index, pool)
             torch._C._cuda_releasePool(index, pool)
         raise
+    finally:
+        if collects:
+            gc.enable()
 
 
 class Capture:
