@@ -50,10 +50,7 @@ def like(name: str, x: Tensor, other_name: str, other: Tensor, *, shape: bool) -
 
 
 def pair(name: str, x: object, other_name: str, other: object, *, shape: bool = True) -> tuple[Tensor, Tensor]:
-    """Return two floating tensors that are :func:`like` each other, or raise.
-
-    Under autocast, where networks give another dtype than they get, both come in one, as PyTorch's ops have it.
-    """
+    """Return two floating tensors that match, or raise; under autocast they come in one dtype, as PyTorch has it."""
     a, b = tensor(name, x), tensor(other_name, other)
     if a.dtype != b.dtype and torch.is_autocast_enabled(a.device.type):
         dtype = torch.promote_types(a.dtype, b.dtype)

@@ -132,8 +132,6 @@ def earth_movers(source: Numbers, target: Numbers) -> EarthMove:
     >>> move = earth_movers([3, 2, 1, 4], [1, 2, 4, 3])
     >>> move.total.item(), move.delta.tolist()
     (5.0, [0.0, 2.0, 2.0, -1.0, 0.0])
-    >>> move.plan[0].tolist()
-    [1.0, 2.0, 0.0, 0.0]
     """
     a = _numbers("source", source)
     b = _numbers("target", target, a.device)

@@ -98,12 +98,9 @@ def interpolate(
 ) -> Tensor:
     """Return fake + eps * (real - fake), differentiable in both, with one eps in [0, 1) per sample.
 
-    Source: WGAN-GP, arXiv 1704.00028, Algorithm 1, line 6.
-
-    Args:
-        real, fake: samples [N, ...] of one shape, dtype and device, which the result has, too.
-        seed, offset: sample i has the eps of (seed, offset + i), drawn inside the launch; as :func:`perturb`'s.
-        backend: see :mod:`fastwgan.backend`. eps is bit-identical in both.
+    ``real`` and ``fake`` are samples [N, ...] of one shape, dtype and device, which the result has, too. Sample i has
+    the eps of (``seed``, ``offset`` + i), as :func:`perturb` has it, drawn inside the launch; it is bit-identical in
+    both backends. Source: WGAN-GP, arXiv 1704.00028, Algorithm 1, line 6.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, is empty, or does not match.
