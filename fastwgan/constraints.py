@@ -23,7 +23,7 @@ __all__ = ["Constraint", "GradientPenalty", "NormClip", "Penalised", "WeightClip
 
 
 class Penalised(NamedTuple):
-    """Points [N, ...] at which the critic's gradient is penalised, and the penalty there."""
+    """The penalty of the critic's gradient at points x, [N, ...]."""
 
     x: Tensor
     weight: float
@@ -167,8 +167,7 @@ class WeightClip(Clip):
 class NormClip(Clip):
     """Project the critic's weights onto a ball after each update, in one launch: their L2 norm is at most ``bound``.
 
-    What lies outside is scaled, so that its direction stays, where :class:`WeightClip` drives weights into the corners
-    of a box.
+    Scaling keeps their direction, where :class:`WeightClip` drives weights into the corners of a box.
 
     Args:
         bound: c > 0.

@@ -175,9 +175,7 @@ class Eager:
     def _scores(
         self, batch: tuple[Tensor, ...], cond: tuple[Any, ...], scale: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, ...], Tensor | None]:
-        """Return (roots of the backward pass, their cotangents, scores, and their statistics if the launch that makes
-        the cotangents takes them).
-        """
+        """Return (roots of the backward pass, their cotangents, scores, statistics that come with the cotangents)."""
         if len(batch) == 1:
             roots = [scores_of_both(self.score, *batch, cond, self._settings.pack)]
             scores = roots[0].detach().tensor_split(2)

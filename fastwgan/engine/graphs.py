@@ -155,11 +155,7 @@ class _Attributes:
 
 
 def _signature(x: Any, device: torch.device) -> Hashable:
-    """What has to be the same for a graph to serve: of a tensor all but its values.
-
-    Raises:
-        TypeError: ``x`` cannot be the input of a graph.
-    """
+    """Return what has to be the same for a graph to serve, or raise TypeError for what no graph takes."""
     if isinstance(x, Tensor) and x.device == device:
         return x.shape, x.stride(), x.dtype
     if _is_constant(x):
@@ -195,11 +191,7 @@ class _Graph:
 def made(
     settings: Settings, device: torch.device, latents: torch.Generator, players: Sequence[Player], ranks: Ranks
 ) -> "Graphs | None":
-    """Return the graphs of a trainer's steps, or None where they are not wanted or cannot be.
-
-    Raises:
-        RuntimeError: they are wanted and cannot be.
-    """
+    """Return the graphs of a trainer's steps; None where they are not wanted, or cannot be and need not."""
     if settings.cuda_graph is False:
         return None
     problem = settings.graph_problem(device)
@@ -303,7 +295,7 @@ class Graphs:
         self._capture.forget()
 
     def run(self, work: Work, *args: Any) -> Outputs:
-        """``work(*args)``, replayed where its like has been captured.
+        """Return ``work(*args)``, replayed where its like has been captured.
 
         ``work`` is a function of tensors and hashable constants, of the networks and of the optimizers; it returns
         tensors that a graph overwrites and :meth:`run` copies. After an optimizer has been replaced, or a step hook
@@ -357,7 +349,7 @@ class Graphs:
             return work(*args)
 
     def _graph(self, key: Hashable, args: tuple[Any, ...]) -> _Graph | None:
-        """The graph for inputs like these, a new one if need be; None where there are too many."""
+        """Return the graph for inputs like these, a new one if need be; None where there are too many."""
         if key not in self._graphs:
             candidates = [k for k, graph in self._graphs.items() if graph.replay is None]
             if len(self._graphs) - len(candidates) >= GRAPHS:

@@ -21,20 +21,16 @@ PATIENCE = 20  # steps in a row that a loss scale may take to come down
 
 
 class Guard:
-    """Looks at one network's gradients before each of its updates; more than ``limit`` steps left out in a row raise.
-
-    Attributes:
-        gate: [2] float32: 1 to leave the step out, else 0; what gradients are to be multiplied by.
-        dense: whether sparse gradients are refused, which some of PyTorch's optimizers take.
-    """
+    """Checks a network's gradients before each of its updates; more than ``limit`` steps left out in a row raise."""
 
     def __init__(self, name: str, module: nn.Module, backend: Backend, *, limit: int, scaled: bool) -> None:
         self._name, self._module, self._backend, self._limit = name, module, backend, limit
         self._device = next(module.parameters()).device
         self._tally = torch.zeros(TALLY, dtype=torch.int64, device=self._device)
+        # 1 to leave the step out, else 0; what gradients are to be multiplied by.
         self.gate = torch.tensor([0.0, 1.0], device=self._device)
         self._scale = torch.tensor([FIRST_SCALE, 0.0], device=self._device) if scaled else None
-        self.dense = True
+        self.dense = True  # whether sparse gradients are refused, which some of PyTorch's optimizers take
         self._kernel: Any = None
         self._reading: tuple[Tensor, Any] | None = None  # a tally on the way to the host, and the event of its arrival
 

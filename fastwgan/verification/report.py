@@ -10,25 +10,16 @@ HEADER, SIDES = ("step", "op", "rows", "worst", "error", "eager", "allowed", "")
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of one stage.
+    """One tensor of one stage of a step."""
 
-    Attributes:
-        step: "critic" or "generator".
-        op: the stage: generate, perturb or interpolate, forward, scores or objective, input gradient, penalty, loss,
-            backward, guard, update, clamp or project, or buffers.
-        name: of the tensor; in backward, update, clamp and project the parameter's, with the optimizer's state behind a
-            colon.
-        error: ||ours - float64|| / ||float64||; absolute where float64 has zero; NaN where ours is not there or has
-            another shape.
-        eager, tolerance: the error of plain PyTorch in the same dtype, and the one allowed.
-    """
-
-    step: str
+    step: str  # "critic" or "generator"
+    # The stage: generate, perturb or interpolate, forward, scores or objective, input gradient, penalty, loss,
+    # backward, guard, update, clamp or project, or buffers.
     op: str
-    name: str
-    error: float
-    eager: float
-    tolerance: float
+    name: str  # the tensor's: a parameter's in backward and after it, with the optimizer's state behind a colon
+    error: float  # ||ours - float64|| / ||float64||; absolute where that is 0; NaN where ours is not there or misshapen
+    eager: float  # the error of plain PyTorch in the same dtype
+    tolerance: float  # the error allowed
 
     @property
     def passed(self) -> bool:
@@ -37,25 +28,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`fastwgan.verify` found. Printed, a table: each stage's worst row, and every row that failed.
+    """The findings of :func:`fastwgan.verify`. Printed, a table: each stage's worst row, and every row that failed."""
 
-    Attributes:
-        rows: in the order of the step.
-        constraint, device, backend, dtype, batch, seed: what was verified; backend is the one that ran.
-        versions: of fastwgan, torch, triton and python.
-        notes, options: what was done to the networks' copies; those of blend and drift that were given.
-    """
-
-    rows: tuple[Row, ...]
+    rows: tuple[Row, ...]  # in the order of the step
     constraint: str
     device: str
-    backend: str
+    backend: str  # the one that ran
     dtype: str
     batch: int
     seed: int
-    versions: dict[str, str | None]
-    notes: tuple[str, ...] = ()
-    options: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str | None]  # of fastwgan, torch, triton and python
+    notes: tuple[str, ...] = ()  # what was done to the networks' copies
+    options: dict[str, float] = field(default_factory=dict)  # those of blend and drift that were given
 
     @property
     def passed(self) -> bool:
