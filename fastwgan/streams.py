@@ -1,7 +1,6 @@
 """Random streams: seeds for those that are a trainer's own, and the state of those that a process has."""
 
 import random
-from contextlib import AbstractContextManager
 from enum import IntEnum
 from typing import Any
 
@@ -46,8 +45,3 @@ def set_process_streams(state: dict[str, Any], device: torch.device) -> None:
     np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))  # noqa: NPY002
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-
-
-def random_kept(device: torch.device) -> AbstractContextManager[None]:
-    """Return a block that puts PyTorch's global random state back to what it was."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])

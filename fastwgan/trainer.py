@@ -26,7 +26,6 @@ from fastwgan.engine.ranks import Ranks, shapes, unwrapped
 from fastwgan.engine.settings import REMOVED, Settings, warmup_schedule
 from fastwgan.engine.steps import Steps
 from fastwgan.metrics import Metrics
-from fastwgan.streams import random_kept
 from fastwgan.training.fit import fit
 
 __all__ = ["Trainer", "warmup_schedule"]
@@ -308,7 +307,8 @@ class Trainer:
             raise ValueError("ema: expected a trainer that was made with ema=, got one without")
         if seed is not None:
             checks.seed("seed", seed)
-        with self._steps.latents.undone_if_refused(), self._steps.generator.evaluating(), random_kept(self.device):
+        kept = torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+        with self._steps.latents.undone_if_refused(), self._steps.generator.evaluating(), kept:
             z = self._steps.latents.of_sample(n, seed)
             if not ema:
                 return self.generator(z, *cond)  # type: ignore[no-any-return]

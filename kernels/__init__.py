@@ -1,8 +1,7 @@
 """FastWGAN's Triton kernels, imported as ``fastwgan.kernels``.
 
-Each module holds device functions and, below them, one launcher per kernel that allocates the outputs,
-chooses the grid and launches once. Nothing here checks arguments or knows autograd; that is
-:mod:`fastwgan.functional`'s part. Importing this package needs Triton.
+Each module holds device functions and, below them, one launcher per kernel that allocates the outputs, chooses the grid
+and launches once. Nothing here checks arguments or knows autograd: that is fastwgan/ops. Importing it needs Triton.
 """
 
 import triton

@@ -1,7 +1,6 @@
 """Scalar functions, in float32 and float64, that keep the digits.
 
-Triton's ``/`` and ``tl.sqrt`` are approximate in float32; these round correctly. The kernels wait for memory, so that
-costs nothing.
+Triton's ``/`` and ``tl.sqrt`` are approximate in float32; these round correctly, which the wait for memory hides.
 """
 
 import triton

@@ -1,8 +1,8 @@
 """Reductions over many programs in one launch: a program's share of an array, and the last program of a launch.
 
-Every program writes its partial result and then arrives at an integer counter. The program that arrives last
-sees all partials and adds them in index order, so the result does not depend on the order of arrival and needs no
-floating-point atomics. It also puts the counter back to zero, which lets a CUDA graph replay the launch.
+Every program writes its partial result and then arrives at an integer counter. The program that arrives last sees all
+partials and adds them in index order, so the result does not depend on the order of arrival and needs no floating-point
+atomics. It also puts the counter back to zero, which lets a CUDA graph replay the launch.
 """
 
 import torch
@@ -21,10 +21,7 @@ _captured: list[torch.Tensor] = []  # graphs count on these for as long as they 
 
 @triton.jit
 def blocks_of_program(programs, BLOCK: tl.constexpr):
-    """Return where this program's first block of an array starts, how far on the next one does, and a block's lanes.
-
-    ``programs`` share the array.
-    """
+    """Return the start of this program's first block in an array that ``programs`` share, its stride, and the lanes."""
     program = tl.program_id(0)
     first = program.to(tl.int64) * BLOCK
     tl.static_assert(first.dtype == tl.int64)  # and so is what counts from it, past 2^31 elements

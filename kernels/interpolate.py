@@ -1,8 +1,7 @@
 """WGAN-GP's interpolates: out[i] = fake[i] + eps[i] * (real[i] - fake[i]), eps[i] = uniform(seed, offset + i).
 
 Arrays are [N, size] with dense samples. Arithmetic is float32 (float64 for float64 input). One launch reads two arrays
-and writes one, and eps [N] for the backward pass. A program handles one block of one sample, so that it draws one
-number.
+and writes one, and eps [N] for the backward pass. A program handles one block of one sample and draws one number.
 """
 
 import torch

@@ -10,8 +10,7 @@
 
 Arrays are [N, size] with dense samples. Arithmetic is float32 (float64 for float64 input), so a half-precision
 gradient cannot overflow when squared. One launch reads g once where a sample fits one block (up to MAX_BLOCK elements;
-beyond that the second read comes from cache) and writes v once. A program handles one sample; the last to arrive
-takes the mean.
+beyond, the second read comes from cache) and writes v once. A program handles one sample; the last takes the mean.
 """
 
 import torch

@@ -3,9 +3,8 @@
     n = ||w||_2,  w = w * min(1, bound / n)
 
 A row is a slice along a tensor's first dimension, or the whole tensor. Arithmetic is float32 (float64 for float64
-tensors); where squares leave its range, a row is scaled by a power of two first. A row within the bound, and
-one with NaN or an infinity, which has no projection, is left as it is, bit for bit. The gate says whether to do nothing
-at all.
+tensors); where squares leave its range, a row is scaled by a power of two first. A row within the bound, and one with
+NaN or an infinity, which has no projection, is left bit for bit. The gate says whether to do nothing at all.
 
 Each row is read once from memory, a second time from cache where it lies outside, and only then written: 4 to 8 bytes
 per float32 parameter. One program handles one row; of rows of one element, as vectors have them, a block. The last

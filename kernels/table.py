@@ -48,10 +48,7 @@ _pending: list[tuple[torch.Tensor, torch.Tensor]] = []
 
 
 def upload(host: torch.Tensor, out: torch.Tensor) -> bool:
-    """Copy ``host`` (CPU) to ``out`` in stream order, without waiting; during a graph capture keep it back.
-
-    Returns whether it was copied.
-    """
+    """Copy ``host`` (CPU) to ``out`` in stream order, without waiting; return whether no capture keeps it back."""
     if capturing(out.device):
         _pending.append((out, host))
         return False
@@ -137,8 +134,7 @@ class Tables:
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Return (rows [tensors, COLUMNS] int64, chunk owners [chunks] int32): which tensor each block is in.
 
-        ``blocks`` are the elements of a block, of all tensors or of each. The optional ones are none or one to a
-        tensor.
+        ``blocks`` are the elements of a block, of all tensors or of each. Optional ones are none or one to a tensor.
         """
         rows, chunks, first = [], [], 0
         for i, param in enumerate(params):

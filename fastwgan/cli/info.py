@@ -16,8 +16,7 @@ SHARED_PASSES = """
 real and fake samples in a critic step
   share one pass of a critic whose layers are known to keep samples apart, as those of fastwgan train do
   have a pass each of any other, such as a class of your own, or one with BatchNorm or conditions;
-  repr(trainer) says which, and Trainer(independent_samples=True) is your word that they may share one:
-  on a CPU 1.05 times as fast under weight clipping, no faster under the penalty; on a GPU not measured"""
+  repr(trainer) says which, and Trainer(independent_samples=True) is your word that they may share one"""
 
 
 def run(args: argparse.Namespace) -> int:

@@ -31,10 +31,7 @@ def _state(module: nn.Module) -> State:
 
 
 class Compiled(Eager):
-    """The passes as compiled graphs.
-
-    A parameter without influence gets a gradient of zeros here, where the eager pass leaves it None.
-    """
+    """The passes as compiled graphs, in which a parameter without influence gets a gradient of zeros, not None."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -54,10 +51,7 @@ class Compiled(Eager):
 
     @torch.no_grad()
     def _call(self, trace: Callable[..., Any], shape: Any, *args: Any, **options: Any) -> Any:
-        """Return ``trace(*args, **options)``, compiled for batches of a shape.
-
-        Not every PyTorch can differentiate twice through a convolution of sizes that are left open.
-        """
+        """Return ``trace(*args, **options)``, compiled for batches of a shape."""
         if self._parts() != self._compiled_of:
             networks = self._generator, self._critic
             self._modules = [m for network in networks for m in network.modules()]
@@ -73,6 +67,7 @@ class Compiled(Eager):
             # Dynamo allows a code object a few forms in a process; here each form, of each trainer, has its own.
             code = call.__code__.replace()
             own = FunctionType(code, call.__globals__, call.__name__, call.__defaults__, call.__closure__)
+            # Not every PyTorch can differentiate twice through a convolution of sizes that are left open.
             self._forms[key] = torch.compile(own, fullgraph=True, dynamic=False)
         try:
             return self._forms[key](*args)

@@ -72,10 +72,8 @@ class Eager:
         self._constants: dict[tuple[Any, ...], Tensor] = {}
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        """Return the context of forward passes: the trainer's mixed precision, or the caller's.
-
-        Without autocast's cache, which would hold weights as they were until the outermost context ends.
-        """
+        """Return the context of forward passes: the trainer's mixed precision, or the caller's."""
+        # Without autocast's cache, which would hold weights as they were until the outermost context ends.
         kind, amp = self._device.type, self._settings.amp
         wanted = amp is not None or torch.is_autocast_enabled(kind)
         return torch.autocast(kind, amp, cache_enabled=False) if wanted else nullcontext()

@@ -3,8 +3,7 @@
 A replay launches a whole step at once, with the kernels, addresses and numbers of its capture. So whatever changes from
 step to step is in device memory that a graph reads anew: the batch is copied to a static one, latents come from
 generators registered with the graph, eps and the optimizers' numbers from tables that are brought up to date before a
-replay. What a step returns is copied, as the next replay writes over it. What only Python knows stays as it was:
-numbers that a forward pass reads, hooks, tensors that are neither parameters nor buffers.
+replay. What a step returns is copied, as the next replay writes over it.
 """
 
 import gc
@@ -72,11 +71,7 @@ class Capture:
     def __init__(self, device: torch.device, generators: Sequence[torch.Generator]) -> None:
         self._device, self._generators = device, generators
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool: Any = None
-
-    def forget(self) -> None:
-        """Take other memory from now on: that of graphs which are gone cannot be captured into."""
-        self._pool = None
+        self.pool: Any = None
 
     @contextmanager
     def on_stream(self) -> Iterator[None]:
@@ -115,10 +110,10 @@ class Capture:
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Capture ``work``, which runs nothing, and return what replays it; raise as :func:`capturing` does."""
-        pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
+        pool = torch.cuda.graph_pool_handle() if self.pool is None else self.pool
         with capturing(self._stream, pool, self._generators) as graph:
             work()
-        self._pool = pool
+        self.pool = pool
         return graph.replay
 
 
@@ -292,17 +287,14 @@ class Graphs:
     def forget(self) -> None:
         """Make all graphs anew."""
         self._graphs.clear()
-        self._capture.forget()
+        self._capture.pool = None  # the memory of graphs which are gone cannot be captured into
 
     def run(self, work: Work, *args: Any) -> Outputs:
         """Return ``work(*args)``, replayed where its like has been captured.
 
-        ``work`` is a function of tensors and hashable constants, of the networks and of the optimizers; it returns
-        tensors that a graph overwrites and :meth:`run` copies. After an optimizer has been replaced, or a step hook
-        added, which no graph would call, it runs as it is.
-
-        Raises:
-            RuntimeError: ``work`` cannot be captured, and was ``required`` to be. It has not been run then.
+        ``work`` is a function of tensors and hashable constants, of the networks and of the optimizers. After an
+        optimizer has been replaced, or a step hook added, which no graph would call, it runs as it is. Raises
+        RuntimeError where it cannot be captured and was ``required`` to be. It has not been run then.
         """
         optimizers = [player.optimizer for player in self._players]
         if [*map(id, optimizers)] != [*map(id, self._optimizers)] or any(map(has_hooks, optimizers)):

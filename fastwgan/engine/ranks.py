@@ -91,10 +91,7 @@ class Ranks:
             raise failure or rank_0s
 
     def sum_(self, gradients: Sequence[Tensor], measured: Tensor) -> Tensor:
-        """Add up the gradients of all ranks, in place; return what each rank measured, [K], as [world, K].
-
-        The gradients are as many and of the same shapes and dtypes on all ranks.
-        """
+        """Add up all ranks' gradients, alike in shape, in place; return what each measured, [K], as [world, K]."""
         table = measured.new_zeros(self.world, len(measured))
         table[self.rank] = measured
         by_dtype: dict[torch.dtype, list[Tensor]] = {}

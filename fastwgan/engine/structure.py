@@ -1,4 +1,4 @@
-"""Say what is known of a network from its layers alone, without trying it out.
+"""Knowledge of a network from its layers alone, without trying it out, and what a step of the critic makes of it.
 
 Real and fake samples may go through a critic as one batch only where no score depends on another sample. That is known
 of a ``Sequential`` of PyTorch's own layers whose numbers, modes and input ranks keep samples apart, and of this

@@ -219,10 +219,7 @@ class Gated(Optimizer):
         return loss
 
     def step_gated(self, together: Together) -> tuple[list[Share], set[int]]:
-        """Take a trainer's step; return the shares of weights on their bound, and which have ``together.bound``.
-
-        These are the ids of the parameters with a gradient, in groups all of whose parameters have that bound.
-        """
+        """Take a trainer's step; return the shares of weights on their bound, and the ids of those bounded."""
         self._together = together
         try:
             self.step()  # which schedulers and users wrap, and which calls the hooks

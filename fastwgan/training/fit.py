@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from fastwgan import checkpoint, checks
+from fastwgan.data.batches import endless, refuse_samples
 from fastwgan.engine.ranks import Ranks
 from fastwgan.metrics import Metrics
 from fastwgan.streams import Stream, stream_seed
-from fastwgan.training.batches import endless, refuse_samples
 from fastwgan.training.health import Health, HealthWarning
 from fastwgan.training.logs import CSVLog, Interval, Progress, TensorBoardLog
 

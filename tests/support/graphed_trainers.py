@@ -21,9 +21,6 @@ class Recorded:
     def __init__(self, device, generators):
         self.generators = generators
 
-    def forget(self):
-        pass
-
     @contextmanager
     def on_stream(self):
         Recorded.stream = id(self)
