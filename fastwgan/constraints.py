@@ -41,7 +41,7 @@ class Draw(NamedTuple):
 class Constraint:
     """The base of all constraints: what a trainer asks of one. This one asks for nothing."""
 
-    bounds_weights = False  # after each update, but those of the parameters that ``exclude`` names
+    bounds_weights = False  # whether weights are held to a bound, but for parameters that ``exclude`` names
     exclude: tuple[str | type[nn.Module], ...] = ()
 
     def default_optimizer(self, parameters: list[nn.Parameter], backend: Backend) -> Gated:

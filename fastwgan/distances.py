@@ -33,7 +33,7 @@ def _numbers(name: str, x: Numbers, device: torch.device | None = None) -> Tenso
     if isinstance(x, Tensor) and device is not None and x.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
     try:
-        wide = torch.as_tensor(x, dtype=torch.float64, device=device)
+        wide = x.double() if isinstance(x, Tensor) else torch.as_tensor(x, dtype=torch.float64, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: expected numbers, got {type(x).__name__}: {error}") from error
     if not checks.tensor(name, wide).isfinite().all():

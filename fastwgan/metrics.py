@@ -75,15 +75,17 @@ class Metrics:
         """Return the values that there are, as floats. Waits for the device."""
         return read([self])[0]
 
-    def _parts(self) -> dict[tuple[str, ...], Tensor]:
-        """Return the tensors that there are by the names of their entries."""
-        parts: dict[tuple[str, ...], Tensor | None] = {SCORES: self._scores, PENALTY: self._penalty}
-        parts |= {(name,): getattr(self, name) for name in ("saturation", "generator_loss", "nonfinite")}
-        return {names: x for names, x in parts.items() if x is not None}
+    def _parts(self) -> list[tuple[Tensor, tuple[str, ...]]]:
+        """Return the tensors that there are, each with the names of its entries."""
+        parts = [(self._scores, SCORES), (self._penalty, PENALTY), (self.saturation, ("saturation",))]
+        parts += [(self.generator_loss, ("generator_loss",)), *((count, ("nonfinite",)) for count in self._nonfinite)]
+        return [(x, names) for x, names in parts if x is not None]
 
     def _values(self, numbers: Iterator[float]) -> dict[str, float]:
         """Return by name what the parts were, read from the device."""
-        values = {name: next(numbers) for names in self._parts() for name in names}
+        values: dict[str, float] = {}
+        for name in (name for _, names in self._parts() for name in names):
+            values[name] = next(numbers) + values.get(name, 0.0)
         if "critic_loss" in values and "penalty" in values:
             values["critic_loss"] += self._weight * values["penalty"]
         return {name: values[name] for name in self.NAMES if name in values}
@@ -94,6 +96,6 @@ class Metrics:
 
 def read(metrics: Sequence[Metrics]) -> list[dict[str, float]]:
     """Return :meth:`Metrics.as_dict` of each of many steps, with one transfer. Waits for the device."""
-    tensors = [x.detach().reshape(-1) for each in metrics for x in each._parts().values()]
+    tensors = [x.detach().reshape(-1) for each in metrics for x, _ in each._parts()]
     numbers = iter(torch.cat(tensors).tolist() if tensors else ())
     return [each._values(numbers) for each in metrics]

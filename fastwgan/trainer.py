@@ -74,10 +74,11 @@ class Trainer:
             are left out to find a loss scale. On a GPU, where the host does not wait, the error comes some steps late.
 
     Under ``torch.distributed``, initialised before, every process makes the same trainer, takes the same steps, and
-    gives its own part of each batch, all of one size. Weights and seed are rank 0's, gradients are averaged, metrics
-    are of the whole batch, and latents and eps are parts of what one process would draw: N ranks with batches B / N
-    train as one with batch B, but for layers like BatchNorm, whose batch is the rank's own. Networks are taken out of
-    DistributedDataParallel, but while you hold the wrapper, backward passes cannot be captured in CUDA graphs.
+    gives its own part of each batch, all of one size, in the order of ranks. Weights and seed are rank 0's, gradients
+    are averaged, metrics are of the whole batch, and latents and eps are parts of what one process would draw: N ranks
+    with batches B / N train as one with batch B, but for layers like BatchNorm, whose batch is the rank's own (a
+    checkpoint has rank 0's averages). Networks are taken out of DistributedDataParallel, but while you hold the
+    wrapper, backward passes cannot be captured in CUDA graphs.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, or they do not fit together.
@@ -86,7 +87,7 @@ class Trainer:
 
     Attributes:
         critic_iterations, generator_iterations: steps taken so far, those left out included.
-        rank, world: of this process, and how many there are.
+        rank, world, pack, ema: this process's rank, and how many there are; what was given.
         last_checkpoint: the path last saved to or loaded from, or None.
 
     Source: WGAN, arXiv 1701.07875, Algorithm 1; WGAN-GP, arXiv 1704.00028, Algorithm 1.
@@ -191,6 +192,9 @@ class Trainer:
             TypeError, ValueError: ``real`` or a network's output cannot be used. No weight is changed then.
         """
         self._check_real(real)
+        return self._critic_step(real, cond)
+
+    def _critic_step(self, real: Tensor, cond: tuple[Any, ...]) -> Metrics:
         weight = self.constraint.penalty_weight(self.critic_iterations)
         metrics = self._critic_step_done(self._steps.take_critic_step(weight, real, cond), weight)
         self._steps.critic.guard.watch(self.last_checkpoint)
@@ -237,10 +241,11 @@ class Trainer:
 
         As :meth:`critic_step`; ``generator_loss`` is set when a generator step was due.
         """
+        self._check_real(real)
         left = self._critic_steps_left()
         if left <= 1:
             self._steps.generator.check()  # before the critic is changed
-        metrics = self.critic_step(real, *cond)
+        metrics = self._critic_step(real, cond)
         if left <= 1:
             metrics.include(self.generator_step(len(real), *cond))
         return metrics
@@ -291,7 +296,7 @@ class Trainer:
 
     @torch.no_grad()
     def sample(self, n: int, *cond: Any, ema: bool = False, seed: int | None = None) -> Tensor:
-        """Return ``n`` samples [n, ...] of the generator in evaluation mode. Training goes on as if it had not been.
+        """Return ``n`` samples [n, ...] of the generator in evaluation mode, on its device; training goes on as before.
 
         Args:
             n: number of samples.

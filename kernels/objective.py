@@ -5,9 +5,7 @@
     with        f(x) = blend * log(1 + exp(x)) + (1 - blend) * x
 
 so blend = 0 is WGAN's loss and blend = 1 the GAN's. The launch writes the loss, the statistics, and d loss / d score
-times a weight, which is what a backward pass starts from. Scores are read once, as flat arrays in any order.
-Arithmetic is float32 (float64 for float64 input). Each program strides over the input and writes one partial per mean;
-the last to arrive adds them in index order.
+times a weight, which is what a backward pass starts from. Scores are read and added up as in scores.py.
 """
 
 import torch

@@ -2,7 +2,7 @@
 
 Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is the 64-bit seed; the
 counter is (index low, index high, place, stream). Uniform numbers are at place 0 of STREAM, one to an index; normal
-ones are in NOISE, four to a place. PyTorch's own generator has 0 for a stream, so equal seeds do not repeat latents.
+ones are in NOISE, four to a place. PyTorch's CUDA generator has 0 for a stream: equal seeds do not repeat latents.
 """
 
 import triton

@@ -48,7 +48,7 @@ _pending: list[tuple[torch.Tensor, torch.Tensor]] = []
 
 
 def upload(host: torch.Tensor, out: torch.Tensor) -> bool:
-    """Copy ``host`` (CPU) to ``out`` in stream order, without waiting; return whether no capture keeps it back."""
+    """Copy ``host`` (CPU) to ``out`` in stream order, without waiting; return False in a capture, which delays it."""
     if capturing(out.device):
         _pending.append((out, host))
         return False

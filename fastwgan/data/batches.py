@@ -1,6 +1,6 @@
 """Streams of batches: endless iterators whose position can be saved, so that a resumed run sees the same batches.
 
-And batches of every other kind as a trainer takes them: over and over, on its device, in whole packs.
+Other iterables of batches are made endless here, too, on the trainer's device and in whole packs.
 """
 
 from collections import deque

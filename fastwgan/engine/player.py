@@ -91,9 +91,8 @@ class Player:
             for p in self.module.parameters()
             if p._backward_hooks or p._post_accumulate_grad_hooks
         ]
-        optimizer = self.optimizer
-        hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks, hooked)
-        return self.__dict__ | {"hooks": hooks}
+        of_steps = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
+        return self.__dict__ | {"hooks": (*of_steps, hooked)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         before, after, hooked = state.pop("hooks")

@@ -22,7 +22,7 @@ def _place() -> tuple[int, int]:
 
 
 class Ranks:
-    """The process group that PyTorch has been initialised with, or a single process: rank, of a world of so many."""
+    """The process group that PyTorch has been initialised with, or a single process: ``rank`` of ``world``."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.rank, self.world = _place()

@@ -21,7 +21,7 @@ def empty_buffers(module: nn.Module) -> Empty:
 def call_module(
     module: nn.Module, trained: dict[str, Tensor], rest: dict[str, Tensor], args: tuple[Any, ...], empty: Empty
 ) -> Tensor:
-    """Return ``module(*args)`` with these tensors: what it rebinds is rebound in ``rest``; ``empty`` are None again."""
+    """Return ``module(*args)`` with these tensors. Those it rebinds are rebound in ``rest``; ``empty`` stay None."""
     state = {**trained, **rest}
     output: Tensor = torch.func.functional_call(module, state, args)
     for name in rest:

@@ -26,7 +26,10 @@ def lies_in_rows(x: Tensor) -> bool:
 
 @contextmanager
 def written(params: list[Tensor], fits: Callable[[Tensor], bool] = is_dense) -> Iterator[list[Tensor]]:
-    """Yield what a launch is to write to: parameters, as autograd hears, and copies, copied back, of those unfit."""
+    """Yield parameters for a launch to write to, of which autograd hears; copies of those that do not fit it.
+
+    The copies are copied back.
+    """
     works = [p if fits(p) else p.detach().contiguous() for p in params]
     yield works
     torch.autograd.graph.increment_version(params)

@@ -42,11 +42,11 @@ def _rectify(x: Any, slope: float | None, inplace: bool) -> Tensor | None:
         return x.copy_(result) if inplace else result
     if not isinstance(x, Tensor) or not x.requires_grad or (slope or 0) < 0 or (inplace and x._is_view()):
         return None
-    return _Rectify.apply(x, None if slope is None else float(slope), inplace)  # type: ignore[no-untyped-call, no-any-return]
+    return _Rectify.apply(x, slope, inplace)  # type: ignore[no-untyped-call, no-any-return]
 
 
 _OURS: dict[Any, Any] = {
-    F.leaky_relu: lambda input, negative_slope=0.01, inplace=False: _rectify(input, negative_slope, inplace),
+    F.leaky_relu: lambda input, negative_slope=0.01, inplace=False: _rectify(input, float(negative_slope), inplace),
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), lambda input, inplace=False: _rectify(input, None, inplace)),
 }
 

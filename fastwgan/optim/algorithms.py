@@ -37,8 +37,8 @@ class RMSprop(Gated):
         p = p - lr * g / a                                    b = momentum * b + g / a;  p = p - lr * b with momentum
         p = min(max(p, -clip), clip)
 
-    Parameters and options are as ``torch.optim.RMSprop`` takes them, but for ``clip``, the bound > 0 of the weights
-    after the step, or None, also per group, and ``backend``: see :mod:`fastwgan.backend`.
+    ``params``, lr, alpha, eps, weight_decay, momentum, centered, maximize are as in ``torch.optim.RMSprop``. ``clip``
+    is the bound > 0 of weights after the step, or None, also per group; ``backend``: see :mod:`fastwgan.backend`.
     Source: WGAN, arXiv 1701.07875, Algorithm 1, lines 6 and 7; formula and defaults of torch.optim.RMSprop.
 
     Raises:
@@ -98,7 +98,7 @@ class Adam(Gated):
         p = p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
         p = min(max(p, -clip), clip)
 
-    Parameters and options are as ``torch.optim.Adam`` takes them, without amsgrad; ``clip`` and ``backend`` are as of
+    ``params``, lr, betas, eps, weight_decay and maximize are as in ``torch.optim.Adam``, ``clip`` and ``backend`` as of
     :class:`RMSprop`. Source: Kingma and Ba, arXiv 1412.6980, Algorithm 1; formula and defaults of torch.optim.Adam.
 
     Raises:

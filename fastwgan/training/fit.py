@@ -169,7 +169,7 @@ def fit(
 
 @dataclass
 class _Run:
-    """What a run leaves in its directory, where it has one, beside the log: checkpoints and pictures."""
+    """The checkpoints and pictures of a run, in its directory, where it has one."""
 
     trainer: TrainerLike
     batches: Iterable[Any]

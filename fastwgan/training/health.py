@@ -10,8 +10,8 @@ from itertools import pairwise
 
 from fastwgan.constraints import WeightClip
 
-WINDOW = 500  # steps that are judged together; in a run's first only for numbers: anything goes while it starts
-NONFINITE = 10  # steps of a window; a loss scale finds its range by overflowing a few times
+WINDOW = 500  # steps that are judged together; those of the first window only for not being finite
+NONFINITE = 10  # steps of a window; fewer are no fault: a loss scale finds its range by overflowing
 # Share of steps in each of two windows in a row. Working runs: one window of at most 0.42, later ones 0.25; sign
 # changes 0.27. Critics that learn too slowly: 0.5 to 1; those whose learning rate is far too high change sign in 0.5.
 NEGATIVE, SIGN_CHANGES = 0.45, 0.4

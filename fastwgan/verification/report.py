@@ -16,7 +16,7 @@ class Row:
     # The stage: generate, perturb or interpolate, forward, scores or objective, input gradient, penalty, loss,
     # backward, guard, update, clamp or project, or buffers.
     op: str
-    name: str  # the tensor's: a parameter's in backward and after it, with the optimizer's state behind a colon
+    name: str  # the tensor's: in backward, update, clamp and project a parameter's, or its state's behind a colon
     error: float  # ||ours - float64|| / ||float64||; absolute where that is 0; NaN where ours is not there or misshapen
     eager: float  # the error of plain PyTorch in the same dtype
     tolerance: float  # the error allowed

@@ -100,20 +100,14 @@ def verify(
         "fastwgan": __version__, "torch": torch.__version__, "python": platform.python_version(),
         "triton": next((d.version for d in metadata.distributions(name="triton")), None),
     }  # fmt: skip
+    given = {f.name: x for f in fields(constraint) if (x := getattr(constraint, f.name)) != f.default}
+    options = ", ".join(f"{name}={value!r}" for name, value in given.items())
     return Report(
-        rows=tuple(rows), constraint=_in_short(constraint), backend=ran, batch=len(real), seed=seed,
+        rows=tuple(rows), constraint=f"{type(constraint).__name__}({options})", backend=ran, batch=len(real), seed=seed,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         dtype=str(dtype).removeprefix("torch."), versions=versions, notes=tuple(notes),
         options={name: float(value) for name, value in (("blend", blend), ("drift", drift)) if value},
     )  # fmt: skip
-
-
-def _in_short(constraint: Constraint) -> str:
-    """Return the constraint with what is not its default."""
-    default = type(constraint)()
-    given = ((f.name, getattr(constraint, f.name)) for f in fields(constraint))
-    options = ", ".join(f"{name}={value!r}" for name, value in given if value != getattr(default, name))
-    return f"{type(constraint).__name__}({options})"
 
 
 def _rows(networks: nn.ModuleDict, step: Step, latent: Latent | None, backend: Backend) -> tuple[list[Row], list[str]]:

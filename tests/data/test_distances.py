@@ -420,6 +420,15 @@ def test_gaussian_wasserstein_closed_forms():
     assert_close(gaussian_wasserstein(m_p, c_p, m_p, c_p * (1 + 1e-9) ** 2), 1e-9 * c_p.trace().sqrt(), rtol=1e-4)
 
 
+def test_samples_stay_on_their_device_whatever_the_default_one_is():
+    p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
+    expected = distances.kl_divergence(p, q), distances.wasserstein_1d(p, q)
+    with torch.device("meta"):
+        found = distances.kl_divergence(p, q), distances.wasserstein_1d(p, q)
+    assert found == expected
+    assert found[0].device.type == "cpu"
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_gaussians_of_tensors_and_numbers(device):
     parts = torch.zeros(2, device=device), torch.eye(2), torch.ones(2), 2 * torch.eye(2)

@@ -14,6 +14,7 @@ from torch import nn
 
 from benchmarks.implementations import textbook_critic_step
 from fastwgan import Adam, GradientPenalty, RMSprop, Trainer, WeightClip, models, reference, warmup_schedule
+from fastwgan import metrics as metrics_module
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -222,6 +223,27 @@ def test_conditions_that_are_no_row_per_sample_take_two_forwards():
     for cond in ({"scale": torch.ones(8, 1)}, torch.ones(2, 8, 3), None, torch.ones(8)):
         trainer = Trainer(generator, Critic(10, 1), latent=6)
         assert trainer.critic_step(torch.randn(8, 10), cond).wasserstein.isfinite()
+
+
+def test_a_batch_that_is_refused_asks_nobody_else():
+    """Nor does step call the public critic_step, which a user may have wrapped."""
+    calls = []
+    trainer = Trainer(models.mlp([6, 10]), models.mlp([10, 1]), latent=6, n_critic=lambda i: calls.append(i) or 2)
+    with pytest.raises(TypeError, match="^real: expected a tensor, got str"):
+        trainer.step("samples")
+    assert not calls
+    trainer.critic_step = lambda *_: calls.append("critic_step")
+    trainer.step(torch.randn(4, 10))
+    assert calls == [0]
+
+
+def test_metrics_are_read_without_a_launch_beside_the_transfer():
+    trainer = Trainer(models.mlp([6, 10]), models.mlp([10, 1]), latent=6, n_critic=1)
+    metrics = [trainer.step(torch.randn(4, 10)) for _ in range(3)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        values = metrics_module.read(metrics)
+    assert all("nonfinite" in each and "generator_loss" in each for each in values)
+    assert not [event for event in profile.key_averages() if event.key in ("aten::add", "aten::sub", "aten::mul")]
 
 
 def test_step_counts_critic_steps_to_a_generator_step():

@@ -65,3 +65,8 @@ def test_the_penalty_backward_does_not_enter_the_forward_graph():
     assert counts["mm"] == 3 + 2
     assert counts["leaky_relu_backward"] == 2
     assert counts["zeros_like"] == 0
+
+
+def test_a_slope_that_is_none_is_refused_as_by_pytorch():
+    with LinearPieces(), pytest.raises(TypeError):
+        F.leaky_relu(torch.randn(3, requires_grad=True), None)

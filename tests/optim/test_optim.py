@@ -145,6 +145,21 @@ def test_groups_have_their_own_numbers(name, backend, device):
 
 
 @pytest.mark.emulated
+@pytest.mark.parametrize("name", PAIRS)
+def test_options_of_other_optimizers_in_a_group_change_nothing(name, backend, device):
+    """As in groups that a user shares between optimizers: each has the other's options, too."""
+    foreign = {"rmsprop": {"betas": (0.0, 0.5)}, "adam": {"alpha": 0.5, "momentum": 0.9}}[name]
+    ours_, theirs = PAIRS[name]
+    mine = _params(torch.float64, device, ((3,),))
+    plain = [nn.Parameter(p.detach().clone()) for p in mine]
+    optimizers = ours_([{"params": mine, **foreign}], lr=0.1, backend=backend), theirs(plain, lr=0.1)
+    for step in range(3):
+        _set_grads(mine, plain, step=step)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.allclose(mine[0], plain[0], rtol=1e-12, atol=1e-12)
+
+
 def test_one_launch_for_any_number_of_tensors_and_groups():
     params = _params(torch.float32, "cpu", [(n,) for n in range(1, 101)])
     optimizer = RMSprop([{"params": params[:50], "lr": 0.1}, {"params": params[50:]}], clip=0.01, backend="triton")
