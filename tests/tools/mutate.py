@@ -1,7 +1,7 @@
 """Plant faults in the kernels, one at a time, and see that the tests fail: python tests/tools/mutate.py [NUMBER ...]
 
 Each fault is planted in a copy of the tree, where the kernels' tests run until the first failure. Without numbers all
-are planted, which takes half an hour on two cores. The results go to mutants.md. Exits with 1 if any fault survives.
+are planted, which takes an hour on two cores. The results go to mutants.md. Exits with 1 if any fault survives.
 """
 
 import os
