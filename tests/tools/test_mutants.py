@@ -1,4 +1,4 @@
-"""The mutation check takes half an hour (mutate.py); here, that its faults still apply and its table is theirs."""
+"""The mutation check takes an hour (mutate.py); here, that its faults still apply and its table is theirs."""
 
 import ast
 import re
