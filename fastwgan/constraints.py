@@ -158,7 +158,8 @@ class WeightClip(Clip):
     def apply_(
         self, held: Sequence[Tensor], done: Collection[int], shares: list[Share], gate: Tensor, backend: Backend
     ) -> Tensor | None:
-        clamped = clip_and_count_([p for p in held if id(p) not in done], self.bound, backend, gate)
+        rest = [p for p in held if id(p) not in done]
+        clamped = clip_and_count_(rest, self.bound, backend, gate) if rest else None
         combined = combine_shares(shares if clamped is None else [*shares, clamped])
         return None if combined is None else combined[0]
 
