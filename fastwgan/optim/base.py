@@ -334,7 +334,7 @@ class Gated(Optimizer):
             bound = self._bound(group, together)
             none = bound is None or bound > torch.finfo(key[1]).max
             limit = math.inf if none else checks.bound("clip", bound, key[1])
-            betas = group["betas"] if self._algorithm == "adam" else (0.0, group["alpha"])
+            betas = group["betas"] if "betas" in self.defaults else (0.0, group["alpha"])
             decays = [(beta, 1 - beta, math.log(beta) if beta > 0 else -math.inf) for beta in betas]
             rows[id(group)] = (
                 group["lr"], *decays[0], *decays[1], group["eps"], group["weight_decay"], group.get("momentum", 0.0),
