@@ -235,7 +235,7 @@ class Graphs:
         return [x for m in self._modules for d in (m._modules, m._parameters, m._buffers) for x in d.values()]
 
     def _depended_on(self) -> tuple[list[Any], ...]:
-        """What a graph has inside that an eager step would look up: addresses, modes, and which algorithm it is."""
+        """Return what a graph has inside that an eager step would look up: addresses, modes, and the algorithm."""
         modules, parts = self._modules, self._parts()
         tensors = [x for x in parts if isinstance(x, Tensor)]
         for optimizer in self._optimizers:

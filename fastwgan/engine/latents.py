@@ -20,7 +20,7 @@ class Latents:
 
     def __init__(self, latent: Latent, generator: nn.Module, ranks: Ranks, device: torch.device, seed: int) -> None:
         self.latent, self._generator, self._ranks, self._device = latent, generator, ranks, device
-        self.seed, self.used = seed, 0  # numbers of the stream of eps
+        self.seed, self.used = seed, 0  # how many numbers of the stream of eps are used up
         self.stream = torch.Generator(device).manual_seed(stream_seed(seed, Stream.LATENT))
         self._sampling = torch.Generator(device).manual_seed(stream_seed(seed, Stream.SAMPLE))
         self._place: Tensor | None = None  # on the device, for steps that a graph replays

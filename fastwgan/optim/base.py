@@ -21,7 +21,7 @@ _Member = tuple[Tensor, Options, float | None]  # a parameter, its group, and th
 
 
 class Together(NamedTuple):
-    """What a trainer's step does in the optimizer's launch beside the update."""
+    """The work of a trainer's step in the optimizer's launch, beside the update."""
 
     gate: Tensor | None = None  # [2] float32: 1 to leave the step out, else 0; a factor of gradients
     averages: dict[Tensor, Tensor] | None = None  # running averages of weights, float32 or wider

@@ -1,4 +1,4 @@
-"""What goes through a trainer's step, as hooks on its networks see it."""
+"""The tensors that go through a trainer's step, as hooks on its networks see them."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Observed:
-    """What went through two networks since the last :meth:`forget`, seen by hooks on them."""
+    """The tensors that went through two networks since the last :meth:`forget`, as hooks on them saw these."""
 
     z: Any  # the generator's input
     fake: Tensor | None  # its output

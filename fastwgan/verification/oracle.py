@@ -45,7 +45,7 @@ def _norms(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step is taken on, and the formulas of its constraint and options."""
+    """The inputs of a step, and the formulas of its constraint and options."""
 
     real: Tensor
     cond: tuple[Any, ...]

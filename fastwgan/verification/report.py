@@ -1,4 +1,4 @@
-"""What :func:`fastwgan.verify` found: rows of errors and a report of them, as text and for JSON."""
+"""The findings of :func:`fastwgan.verify`: rows of errors and a report of them, as text and for JSON."""
 
 import math
 from dataclasses import asdict, dataclass, field
