@@ -126,7 +126,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 def _jobs(
     names: Iterable[str], networks: str | None, constraints: Iterable[str], device: torch.device | None, seed: int
 ) -> Iterator[tuple[str, Arguments]]:
-    """Yield (name, verify's arguments) one by one, made under the seed, so that what is done with need not be kept."""
+    """Yield (name, verify's arguments) one by one, made under the seed, so that earlier networks can be freed."""
     gpu = device is not None and device.type == "cuda"
     for name in names if networks is None else [networks]:
         for kind in constraints:

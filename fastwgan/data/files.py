@@ -172,7 +172,7 @@ class ArrayImages(Points):
             images = images / 127.5 - 1
         else:
             least, most = images.aminmax()
-            fine = bool(torch.maximum(-least, most) <= 1 + 1e-3)  # of which some may be rounding
+            fine = bool(torch.maximum(-least, most) <= 1 + 1e-3)  # beyond 1 it may be rounding
             _expect(fine, "float images in [-1, 1]", f"{least:g} to {most:g} in {self._path}")
         images = pad(images, self._pad, value=-1.0)
         if images.shape[1:] == self.shape:

@@ -1,4 +1,4 @@
-"""Knowledge of a network from its layers alone, without trying it out, and what a step of the critic makes of it.
+"""Decide from a network's layers alone whether real and fake samples may share a pass of the critic.
 
 Real and fake samples may go through a critic as one batch only where no score depends on another sample. That is known
 of a ``Sequential`` of PyTorch's own layers whose numbers, modes and input ranks keep samples apart, and of this

@@ -39,5 +39,5 @@ def differentiable(*tensors: Tensor) -> bool:
 
 def recompute(slopes: Tensor) -> bool:
     """Return whether a backward pass is to compute in PyTorch what the forward launch has made as ``slopes``."""
-    # For a graph of its own, which the kernel's result lacks, and where vmap hid requires_grad from the kernel.
+    # Yes for a double-backward graph, which the kernel's result lacks, and where vmap hid requires_grad from it.
     return torch.is_grad_enabled() or slopes.numel() == 0

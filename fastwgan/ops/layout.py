@@ -13,7 +13,7 @@ def is_dense(x: Tensor) -> bool:
 
 
 def laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """Return dense x, or a copy, so that its elements lie where those of ``like``, dense and of its shape, do."""
+    """Return dense x, or a copy of it that lies in memory as ``like`` does, which is dense and of its shape."""
     if x.stride() == like.stride() or (x.is_contiguous() and like.is_contiguous()):  # strides of size 1 say nothing
         return x
     return torch.empty_like(like, dtype=x.dtype).copy_(x)
@@ -26,9 +26,9 @@ def lies_in_rows(x: Tensor) -> bool:
 
 @contextmanager
 def written(params: list[Tensor], fits: Callable[[Tensor], bool] = is_dense) -> Iterator[list[Tensor]]:
-    """Yield parameters for a launch to write to, of which autograd hears; copies of those that do not fit it.
+    """Yield tensors for a launch to write to: the parameters, or copies of those whose layout does not fit it.
 
-    The copies are copied back.
+    The copies are copied back, and autograd is told of the change.
     """
     works = [p if fits(p) else p.detach().contiguous() for p in params]
     yield works

@@ -37,7 +37,7 @@ class _Rectify(torch.autograd.Function):
 
 def _rectify(x: Any, slope: float | None, inplace: bool) -> Tensor | None:
     """Return the rectified x, or None where PyTorch's own function has to do it."""
-    if torch.compiler.is_compiling():  # a form whose derivatives a compiler finds out by itself to have no second order
+    if torch.compiler.is_compiling():  # a compiler sees that this form has no second derivative
         result = torch.where(x <= 0, 0, x) if slope is None else torch.where(x > 0, x, x * slope)  # a NaN stays one
         return x.copy_(result) if inplace else result
     if not isinstance(x, Tensor) or not x.requires_grad or (slope or 0) < 0 or (inplace and x._is_view()):

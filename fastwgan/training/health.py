@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from fastwgan.constraints import WeightClip
 
-WINDOW = 500  # steps that are judged together; those of the first window only for not being finite
+WINDOW = 500  # steps that are judged together; the first window is judged by its non-finite steps alone
 NONFINITE = 10  # steps of a window; fewer are no fault: a loss scale finds its range by overflowing
 # Share of steps in each of two windows in a row. Working runs: one window of at most 0.42, later ones 0.25; sign
 # changes 0.27. Critics that learn too slowly: 0.5 to 1; those whose learning rate is far too high change sign in 0.5.

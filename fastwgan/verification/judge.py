@@ -44,7 +44,7 @@ class Judge:
     """Writes the rows of one step."""
 
     step: Step
-    module: nn.Module  # the network that took it, after it
+    module: nn.Module  # the network that took the step, after it
     optimizer: torch.optim.Optimizer
     backend: Backend
     before: Weights

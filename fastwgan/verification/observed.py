@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Observed:
-    """The tensors that went through two networks since the last :meth:`forget`, as hooks on them saw these."""
+    """The tensors that went through two networks since the last :meth:`forget`, recorded by hooks on them."""
 
     z: Any  # the generator's input
     fake: Tensor | None  # its output

@@ -147,7 +147,7 @@ def _seeded(values: Iterable[Tensor], seeds: Iterable[Tensor | None]) -> list[Te
 
 
 def passes(networks: nn.ModuleDict, step: Step, seen: Observed, *, beside: bool = False) -> Found:
-    """Return what a step's passes come to: apart, or ``beside`` those seen, on their samples, points and gradients."""
+    """Return the results of a step's passes: run apart, or ``beside`` those seen, on their samples and gradients."""
     generator, critic = networks.values()
     module, kinds = networks[step.name], KINDS[step.name]
     with torch.set_grad_enabled(module is generator):
