@@ -154,7 +154,7 @@ def _guard_builders(case: Case, device: torch.device) -> dict[str, Builder]:
     guard = Guard("critic", nn.ParameterList(parameters), "auto", limit=0, scaled=False)
 
     def ours() -> Tensor:
-        guard.check()
+        guard.check(parameters)
         return guard.gate[0]
 
     return {"foreach": lambda: made(foreach), "fastwgan": lambda: made(ours)}

@@ -79,7 +79,7 @@ class update:
             algorithm: str,
             params: Sequence[torch.Tensor],
             grads: Sequence[torch.Tensor],
-            states: Sequence[Sequence[torch.Tensor | None]],
+            states: Sequence[Sequence[torch.Tensor]],
             steps: Sequence[torch.Tensor],
             hyper: tuple[tuple[float, ...], ...],
             hyper_rows: Sequence[int],

@@ -1,7 +1,7 @@
 """The numbers that a step measured."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +13,48 @@ SCORES = ("real_score", "fake_score", "wasserstein", "critic_loss")
 PENALTY = ("penalty", "gradient_norm", "gradient_norm_min", "gradient_norm_max")
 
 
+class Settled(NamedTuple):
+    """The results of a step that is done, on the device."""
+
+    scores: Tensor | None = None  # [mean real, mean fake, their difference, loss] of a critic, [loss] of a generator
+    penalty: Tensor | None = None  # [mean penalty; mean, least and greatest norm]
+    nonfinite: Tensor | None = None  # how many elements of the gradients were not finite, 0-d
+    saturation: Tensor | None = None  # the share of weights on their bound, 0-d
+
+
+class Replayed:
+    """The results of the steps in a graph, which are taken apart when one is read.
+
+    ``packed`` has all of them one after the other, and ``like`` the shape and dtype of each, or None.
+    """
+
+    def __init__(self, packed: Tensor, like: Sequence[tuple[torch.Size, torch.dtype] | None]) -> None:
+        self._packed, self._like, self._parts = packed, like, list[Tensor | None]()
+
+    def step(self, i: int) -> Settled:
+        """Return the results of step ``i``."""
+        if not self._parts:
+            parts = torch.split(self._packed, [like[0].numel() if like else 0 for like in self._like])
+            pairs = zip(parts, self._like, strict=True)
+            self._parts = [x.view(like[0]).to(like[1]) if like else None for x, like in pairs]
+        width = len(Settled._fields)
+        return Settled._make(self._parts[width * i : width * (i + 1)])
+
+
+Found = Settled | tuple[Replayed, int]  # the latter is a step's number there
+
+
+def _settled(found: Found | None) -> Settled:
+    if found is None:
+        return Settled()
+    return found if isinstance(found, Settled) else found[0].step(found[1])
+
+
 def _entry(name: str, i: int) -> Tensor | None:
-    """Return a property that gives an entry of an attribute, None without one. It is typed as what it gives."""
+    """Return a property that gives an entry of a critic step's results, or None. It is typed as what it gives."""
 
     def entry(metrics: "Metrics") -> Any:
-        entries = getattr(metrics, name)
+        entries = getattr(metrics._critic, name)
         return None if entries is None else entries[i]
 
     return property(entry)  # type: ignore[return-value]
@@ -46,20 +83,34 @@ class Metrics:
         "gradient_norm_max", "saturation", "generator_loss", "nonfinite",
     )  # fmt: skip
 
-    real_score, fake_score, wasserstein, _loss = (_entry("_scores", i) for i in range(len(SCORES)))
-    penalty, gradient_norm, gradient_norm_min, gradient_norm_max = (_entry("_penalty", i) for i in range(len(PENALTY)))
+    real_score, fake_score, wasserstein, _loss = (_entry("scores", i) for i in range(len(SCORES)))
+    penalty, gradient_norm, gradient_norm_min, gradient_norm_max = (_entry("penalty", i) for i in range(len(PENALTY)))
 
-    def __init__(
-        self, *, scores: Tensor | None = None, penalty: Tensor | None = None, weight: float = 0.0,
-        saturation: Tensor | None = None, generator_loss: Tensor | None = None, nonfinite: tuple[Tensor, ...] = (),
-    ) -> None:  # fmt: skip
-        self._scores, self._penalty, self._weight = scores, penalty, weight
-        self.saturation, self.generator_loss, self._nonfinite = saturation, generator_loss, nonfinite
+    def __init__(self, critic: Found | None = None, generator: Found | None = None, *, weight: float = 0.0) -> None:
+        self._found, self._found_of_generator, self._weight = critic, generator, weight
+
+    @property
+    def _critic(self) -> Settled:
+        self._found = _settled(self._found)
+        return self._found
+
+    @property
+    def _generator(self) -> Settled:
+        self._found_of_generator = _settled(self._found_of_generator)
+        return self._found_of_generator
 
     def include(self, other: "Metrics") -> None:
         """Take in what the generator step behind this critic step measured."""
-        self.generator_loss = other.generator_loss
-        self._nonfinite += other._nonfinite
+        self._found_of_generator = other._found_of_generator
+
+    @property
+    def saturation(self) -> Tensor | None:
+        return self._critic.saturation
+
+    @property
+    def generator_loss(self) -> Tensor | None:
+        loss = self._generator.scores
+        return None if loss is None else loss[0]
 
     @property
     def critic_loss(self) -> Tensor | None:
@@ -69,7 +120,8 @@ class Metrics:
 
     @property
     def nonfinite(self) -> Tensor | None:
-        return sum(self._nonfinite[1:], self._nonfinite[0]) if self._nonfinite else None
+        counts = [x for x in (self._critic.nonfinite, self._generator.nonfinite) if x is not None]
+        return sum(counts[1:], counts[0]) if counts else None
 
     def as_dict(self) -> dict[str, float]:
         """Return the values that there are, as floats. Waits for the device."""
@@ -77,8 +129,10 @@ class Metrics:
 
     def _parts(self) -> list[tuple[Tensor, tuple[str, ...]]]:
         """Return the tensors that there are, each with the names of its entries."""
-        parts = [(self._scores, SCORES), (self._penalty, PENALTY), (self.saturation, ("saturation",))]
-        parts += [(self.generator_loss, ("generator_loss",)), *((count, ("nonfinite",)) for count in self._nonfinite)]
+        critic, generator = self._critic, self._generator
+        parts = [(critic.scores, SCORES), (critic.penalty, PENALTY), (critic.saturation, ("saturation",))]
+        parts += [(generator.scores, ("generator_loss",))]
+        parts += [(each.nonfinite, ("nonfinite",)) for each in (critic, generator)]
         return [(x, names) for x, names in parts if x is not None]
 
     def _values(self, numbers: Iterator[float]) -> dict[str, float]:

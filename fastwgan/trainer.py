@@ -21,11 +21,10 @@ from fastwgan import checkpoint, checks
 from fastwgan.backend import Backend, resolve
 from fastwgan.constraints import Constraint, WeightClip
 from fastwgan.engine.latents import Latent
-from fastwgan.engine.player import Settled
 from fastwgan.engine.ranks import Ranks, shapes, unwrapped
 from fastwgan.engine.settings import REMOVED, Settings, warmup_schedule
 from fastwgan.engine.steps import Steps
-from fastwgan.metrics import Metrics
+from fastwgan.metrics import Found, Metrics
 from fastwgan.training.fit import fit
 
 __all__ = ["Trainer", "warmup_schedule"]
@@ -206,15 +205,12 @@ class Trainer:
         if len(real) % self.pack:
             raise ValueError(f"real: expected a multiple of pack={self.pack} samples, got {len(real)}")
 
-    def _critic_step_done(self, found: Settled, weight: float) -> Metrics:
+    def _critic_step_done(self, found: Found, weight: float) -> Metrics:
         self.critic_iterations += 1
         self._critic_steps_due += 1
         if self.critic_scheduler is not None:
             self.critic_scheduler.step()
-        return Metrics(
-            scores=found.scores, penalty=found.penalty, weight=weight, saturation=found.saturation,
-            nonfinite=(found.nonfinite,),
-        )  # fmt: skip
+        return Metrics(found, weight=weight)
 
     def generator_step(self, batch_size: int, *cond: Any) -> Metrics:
         """Update the generator once on ``batch_size`` latents; return Metrics with ``generator_loss`` alone.
@@ -229,12 +225,12 @@ class Trainer:
         self._steps.generator.guard.watch(self.last_checkpoint)
         return metrics
 
-    def _generator_step_done(self, found: Settled) -> Metrics:
+    def _generator_step_done(self, found: Found) -> Metrics:
         self.generator_iterations += 1
         self._critic_steps_due = 0
         if self.generator_scheduler is not None:
             self.generator_scheduler.step()
-        return Metrics(generator_loss=found.scores[0], nonfinite=(found.nonfinite,))
+        return Metrics(None, found)
 
     def step(self, real: Tensor, *cond: Any) -> Metrics:
         """Take a critic step, and then a generator step if ``n_critic`` critic steps have been taken since the last.
@@ -244,7 +240,7 @@ class Trainer:
         self._check_real(real)
         left = self._critic_steps_left()
         if left <= 1:
-            self._steps.generator.check()  # before the critic is changed
+            self._steps.generator.follow()  # before the critic is changed
         metrics = self._critic_step(real, cond)
         if left <= 1:
             metrics.include(self.generator_step(len(real), *cond))
@@ -269,7 +265,7 @@ class Trainer:
             raise ValueError("batches: expected real samples and their conditions, got an empty tuple")
         for real, *_ in parts:
             self._check_real(real)
-        self._steps.generator.check()  # before the critic is changed
+        self._steps.generator.follow()  # before the critic is changed
         weights = tuple(self.constraint.penalty_weight(self.critic_iterations + i) for i in range(left))
         found = None if self.critic_scheduler is not None else self._steps.take_iteration(weights, parts)
         if found is None:

@@ -136,19 +136,19 @@ class Guard:
             by_dtype.setdefault(g.dtype, []).append(i)
         form = ("none", "generator", "critic")[len(scores)]
         with torch.cuda.device_of(tally):
-            a, b = (x.resolve_neg().contiguous() for x in ((*scores, scores[-1])[:2] if scores else (gate, gate)))
+            a, b = [x.resolve_neg().contiguous() for x in ((*scores, scores[-1])[:2] if scores else (gate, gate))]
             wide = accumulator(a.dtype)
             stats = torch.empty({"critic": 5, "generator": 2, "none": 1}[form], dtype=wide, device=device)
             partial = torch.empty(2, MAX_PROGRAMS, dtype=wide, device=device) if scores else stats
             blocks = min(triton.cdiv(max(a.numel(), b.numel()), SCORES_BLOCK), MAX_PROGRAMS)
             for k, (dtype, members) in enumerate(by_dtype.items(), 1):
                 own = [gradients[i] for i in members]
-                block = LARGE_BLOCK if sum(g.numel() for g in own) >= LARGE else BLOCK
+                block = LARGE_BLOCK if sum(map(torch.Tensor.numel, own)) >= LARGE else BLOCK
                 rows, owners = self._tables.addresses(own, block, members)
                 final = k == len(by_dtype)
-                _guard_kernel[(max(len(owners), blocks),)](
+                _guard_kernel[(max(owners.shape[0], blocks),)](
                     rows, owners, tally, gate, gate if scale is None else scale, a, b, stats, partial, zero(device),
-                    len(owners), len(gradients), a.numel(), b.numel(),
+                    owners.shape[0], len(gradients), a.numel(), b.numel(),
                     DTYPE=triton_dtype(dtype), FORM=form if final else "none",
                     SCALED=scale is not None, FINAL=final, BLOCK=block, SCORES_BLOCK=SCORES_BLOCK,
                     MAX_PROGRAMS=MAX_PROGRAMS, num_warps=8, enable_fp_fusion=True,

@@ -144,7 +144,7 @@ class Project:
             entries, owners = self._tables.addresses(params, chunks, sizes)
             rows = sum(p.numel() // size for p, size in zip(params, sizes, strict=True))
             share = torch.empty((), dtype=torch.float32, device=params[0].device)
-            _project_kernel[(len(owners),)](
+            _project_kernel[(owners.shape[0],)](
                 entries, owners, self._open if gate is None else gate, zero(params[0].device, torch.int64), share,
                 zero(params[0].device), rows, BOUND=bound, DTYPE=self._dtype, ACC=self._acc, BLOCK=block,
                 num_warps=min(max(block * self._acc.primitive_bitwidth // 16384, 4), 16),  # 64 bytes of it per thread

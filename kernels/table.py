@@ -1,8 +1,8 @@
 """Tensors as a device table of addresses, so that one launch can update any number of them.
 
 A kernel argument names one tensor; a table row names a parameter, its gradient and its optimizer state by address.
-Tables are cached by their contents, so they can never be stale: a tensor that moved makes a new row, hence a new
-table. A gradient usually comes back to an address it had before, so a training loop soon uploads nothing.
+Tables are cached by their contents, so they can never be stale: a tensor that moved makes a new table. A gradient
+usually comes back to an address it had before, so a training loop soon uploads nothing.
 
 Uploads go through pinned memory and never wait for the device. While a CUDA graph is being captured an upload would
 become part of the graph; it is kept back instead, and ``fill_pending`` does it once the capture has ended. Nor may a
@@ -88,7 +88,7 @@ class Mirror:
         return self._tensors[-1]
 
 
-def _owners(chunks: list[int]) -> torch.Tensor:
+def _owners(chunks: tuple[int, ...]) -> torch.Tensor:
     indices = torch.arange(len(chunks), dtype=torch.int32, device="cpu")
     return indices.repeat_interleave(torch.tensor(chunks, device="cpu"))
 
@@ -101,8 +101,10 @@ class Tables:
         self._spares: dict[torch.Size, list[torch.Tensor]] = {}
         self._captured: list[torch.Tensor] = []  # a graph reads them for as long as it lives
 
-    def _get(self, key: Hashable, device: torch.device, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        if capturing(device):
+    def _get(
+        self, key: Hashable, device: torch.device, make: Callable[[], torch.Tensor], *, capture: bool
+    ) -> torch.Tensor:
+        if capture:
             table = self._cache.get(key)
             if table is None:
                 host = make()
@@ -129,25 +131,29 @@ class Tables:
 
     def addresses(
         self, params: Sequence[torch.Tensor], blocks: int | Sequence[int], hyper_rows: Sequence[int],
-        grads: Sequence[torch.Tensor] = (), states: Sequence[Sequence[torch.Tensor | None]] = (),
+        grads: Sequence[torch.Tensor] = (), states: Sequence[Sequence[torch.Tensor]] = (),
         steps: Sequence[torch.Tensor] = (), averages: Sequence[torch.Tensor] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Return (rows [tensors, COLUMNS] int64, chunk owners [chunks] int32): which tensor each block is in.
 
-        ``blocks`` are the elements of a block, of all tensors or of each. Optional ones are none or one to a tensor.
+        ``blocks`` are the elements of a block, of all tensors or of each; ``states`` are up to three lists. Optional
+        lists are empty or have one to a tensor. Rows are made in Python once for each set of addresses.
         """
-        rows, chunks, first = [], [], 0
-        for i, param in enumerate(params):
-            state = [*(states[i] if states else ()), None, None, None][:3]
-            arrays = (param, grads[i] if grads else None, *state, averages[i] if averages else None)  # as the columns
-            pointers = [0 if x is None else x.data_ptr() for x in arrays]
-            aligned = all(pointer % 16 == 0 for pointer in pointers)
-            step = steps[i].data_ptr() if steps else 0
-            numel, block = param.numel(), blocks if isinstance(blocks, int) else blocks[i]
-            rows.append((*pointers, step, numel, first, hyper_rows[i], int(aligned)))
-            chunks.append(-(-numel // block))
-            first += chunks[-1]
-        device = params[0].device
-        table = self._get(tuple(rows), device, lambda: torch.tensor(rows, dtype=torch.int64, device="cpu"))
-        owners = self._get(tuple(chunks), device, lambda: _owners(chunks))
-        return table, owners
+        device, pointer = params[0].device, torch.Tensor.data_ptr
+        arrays = (params, grads, *(*states, (), (), ())[:3], averages)  # as the columns
+        addresses, counts = [tuple(map(pointer, x)) for x in arrays], tuple(map(pointer, steps))
+        numels = tuple(map(torch.Tensor.numel, params))
+        sizes = [blocks] * len(numels) if isinstance(blocks, int) else blocks
+        chunks = tuple([-(-numel // block) for numel, block in zip(numels, sizes, strict=True)])
+
+        def make() -> torch.Tensor:
+            none, rows, first = (0,) * len(numels), [], 0
+            for i, pointers in enumerate(zip(*(column or none for column in addresses), strict=True)):
+                aligned = all(pointer % 16 == 0 for pointer in pointers)
+                rows.append((*pointers, (counts or none)[i], numels[i], first, hyper_rows[i], int(aligned)))
+                first += chunks[i]
+            return torch.tensor(rows, dtype=torch.int64, device="cpu")
+
+        capture = capturing(device)
+        table = self._get((*addresses, counts, numels, chunks, *hyper_rows), device, make, capture=capture)
+        return table, self._get(chunks, device, lambda: _owners(chunks), capture=capture)

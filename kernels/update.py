@@ -157,15 +157,15 @@ class Update:
 
     def launch(
         self, algorithm: str, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor],
-        states: Sequence[Sequence[torch.Tensor | None]], steps: Sequence[torch.Tensor],
+        states: Sequence[Sequence[torch.Tensor]], steps: Sequence[torch.Tensor],
         hyper: tuple[tuple[float, ...], ...], hyper_rows: Sequence[int], *,
         averages: Sequence[torch.Tensor] | None = None, gate: torch.Tensor | None = None,
         momentum: bool = False, centered: bool = False,
     ) -> torch.Tensor | None:  # fmt: skip
         """Launch once, in place.
 
-        No tensor is empty; all are dense and laid out like their parameter. ``states`` are per tensor: (square_avg,
-        grad_avg or None, momentum_buffer or None) for rmsprop, (exp_avg_sq, exp_avg) for adam. ``hyper_rows`` names
+        No tensor is empty; all are dense and laid out like their parameter. ``states`` are lists: all square_avg,
+        grad_avg or none, momentum_buffer or none for rmsprop, all exp_avg_sq and exp_avg for adam. ``hyper_rows`` names
         each tensor's row of ``hyper``, whose columns table.py lists. ``averages`` are float32, or float64 for float64.
         ``gate`` is guard.py's; None is 0 and 1. Returns the share of clamped weights on their bound (0-d float32; NaN
         if nothing was done), or None if no row has a bound.
@@ -173,9 +173,9 @@ class Update:
         device = params[0].device
         with torch.cuda.device_of(params[0]):
             rows, owners = self._tables.addresses(params, BLOCK, hyper_rows, grads, states, steps, averages or ())
-            clamped = sum(p.numel() for p, i in zip(params, hyper_rows, strict=True) if hyper[i][-1] != float("inf"))
+            clamped = sum([p.numel() for p, i in zip(params, hyper_rows, strict=True) if hyper[i][-1] != float("inf")])
             share = torch.empty((), dtype=torch.float32, device=device)
-            _update_kernel[(len(owners),)](
+            _update_kernel[(owners.shape[0],)](
                 rows, owners, self._hyper.set(hyper), self._open if gate is None else gate,
                 zero(device, torch.int64), share, zero(device), len(params), clamped,
                 DTYPE=self._dtype, ALGORITHM=algorithm, HAS_MOMENTUM=momentum, CENTERED=centered,

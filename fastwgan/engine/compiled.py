@@ -95,8 +95,8 @@ class Compiled(Eager):
         return Passed(scores, statistics, None if x is None else measured)
 
     def generator(
-        self, parameters: list[nn.Parameter], z: Any, cond: tuple[Any, ...], batch: int, dtype: torch.dtype,
-        scale: Tensor | None = None,
+        self, parameters: list[nn.Parameter], frozen: list[nn.Parameter], z: Any, cond: tuple[Any, ...], batch: int,
+        dtype: torch.dtype, scale: Tensor | None = None,
     ) -> Passed:  # fmt: skip
         state = _state(self._generator)
         gradients, rebound, scores, loss = self._call(

@@ -33,9 +33,8 @@ class Passed(NamedTuple):
 
 
 @contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """Compute no gradients for the module's parameters within, and keep less for the backward pass."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
+def _without_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Compute no gradients for these parameters within, and keep less for the backward pass."""
     for p in parameters:
         p.requires_grad_(False)
     try:
@@ -143,11 +142,11 @@ class Eager:
         return Passed(scores, statistics, penalty)
 
     def generator(
-        self, parameters: list[nn.Parameter], z: Any, cond: tuple[Any, ...], batch: int, dtype: torch.dtype,
-        scale: Tensor | None = None,
+        self, parameters: list[nn.Parameter], frozen: list[nn.Parameter], z: Any, cond: tuple[Any, ...], batch: int,
+        dtype: torch.dtype, scale: Tensor | None = None,
     ) -> Passed:  # fmt: skip
-        """Take the gradients of the generator's loss; the critic gets its samples in ``dtype``."""
-        with torch.enable_grad(), _frozen(self._critic):
+        """Take the gradients of the generator's loss; the critic, whose parameters are ``frozen``, gets ``dtype``."""
+        with torch.enable_grad(), _without_gradients(frozen):
             fake = self.samples(z, *cond)
             if len(fake) != batch:
                 raise ValueError(f"generator: its output: expected shape [{batch}, ...], got {tuple(fake.shape)}")

@@ -10,17 +10,17 @@ import gc
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastwgan.backend import kernels, resolve
 from fastwgan.engine import structure
 from fastwgan.engine.player import Player
 from fastwgan.engine.ranks import Ranks
 from fastwgan.engine.settings import Settings
+from fastwgan.metrics import Replayed
 from fastwgan.optim.adopt import has_hooks
 
 Outputs = tuple[Tensor | None, ...]
@@ -118,42 +118,13 @@ class Capture:
 
 
 CONSTANTS = (bool, int, float, str, type(None), torch.dtype)
-ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}  # that every module has; of these, what counts is looked at
-
-
-def _is_constant(x: Any) -> bool:
-    return isinstance(x, CONSTANTS) or (isinstance(x, tuple) and all(isinstance(part, CONSTANTS) for part in x))
-
-
-def _contents(x: Any) -> Any:
-    """Return a copy of what a container holds, all the way down; anything else as it is."""
-    if isinstance(x, dict):
-        return [(key, _contents(value)) for key, value in x.items()]
-    return [*map(_contents, x)] if isinstance(x, (list, tuple, set)) else x
-
-
-class _Attributes:
-    """A module's own attributes: numbers, functions and the like by identity or value, containers by what they hold."""
-
-    def __init__(self, m: nn.Module) -> None:
-        own, self._own = [name for name in vars(m) if name not in ATTRIBUTES], vars(m)
-        kinds = (dict, list, set, tuple)
-        self._containers = [name for name in own if isinstance(x := self._own[name], kinds) and not _is_constant(x)]
-        self._values = itemgetter("training", *(name for name in own if name not in self._containers))
-
-    def now(self) -> tuple[Any, ...]:
-        own = self._own
-        try:
-            return len(own), self._values(own), [_contents(own[name]) for name in self._containers]
-        except KeyError:
-            return ()
 
 
 def _signature(x: Any, device: torch.device) -> Hashable:
     """Return what has to be the same for a graph to serve, or raise TypeError for what no graph takes."""
     if isinstance(x, Tensor) and x.device == device:
         return x.shape, x.stride(), x.dtype
-    if _is_constant(x):
+    if isinstance(x, CONSTANTS) or (isinstance(x, tuple) and all(isinstance(part, CONSTANTS) for part in x)):
         return type(x), x
     what = f"tensor on {x.device}" if isinstance(x, Tensor) else type(x).__name__
     raise TypeError(f"a {what} among its inputs, where graphs take tensors on their device and plain constants")
@@ -177,10 +148,19 @@ class _Graph:
         self._like = [None if x is None else (x.shape, x.dtype) for x in outputs]
         self._packed = torch.cat([x.detach().reshape(-1) for x in outputs if x is not None])
 
-    def outputs(self) -> Outputs:
+    def outputs(self) -> Replayed:
         """Return a copy of what the last replay left."""
-        parts = torch.split(self._packed.clone(), [like[0].numel() if like else 0 for like in self._like])
-        return tuple(x.view(like[0]).to(like[1]) if like else None for x, like in zip(parts, self._like, strict=True))
+        return Replayed(self._packed.clone(), self._like)
+
+
+def _problem_of(player: Player, settings: Settings, device: torch.device) -> str | None:
+    """Return why no graph can have the step of a player's optimizer, or None."""
+    name, optimizer = f"{player.name}_optimizer", player.gated
+    if optimizer is None:
+        return f"{name} is {type(player.optimizer).__name__}; only RMSprop and Adam can be captured"
+    if "torch" in (resolve(optimizer.backend, device), resolve(settings.backend, device)):
+        return "the torch backend passes learning rates as numbers, which a graph would keep"
+    return f"{name} has step hooks, which a graph would not call" if has_hooks(optimizer) else None
 
 
 def made(
@@ -189,20 +169,13 @@ def made(
     """Return the graphs of a trainer's steps; None where they are not wanted, or cannot be and need not."""
     if settings.cuda_graph is False:
         return None
-    problem = settings.graph_problem(device)
-    for player in players:
-        name, optimizer = f"{player.name}_optimizer", player.gated
-        if optimizer is None:
-            problem = problem or f"{name} is {type(player.optimizer).__name__}; only RMSprop and Adam can be captured"
-        elif "torch" in (resolve(optimizer.backend, device), resolve(settings.backend, device)):
-            problem = problem or "the torch backend passes learning rates as numbers, which a graph would keep"
-        elif has_hooks(optimizer):
-            problem = problem or f"{name} has step hooks, which a graph would not call"
+    problems = [settings.graph_problem(device), *(_problem_of(player, settings, device) for player in players)]
+    problem = next(filter(None, problems), None)
     if ranks.world > 1 and (carrier := ranks.backend(device)) != "nccl":
         problem = problem or f"{carrier} cannot be captured"
     required = settings.cuda_graph is True
     if problem is None:
-        return Graphs(device, [latents], players, required=required)
+        return Graphs(device, [latents], players, settings)
     if required:
         raise RuntimeError(f"cuda_graph: True was asked for, but {problem}")
     if device.type == "cuda":
@@ -213,99 +186,72 @@ def made(
 class Graphs:
     """The graphs of a trainer's steps on ``players``, which may draw from ``generators`` beside PyTorch's default one.
 
-    If ``required``, a step that cannot be captured raises. Else it warns, once, and goes on without; and networks that
-    may run Python of somebody else's are not captured.
+    Where the settings require graphs, a step that cannot be captured raises. Else it warns, once, and goes on without;
+    and networks that may run Python of somebody else's are not captured.
     """
 
     def __init__(
-        self, device: torch.device, generators: Sequence[torch.Generator], players: Sequence[Player], *, required: bool
+        self, device: torch.device, generators: Sequence[torch.Generator], players: Sequence[Player], settings: Settings
     ) -> None:
-        self._device, self._players, self._required = device, players, required
-        self._optimizers = [player.optimizer for player in players]
+        self._device, self._players, self._settings = device, players, settings
+        self._required = settings.cuda_graph is True
         self._capture = Capture(device, generators)
-        self._modules: list[nn.Module] = []
-        self._attributes: list[_Attributes] = []
-        self._state: Any = None
+        self._versions: list[int] = []  # of the players, which the graphs are of
         self._graphs: dict[Hashable, _Graph] = {}
         self._problem: str | None = None  # with steps as they are
-        self._refused = self._foreign = False
+        self._refused = self._foreign = self._unfit = False
         self._changes = self._looks = 0
-
-    def _parts(self) -> list[Any]:
-        return [x for m in self._modules for d in (m._modules, m._parameters, m._buffers) for x in d.values()]
-
-    def _depended_on(self) -> tuple[list[Any], ...]:
-        """Return what a graph has inside that an eager step would look up: addresses, modes, and the algorithm."""
-        modules, parts = self._modules, self._parts()
-        tensors = [x for x in parts if isinstance(x, Tensor)]
-        for optimizer in self._optimizers:
-            for state in optimizer.state.values():
-                tensors += state.values()
-        return (
-            [id(x) for x in parts],
-            [x.data_ptr() for x in tensors],
-            [x.requires_grad for x in tensors],
-            [*map(type, modules), *map(structure.class_code, {type(m): None for m in modules})],
-            [attributes.now() for attributes in self._attributes],
-            [*map(structure.hooks, modules), structure.hooked_everywhere()],
-            [(*(x._backward_hooks or ()), *(x._post_accumulate_grad_hooks or ())) for x in tensors],
-            [player.gated.capture_key() for player in self._players if player.gated is not None],
-        )
 
     def _follow_changes(self) -> None:
         """Make all graphs anew when something that they depend on has changed."""
         self._looks += 1
         if self._foreign and self._looks % RESTLESS:
             return  # nothing is captured: whether the networks are known again can wait
-        try:
-            same = self._depended_on() == self._state
-        except (RuntimeError, ValueError):  # a tensor or an array in another's place has no single answer
-            same = False
-        if not same:
-            self.forget()
-            self._modules = [m for player in self._players for m in player.module.modules()]
-            self._attributes = [*map(_Attributes, self._modules)]
-            self._state = self._depended_on()
-            self._kept = self._parts()  # as long as these live, no other has the id of one
-            parts = ((player.name, structure.foreign(player.module)) for player in self._players)
-            found = "" if self._required else ", ".join(f"{name} has {part}" for name, part in parts if part)
-            if found and not self._foreign:
-                warnings.warn(
-                    f"cuda_graph: steps run without CUDA graphs, as the {found}, whose forward pass may read what a "
-                    "graph would keep; cuda_graph=True says that it does not",
-                    stacklevel=7,
-                )
-            self._foreign = bool(found)
-            self._changes += 1
-            if self._changes == RESTLESS:
-                warnings.warn(
-                    f"cuda_graph: no graph could serve, as networks or optimizers changed before each of {RESTLESS} "
-                    "steps, as where a forward pass rebinds a buffer or counts on a number: write to buffers in place",
-                    stacklevel=7,
-                )
+        for player in self._players:
+            player.look()
+        if self._versions == (versions := [player.version for player in self._players]):
+            return
+        self.forget()
+        self._versions = versions
+        self._unfit = any(_problem_of(player, self._settings, self._device) for player in self._players)
+        parts = ((player.name, structure.foreign(player.module)) for player in self._players)
+        found = "" if self._required else ", ".join(f"{name} has {part}" for name, part in parts if part)
+        if found and not self._foreign:
+            warnings.warn(
+                f"cuda_graph: steps run without CUDA graphs, as the {found}, whose forward pass may read what a "
+                "graph would keep; cuda_graph=True says that it does not",
+                stacklevel=7,
+            )
+        self._foreign = bool(found)
+        self._changes += 1
+        if self._changes == RESTLESS:
+            warnings.warn(
+                f"cuda_graph: no graph could serve, as networks or optimizers changed before each of {RESTLESS} "
+                "steps, as where a forward pass rebinds a buffer or counts on a number: write to buffers in place",
+                stacklevel=7,
+            )
 
     def forget(self) -> None:
         """Make all graphs anew."""
         self._graphs.clear()
         self._capture.pool = None  # the memory of graphs which are gone cannot be captured into
 
-    def run(self, work: Work, *args: Any) -> Outputs:
+    def run(self, work: Work, *args: Any) -> Outputs | Replayed:
         """Return ``work(*args)``, replayed where its like has been captured.
 
-        ``work`` is a function of tensors and hashable constants, of the networks and of the optimizers. After an
-        optimizer has been replaced, or a step hook added, which no graph would call, it runs as it is. Raises
-        RuntimeError where it cannot be captured and was ``required`` to be. It has not been run then.
+        ``work`` is a function of tensors and hashable constants, of the networks and of the optimizers. With an
+        optimizer that no graph can have, such as one with a step hook, it runs as it is. Raises RuntimeError where it
+        cannot be captured and graphs are required. It has not been run then.
         """
-        optimizers = [player.optimizer for player in self._players]
-        if [*map(id, optimizers)] != [*map(id, self._optimizers)] or any(map(has_hooks, optimizers)):
-            return self.run_uncaptured(work, *args)
         key = None
         if not self._refused:
             self._follow_changes()
+            if self._unfit:
+                return self.run_uncaptured(work, *args)
             try:
                 kind = self._device.type
                 autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-                key = (work.__name__, autocast, *(_signature(x, self._device) for x in args))
+                key = (work.__name__, autocast, *[_signature(x, self._device) for x in args])
             except TypeError as error:
                 self._problem = f"there is {error}"
             if self._problem is not None:

@@ -6,6 +6,8 @@ guard's as well, as it goes by the same verdict.
 """
 
 import math
+from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,7 +19,9 @@ from fastwgan.ops.layout import is_dense
 from fastwgan.reference import TALLY, Tally
 
 FIRST_SCALE = 65536.0  # GradScaler's
+READ_EVERY = 32  # steps on a GPU between two readings of the tally, each of which is a copy
 PATIENCE = 20  # steps in a row that a loss scale may take to come down
+_layout = attrgetter("layout")
 
 
 class Guard:
@@ -32,6 +36,7 @@ class Guard:
         self._scale = torch.tensor([FIRST_SCALE, 0.0], device=self._device) if scaled else None
         self.dense = True  # whether sparse gradients are refused, which some of PyTorch's optimizers take
         self._kernel: Any = None
+        self._unread = 0  # steps since the last reading of the tally was begun
         self._reading: tuple[Tensor, Any] | None = None  # a tally on the way to the host, and the event of its arrival
 
     @property
@@ -42,33 +47,33 @@ class Guard:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kernel": None, "_reading": None}  # a copy has its own launcher, and reads anew
 
-    def trained(self) -> list[nn.Parameter]:
-        """Return the network's parameters that are to get gradients."""
-        return [p for p in self._module.parameters() if p.requires_grad]
-
-    def gradients(self) -> list[Tensor]:
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """Return the last backward pass's gradients, each in memory of its own (compiled passes expand some)."""
-        gradients = []
-        for name, p in self._module.named_parameters():
-            if p.grad is None or not p.numel():
-                continue
+        gradients = [p.grad for p in parameters if p.grad is not None and p.numel()]
+        if not gradients:
+            raise ValueError(f"{self._name}: expected gradients of its parameters, got none")
+        if {*map(_layout, gradients)} == {torch.strided} and all(map(Tensor.is_contiguous, gradients)):
+            return gradients
+        for p in [p for p in parameters if p.grad is not None and p.numel()]:
+            assert p.grad is not None
             if p.grad.layout != torch.strided:
                 if self.dense:
+                    name = next(name for name, own in self._module.named_parameters() if own is p)
                     raise TypeError(f"{self._name}: expected dense gradients, got {p.grad.layout} for {name}")
             elif not is_dense(p.grad):
                 p.grad = p.grad.contiguous()
-            gradients.append(p.grad._values() if p.grad.is_sparse else p.grad)
-        if not gradients:
-            raise ValueError(f"{self._name}: expected gradients of its parameters, got none")
-        return gradients
+        gradients = [p.grad for p in parameters if p.grad is not None and p.numel()]
+        return [g._values() if g.is_sparse else g for g in gradients]
 
-    def check(self, scores: tuple[Tensor, ...] = ()) -> tuple[Tensor | None, Tensor]:
+    def check(
+        self, parameters: Sequence[nn.Parameter], scores: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor | None, Tensor]:
         """Look at all gradients, and set the gate; return (statistics of scores, how many elements were not finite).
 
         ``scores`` are (real, fake) or (fake,), whose statistics the same launch takes, or none: [mean real, mean fake,
         mean real - mean fake, mean fake - mean real], [-mean fake] or None.
         """
-        gradients, scores = self.gradients(), tuple(x.detach() for x in scores)
+        gradients = self.gradients(parameters)
         if resolve(self._backend, self._device) == "triton":
             self._kernel = self._kernel or kernels.guard.Guard()
             dense = [g if is_dense(g) else g.contiguous() for g in gradients]  # the values of sparse ones may not be
@@ -76,7 +81,7 @@ class Guard:
             return found[:-1] if scores else None, found[-1]
         quick = self._device.type == "cpu" and self._scale is None
         # One sum each shows that all is finite; one that overflowed only sends us the longer way.
-        if quick and math.isfinite(sum(g.sum().item() for g in gradients)):
+        if quick and math.isfinite(sum([g.sum().item() for g in gradients])):
             tally, gate = self._tally.numpy(), self.gate.numpy()  # whose elements are set in a tenth of the time
             tally[Tally.NONFINITE] = tally[Tally.IN_A_ROW] = gate[0] = 0
             tally[Tally.STEPS] += 1
@@ -95,6 +100,9 @@ class Guard:
         if wait or self._device.type == "cpu":
             self._judge(self._tally, checkpoint)
             return
+        self._unread += 1
+        if self._unread < READ_EVERY:
+            return
         if self._reading is None:
             tally, event = torch.empty_like(self._tally, device="cpu", pin_memory=True), torch.cuda.Event()  # type: ignore
         else:
@@ -104,14 +112,13 @@ class Guard:
             self._judge(tally, checkpoint)
         tally.copy_(self._tally, non_blocking=True)
         event.record(torch.cuda.current_stream(self._device))
-        self._reading = (tally, event)
+        self._reading, self._unread = (tally, event), 0
 
     def _judge(self, tally: Tensor, checkpoint: str | None) -> None:
         numbers = tally.tolist()
-        first, last, longest = (numbers[i] for i in (Tally.FIRST, Tally.LAST, Tally.LONGEST))
-        if longest <= self._limit:
+        if (longest := numbers[Tally.LONGEST]) <= self._limit:
             return
-        self._reading = None
+        first, last, self._reading = numbers[Tally.FIRST], numbers[Tally.LAST], None
         self._tally[Tally.IN_A_ROW] = self._tally[Tally.LONGEST] = 0  # a caller who goes on hears of the next row
         steps = f"step {last}" if longest == 1 else f"{longest} steps in a row up to {last}"
         names = [name for name, p in self._module.named_parameters() if p.grad is not None and p.numel()]

@@ -23,7 +23,9 @@ class Latents:
         self.seed, self.used = seed, 0  # how many numbers of the stream of eps are used up
         self.stream = torch.Generator(device).manual_seed(stream_seed(seed, Stream.LATENT))
         self._sampling = torch.Generator(device).manual_seed(stream_seed(seed, Stream.SAMPLE))
-        self._place: Tensor | None = None  # on the device, for steps that a graph replays
+        # The same on the device, for steps that a graph replays, which count it on; and as the host knows it.
+        self._place: Tensor | None = None
+        self._placed: int | None = None
 
     def given(self, n: int) -> Any:
         """Return the caller's n latents, or None where they are drawn in the step."""
@@ -59,9 +61,17 @@ class Latents:
 
     def place_on_device(self) -> None:
         """Have steps that a graph replays find their place in the stream of eps."""
-        if self._place is None:
-            self._place = torch.zeros((), dtype=torch.int64, device=self._device)
-        self._place.fill_(self.used)
+        if self._placed != self.used:
+            if self._place is None:
+                self._place = torch.zeros((), dtype=torch.int64, device=self._device)
+            self._place.fill_(self.used)
+            self._placed = self.used
+
+    def count(self, numbers: int) -> None:
+        """Count numbers of the stream of eps that steps have used; on the device :meth:`go_on` has."""
+        self.used += numbers
+        if self._placed is not None:
+            self._placed += numbers
 
     def draw(self, count: int) -> Draw:
         """Return where this rank's next ``count`` numbers of the stream of eps begin."""
@@ -78,14 +88,18 @@ class Latents:
     @contextmanager
     def undone_if_refused(self) -> Iterator[None]:
         """Give back the latents that a step which raises has drawn."""
-        streams = []
-        if self._device.type == "cpu" or not torch.cuda.is_current_stream_capturing():  # then they cannot be read
-            streams = [(random, random.get_state()) for random in (self.stream, self._sampling)]
+        streams: list[tuple[torch.Generator, Any]] = []
+        on_cpu, both = self._device.type == "cpu", (self.stream, self._sampling)
+        if on_cpu:
+            streams = [(random, random.get_state()) for random in both]
+        elif not torch.cuda.is_current_stream_capturing():  # then they cannot be read
+            streams = [(random, random.get_offset()) for random in both]  # a number, where a state is an array
         try:
             yield
         except BaseException:
+            self._placed = None
             for random, state in streams:
-                random.set_state(state)
+                (random.set_state if on_cpu else random.set_offset)(state)
             raise
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ each step looks at its parameters anew.
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +18,13 @@ from fastwgan.engine.eager import Passed
 from fastwgan.engine.guard import PATIENCE, Guard
 from fastwgan.engine.ranks import Ranks, refuse_uneven
 from fastwgan.engine.settings import Settings, check_optimizer
+from fastwgan.engine.watch import Watch
+from fastwgan.metrics import Settled
 from fastwgan.ops.scores import score_statistics
 from fastwgan.ops.weights import Share
 from fastwgan.optim import Gated
 from fastwgan.optim.adopt import MarksStepTaken, adopt, follow_loads
 from fastwgan.optim.base import Together
-
-
-class Settled(NamedTuple):
-    """The results of a step that is done, on the device."""
-
-    scores: Tensor  # [mean real, mean fake, Wasserstein estimate, loss] of a critic, [loss] of a generator
-    penalty: Tensor | None  # [mean penalty; mean, least and greatest norm]
-    nonfinite: Tensor  # how many elements of the gradients were not finite, 0-d
-    saturation: Tensor | None  # the share of weights on their bound, 0-d
 
 
 def _trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
@@ -59,6 +52,11 @@ class Player:
         self._constraint = constraint if constraint is not None and constraint.bounds_weights else None
         self._held: list[nn.Parameter] = []
         self._excluded: set[nn.Parameter] = set()
+        self._watch: Watch | None = None
+        self.trained: list[nn.Parameter] = []
+        self._averaged = 0  # parameters that have running averages
+        self.version = 0  # how many changes of the network or the optimizer have been seen
+        self._followed = False  # whether the last of them has been taken up
         self._left: dict[Any, Any] = {}  # states of parameters that have left, until a step is taken without them
         # What all ranks have the same of.
         self._shared: set[Any] = set() if ranks.world == 1 else {*module.modules(), *module.parameters()}
@@ -67,7 +65,7 @@ class Player:
             self._replace(default, default=True)
         else:
             self._replace(adopt(optimizer, self._backend))
-        self._follow()
+        self.follow()
 
     def assign(self, optimizer: torch.optim.Optimizer) -> None:
         """Take another optimizer of the user's. It may leave out any of the parameters that can be trained by now."""
@@ -76,13 +74,10 @@ class Player:
 
     def _replace(self, optimizer: torch.optim.Optimizer, *, default: bool = False) -> None:
         self.optimizer, self._default = optimizer, default
+        self.gated = optimizer if isinstance(optimizer, Gated) else None  # whose step obeys the gate on the device
         self._known = set() if default else {p for p in self.module.parameters() if p.requires_grad}
         self._listed = _trainable(self.module.parameters())
-
-    @property
-    def gated(self) -> Gated | None:
-        """Return the optimizer if its step obeys the guard's gate on the device."""
-        return self.optimizer if isinstance(self.optimizer, Gated) else None
+        self._watch = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, with the hooks that PyTorch's own copies lose."""
@@ -92,7 +87,7 @@ class Player:
             if p._backward_hooks or p._post_accumulate_grad_hooks
         ]
         of_steps = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
-        return self.__dict__ | {"hooks": (*of_steps, hooked)}
+        return self.__dict__ | {"hooks": (*of_steps, hooked), "_watch": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         before, after, hooked = state.pop("hooks")
@@ -137,13 +132,38 @@ class Player:
         for p in new:
             self.averages.pop(p, None)  # of what it was before
 
-    def check(self) -> list[nn.Parameter]:
-        """Return the parameters to be trained; raise ValueError if the optimizer lacks some that came later."""
-        trained = [p for p in self.module.parameters() if p.requires_grad]
-        if not trained:
+    def look(self) -> Watch:
+        """Return the network as it is now; a change since the last look makes another ``version``."""
+        if self._watch is None or not self._watch.same():
+            self._watch = Watch(self.module, self.optimizer)
+            self.version += 1
+            self._followed = False
+        return self._watch
+
+    def follow(self) -> list[nn.Parameter]:
+        """Take up changes of the network; return the parameters to be trained.
+
+        Raise ValueError if there are none, or if the optimizer lacks some that came later.
+        """
+        watch = self.look()
+        if self._followed:
+            return self.trained
+        if not watch.trained:
             raise ValueError(f"{self.name}: expected trainable parameters, got none")
-        if self._default:
-            return trained
+        if not self._default:
+            self._refuse_unknown(watch.trained)
+        self._follow(watch.parameters)
+        of_groups = (p for group in self.optimizer.param_groups for p in group["params"])
+        self.trained, self._parameters = watch.trained, watch.parameters
+        self._dropped = list({id(p): p for p in (*watch.parameters, *of_groups)}.values())
+        together = Together(gate=self.guard.gate, averages=self.averages, decay=self.ema or 0.0)
+        self._together = together if self._constraint is None else self._constraint.fuse_into(together, self._held)
+        self._watch = Watch(self.module, self.optimizer)  # anew, as the optimizer's groups may have followed
+        self._followed = True
+        return self.trained
+
+    def _refuse_unknown(self, trained: list[nn.Parameter]) -> None:
+        """Raise ValueError if the user's optimizer lacks parameters that are trained since it was given."""
         new = [p for p in trained if p not in self._known]
         held = self._held_by_optimizer() if new else set()
         if lacks := {p for p in new if id(p) not in held}:
@@ -154,33 +174,30 @@ class Player:
                 "requires_grad_(False)"
             )
         self._known = {p for p in self.module.parameters() if p.requires_grad or p in self._known}
-        return trained
 
     def prepare(self) -> list[nn.Parameter]:
         """Take up changes of the network, and drop all gradients; return the parameters to be trained."""
-        trained = self.check()
-        self._follow()
-        if self._constraint is not None:
-            self._constraint.prepare(self._held, self._backend)
-        of_groups = (p for group in self.optimizer.param_groups for p in group["params"])
-        for p in (*self.module.parameters(), *of_groups):  # which may have left the network
+        trained = self.follow()
+        for p in self._dropped:  # some may have left the network
             p.grad = None
         return trained
 
     def _held_by_optimizer(self) -> set[int]:
         return {id(p) for group in self.optimizer.param_groups for p in group["params"]}
 
-    def _follow(self) -> None:
+    def _follow(self, parameters: list[nn.Parameter]) -> None:
         """Give a default optimizer, the bound and the averages the parameters that the network has now."""
-        parameters = list(self.module.parameters())
         self._follow_by_default(parameters)
         if self._constraint is not None:
             if self._constraint.exclude:  # by the names that parameters come with, which may be others' later
                 now, seen = self._constraint.excluded(self.module), {*self._held, *self._excluded}
                 self._excluded = {p for p in parameters if p in (self._excluded if p in seen else now)}
             self._held = [p for p in parameters if p not in self._excluded]
+            self._constraint.prepare(self._held, self._backend)
         if self.ema is not None:
-            for p in filter(torch.is_floating_point, parameters):
+            floating = [*filter(torch.is_floating_point, parameters)]
+            self._averaged = len(floating)
+            for p in floating:
                 average = self.averages.get(p)
                 if average is None or average.shape != p.shape or average.device != p.device:
                     self.averages[p] = _wide_copy(p)
@@ -214,21 +231,21 @@ class Player:
         """Return (score statistics, penalty statistics, nonfinite) of all ranks, and set the guard's gate."""
         guard = self.guard
         guard.dense = self.gated is not None or self._ranks.world > 1
+        trained = self.trained
         if self._ranks.world == 1:
-            statistics, nonfinite = guard.check(scores if known is None else ())
+            statistics, nonfinite = guard.check(self._parameters, scores if known is None else ())
             return known if statistics is None else statistics, penalty, nonfinite  # type: ignore[return-value]
         own = known
         if own is None:
             own = score_statistics(scores[0], scores[-1], self._backend)
             own = own if len(scores) == 2 else -own[:1]
-        trained = guard.trained()
         used = own.new_ones(len(trained))
         without = [i for i, p in enumerate(trained) if p.grad is None]
         for i in without:  # another rank may have used it
             trained[i].grad = torch.zeros_like(trained[i])
             used[i] = 0
         parts = (own.new_full((1,), scores[-1].numel()), used, own, *([] if penalty is None else [penalty]))
-        gradients = guard.gradients()
+        gradients = guard.gradients(self._parameters)
         table = self._ranks.sum_(gradients, torch.cat(parts))
         sizes, counts, own, *rest = torch.split(table, [len(part) for part in parts], dim=1)
         refuse_uneven("real" if len(scores) == 2 else "batch_size", sizes, gradients)
@@ -238,19 +255,14 @@ class Player:
         if rest:
             means, least, greatest = rest[0][:, :2].mean(0), rest[0][:, 2].amin(), rest[0][:, 3].amax()
             penalty = torch.cat((means, least[None], greatest[None]))
-        _, nonfinite = guard.check()
+        _, nonfinite = guard.check(self._parameters)
         return own.mean(0), penalty, nonfinite
-
-    def _together(self) -> Together:
-        """Return what the optimizer's launch does beside the update."""
-        together = Together(gate=self.guard.gate, averages=self.averages, decay=self.ema or 0.0)
-        return together if self._constraint is None else self._constraint.fuse_into(together, self._held)
 
     def _updated(self) -> Tensor | None:
         """Update, bound and average the weights, unless the gate says no; return the share on their bound, or None."""
         shares, bounded, averaged = list[Share](), set[int](), set[Tensor]()
         if self.gated is not None:
-            shares, bounded = self.gated.step_gated(self._together())
+            shares, bounded = self.gated.step_gated(self._together)
             if self.averages:
                 averaged = {p for group in self.gated.param_groups for p in group["params"] if p.grad is not None}
         else:
@@ -259,7 +271,7 @@ class Player:
                 MarksStepTaken(self.optimizer)()
             else:
                 if factor != 1:  # not in place, as two gradients may share memory
-                    for p in self.guard.trained():
+                    for p in self.trained:
                         p.grad = None if p.grad is None else p.grad * factor
                 self.optimizer.step()
         for weight, average in self.averages.items():
@@ -267,7 +279,7 @@ class Player:
                 taken = (1 - self.guard.gate[0]).to(average.dtype)  # or 0, where the step is left out
                 average.lerp_(weight.detach().to(average.dtype), taken * (1 - (self.ema or 0.0)))
         self._left.clear()
-        if self.averages:
+        if len(self.averages) > self._averaged:  # some of parameters that have left
             present = set(self.module.parameters())
             for gone in [x for x in self.averages if x not in present]:
                 del self.averages[gone]
@@ -278,7 +290,7 @@ class Player:
     def refresh(self) -> None:
         """Have a step that a CUDA graph replays use the optimizer's present numbers."""
         if self.gated is not None:
-            self.gated.refresh(self._together())
+            self.gated.refresh(self._together)
 
     # State
 
@@ -309,7 +321,8 @@ class Player:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up states of the parts; without averages among them these begin with the weights."""
         self.module.load_state_dict(state["module"])
-        self._follow()
+        self._follow([*self.module.parameters()])
+        self._watch = None
         clips = [group.get("clip") for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(self._widened(copy.deepcopy(state["optimizer"])))
         for group, clip in zip(self.optimizer.param_groups, clips, strict=True):

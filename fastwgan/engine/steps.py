@@ -1,6 +1,6 @@
 """The device's part of a trainer's steps, each of which is replayed as a CUDA graph where it can be."""
 
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -10,10 +10,11 @@ from fastwgan.engine import graphs
 from fastwgan.engine.compiled import Compiled
 from fastwgan.engine.eager import Eager
 from fastwgan.engine.latents import Latents
-from fastwgan.engine.player import Player, Settled
+from fastwgan.engine.player import Player
 from fastwgan.engine.ranks import Ranks
 from fastwgan.engine.settings import Settings
 from fastwgan.engine.structure import Sharing
+from fastwgan.metrics import Found, Replayed, Settled
 
 MOST_CAPTURED = 8  # critic steps in a graph of a whole iteration, which bounds the time that its capture takes
 
@@ -49,38 +50,42 @@ class Steps:
 
     # What a trainer calls
 
-    def take_critic_step(self, weight: float, real: Tensor, cond: Part) -> Settled:
+    def take_critic_step(self, weight: float, real: Tensor, cond: Part) -> Found:
         """Return the results of a critic step whose penalty has a weight, or none at 0."""
         with self.latents.undone_if_refused():
-            found = self._run(self._critic_step, weight, real, self.latents.given(len(real)), *cond)
+            found = self._run(self._critic_step, weight, real, self.latents.given(real.shape[0]), *cond)
         self._count(weight, real)
-        return Settled._make(found)
+        return (found, 0) if isinstance(found, Replayed) else Settled._make(found)
 
-    def take_generator_step(self, batch: int, cond: Part) -> Settled:
+    def take_generator_step(self, batch: int, cond: Part) -> Found:
         """Return the results of a generator step."""
         with self.latents.undone_if_refused():
-            z = self.latents.given(batch)
-            return Settled._make(self._run(self._generator_step, batch, self._sample_dtype, z, *cond))
+            found = self._run(self._generator_step, batch, self._sample_dtype, self.latents.given(batch), *cond)
+        return (found, 0) if isinstance(found, Replayed) else Settled._make(found)
 
-    def take_iteration(self, weights: tuple[float, ...], parts: list[Part]) -> list[Settled] | None:
+    def take_iteration(self, weights: tuple[float, ...], parts: list[Part]) -> list[Found] | None:
         """Return the results of an iteration's steps, as one graph; None, with nothing done, where that cannot be."""
         uneven = len({(real.shape, real.dtype) for real, *_ in parts}) > 1  # then one may not fit, and the others do
         if self.graphs is None or callable(self.latents.latent) or uneven or len(parts) > MOST_CAPTURED:
             return None
-        sizes = tuple(len(part) for part in parts)
+        sizes = tuple(map(len, parts))
         with self.latents.undone_if_refused():
-            outputs = iter(self._run(self._iteration, weights, sizes, *(x for part in parts for x in part)))
+            found = self._run(self._iteration, weights, sizes, *chain.from_iterable(parts))
         for weight, (real, *_) in zip(weights, parts, strict=True):
             self._count(weight, real)
+        if isinstance(found, Replayed):
+            return [(found, i) for i in range(len(parts) + 1)]
+        outputs = iter(found)
         return [Settled._make(islice(outputs, len(Settled._fields))) for _ in range(len(parts) + 1)]
 
-    def _run(self, work: graphs.Work, *args: Any) -> graphs.Outputs:
+    def _run(self, work: graphs.Work, *args: Any) -> graphs.Outputs | Replayed:
         """Return what a step gives, replayed from a graph where there is one."""
         self._ranks.check_current()
-        for player in self.players:
-            player.share()
+        if self._ranks.world > 1:
+            for player in self.players:
+                player.share()
         # What was made in inference mode no graph could keep.
-        args = tuple(x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in args)
+        args = tuple([x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in args])
         if self.graphs is None:
             return work(*args)
         self.latents.place_on_device()
@@ -88,7 +93,8 @@ class Steps:
 
     def _count(self, weight: float, real: Tensor) -> None:
         self._sample_dtype = self._dtype_of(real)
-        self.latents.used += self._numbers(weight, len(real))
+        if weight:
+            self.latents.count(self._numbers(weight, real.shape[0]))
 
     def _numbers(self, weight: float, batch: int) -> int:
         """Return how many numbers of the stream of eps all ranks use in a critic step."""
@@ -102,24 +108,27 @@ class Steps:
 
     def _critic_step(self, weight: float, real: Tensor, z: Any, *cond: Any) -> Settled:
         """Return the results of a critic step: draw, make fakes, choose points, share, differentiate, settle."""
+        n = real.shape[0]
         self.sharing.check(real, cond)
         parameters = self.critic.prepare()
-        z = self.latents.of_step(len(real), z)
+        z = self.latents.of_step(n, z)
         real, fake = self.passes.pair(real, z, cond)
         penalised = None
         if weight:
-            draw = self.latents.draw(self._constraint.random_numbers(len(real), self._pack))
+            draw = self.latents.draw(self._constraint.random_numbers(n, self._pack))
             penalised = self._constraint.points(real, fake, weight, draw, self._pack, self._settings.backend)
-        batch = self.sharing.batch(real, fake, cond)
+        batch = self.sharing.batch(real, fake, cond, self.critic.version)
         scale, known = self.critic.guard.scale, self.sharing.known
         found = self.passes.critic(parameters, batch, penalised, cond, known=known, scale=scale)
+        if weight:
+            self.latents.go_on(self._numbers(weight, n))
         return self.critic.settle(found)
 
     def _generator_step(self, batch: int, dtype: torch.dtype, z: Any, *cond: Any) -> Settled:
         """Return the results of a generator step."""
         parameters = self.generator.prepare()
-        z = self.latents.of_step(batch, z)
-        found = self.passes.generator(parameters, z, cond, batch, dtype, self.generator.guard.scale)
+        z, frozen = self.latents.of_step(batch, z), self.critic.look().trained
+        found = self.passes.generator(parameters, frozen, z, cond, batch, dtype, self.generator.guard.scale)
         return self.generator.settle(found)
 
     def _iteration(self, weights: tuple[float, ...], sizes: tuple[int, ...], *flat: Any) -> graphs.Outputs:
@@ -129,9 +138,8 @@ class Steps:
         outputs: list[Tensor | None] = []
         for weight, (real, *cond) in zip(weights, parts, strict=True):
             outputs += self._critic_step(weight, real, None, *cond)
-            self.latents.go_on(self._numbers(weight, len(real)))
         real, *cond = parts[-1]
-        return *outputs, *self._generator_step(len(real), self._dtype_of(real), None, *cond)
+        return *outputs, *self._generator_step(real.shape[0], self._dtype_of(real), None, *cond)
 
     # State
 

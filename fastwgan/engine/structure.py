@@ -228,15 +228,24 @@ class Sharing:
         # Of the last step: whether the layers were known to keep samples apart, and whether these shared a pass.
         self.known = False
         self.together: bool | None = None
-        self._ndim, self._conditional = 0, False
+        self._seen = 0, 0  # the critic's version and the samples' rank, for which it is known
+        self._layers: tuple[nn.Module, ...] | None = None
+        self._writes = False
+        self._conditional = False
 
-    def batch(self, real: Tensor, fake: Tensor, cond: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        """Return both as one batch for one pass, or as two; copies where a pass may write to the caller's samples."""
-        self._ndim, self._conditional = real.dim(), bool(cond)
-        self.known = not cond and layers(self._critic, real.dim()) is not None
-        plain = all(isinstance(c, (Tensor, bool, int, float, str, NoneType)) for c in cond)
-        self.together = self.known or (self._independent and plain)
-        if not self.together and not may_write(self._critic):
+    def batch(self, real: Tensor, fake: Tensor, cond: tuple[Any, ...], version: int) -> tuple[Tensor, ...]:
+        """Return both as one batch for one pass, or as two; copies where a pass may write to the caller's samples.
+
+        What was decided for a ``version`` of the critic holds until there is another.
+        """
+        if self._seen != (seen := (version, real.dim())):
+            self._layers, self._writes = layers(self._critic, real.dim()), may_write(self._critic)
+            self._seen = seen
+        self._conditional = bool(cond)
+        self.known = not cond and self._layers is not None
+        plain = self._independent and all(isinstance(c, (Tensor, bool, int, float, str, NoneType)) for c in cond)
+        self.together = self.known or plain
+        if not self.together and not self._writes:
             return real, fake
         both = torch.cat((real, fake))
         return (both,) if self.together else both.tensor_split(2)
@@ -263,7 +272,7 @@ class Sharing:
         each = "real and fake samples have a pass of the critic each, as "
         if self._independent:
             return f"{each}there are conditions that are neither tensors nor constants"
-        reason = "there are conditions" if self._conditional else doubt(self._critic, self._ndim)
+        reason = "there are conditions" if self._conditional else doubt(self._critic, self._seen[1])
         return (
             f"{each}{reason or 'its layers mixed samples in the last step'}; with independent_samples=True, your word "
             "that no score depends on another sample, they share one"

@@ -3,7 +3,10 @@
 import copy
 import math
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any, NamedTuple, overload
+from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter, itemgetter
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +20,9 @@ from fastwgan.ops.weights import Share, combine_shares, saturation
 Options = dict[str, Any]  # of a parameter group, or what a parameter has for state
 Params = Iterable[Tensor] | Iterable[Options] | Iterable[tuple[str, Tensor]]
 _Key = tuple[torch.device, torch.dtype, bool, bool, bool]  # has momentum, centered, averaged: one launch's parameters
+flat = chain.from_iterable
+_params, _grad = itemgetter("params"), attrgetter("grad")
+_layout, _kind = attrgetter("layout"), attrgetter("shape", "dtype", "device")
 _Member = tuple[Tensor, Options, float | None]  # a parameter, its group, and the bound of that
 
 
@@ -28,6 +34,30 @@ class Together(NamedTuple):
     decay: float = 0.0  # of these
     bound: float | None = None  # to clamp weights to
     bounded: frozenset[int] | set[int] = frozenset()  # ids of the parameters that have it
+
+
+@dataclass
+class _Launch:
+    """A launch of the update: its parameters, of one device, dtype and variant of the algorithm, and their numbers."""
+
+    key: _Key
+    backend: Literal["triton", "torch"]
+    params: list[Tensor]
+    groups: list[Options]  # of each
+    rows: list[int]  # of each in ``hyper``, which has one for each group
+    hyper: tuple[tuple[float, ...], ...]
+    by_group: list[tuple[Options, float | None, list[Tensor]]]  # group, bound, parameters
+    clamped: int  # weights that have a bound
+    plain: bool = False  # whether all arrays are there, and lie in memory as their parameter does; then
+    columns: list[list[Tensor]] = field(default_factory=list)  # the state, and the counts of steps
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Return whether two lists are the same; not if they have tensors in the same place that are not."""
+    try:
+        return bool(a == b)
+    except (RuntimeError, ValueError):
+        return False
 
 
 class Gated(Optimizer):
@@ -47,10 +77,17 @@ class Gated(Optimizer):
     _updates: dict[_Key, Any]  # launchers, whose tables a CUDA graph may read
     _apart: dict[_Key, list[int]]  # where parameters lie that are known not to overlap
     _shares: list[Share]  # of weights on their bound, after the last step
+    _plan: list[_Launch]  # of the last step, which serves for as long as
+    _planned_for: Any  # is what it was, and
+    _planned_with: Together  # the same
+    _bounded: set[int]  # ids of parameters that it holds to the trainer's bound
+    _sent: tuple[list[Any], Together] | None  # the numbers that launches which a CUDA graph replays have
 
     def __new__(cls, *_: Any, **__: Any) -> "Gated":
         self = super().__new__(cls)
         self._updates, self._apart, self._shares = {}, {}, []  # a copy, or one that was pickled, has its own
+        self._plan, self._planned_for, self._planned_with = [], None, self._together
+        self._bounded, self._sent = set(), None
         return self
 
     def __init__(self, params: Params, backend: Backend, **defaults: Any) -> None:
@@ -197,26 +234,51 @@ class Gated(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        launches: dict[_Key, list[_Member]] = {}
-        together, averages = self._together, self._together.averages or {}
+        together, self._sent, self._shares = self._together, None, []
+        seen = self._seen(together)
+        if seen is None or not _equal(seen, self._planned_for) or together is not self._planned_with:
+            self._planned_for = None  # until all is known to be right
+            self._plan = self._planned(together)
+            self._planned_for, self._planned_with = seen, together
+        gate = self._gate(together) if self._plan else None
+        with torch.no_grad():
+            for launch in self._plan:
+                if launch.backend == "torch":
+                    self._step_torch(launch, gate, together)
+                else:
+                    self._step_triton(launch, gate, together)
+        return loss
+
+    def _seen(self, together: Together) -> Any:
+        """Return what a plan depends on: groups, tensors, and how they lie in memory; None where that is unusual."""
+        params = [*flat(map(_params, self.param_groups))]
+        grads, states = [*map(_grad, params)], [*map(self.state.get, params)]
+        arrays = [*params, *[x for x in grads if x is not None], *flat([s.values() for s in states if s])]
+        if averages := together.averages:
+            arrays += [average for average in map(averages.get, params) if average is not None]
+        kinds = [*map(_kind, arrays)]
+        if any(map(Tensor.is_neg, arrays)) or {*map(_layout, arrays)} != {torch.strided}:
+            return None
+        numbers, given = [*flat(map(dict.values, self.param_groups))], [x is None for x in grads]
+        shapes, owners = [*map(Tensor.stride, arrays)], [*map(id, flat([s.values() for s in states if s]))]
+        return self.backend, numbers, [*map(id, params)], given, kinds, shapes, owners
+
+    def _planned(self, together: Together) -> list[_Launch]:
+        """Return the launches of a step; raise if one cannot be done."""
+        members: dict[_Key, list[_Member]] = {}
+        averages, self._bounded = together.averages or {}, set[int]()
         for group in self.param_groups:
             self._check_group(group)
             variant, bound = self._variant(group), self._bound(group, together)
-            for p in group["params"]:
-                if p.grad is not None and p.numel():
+            used = [p for p in group["params"] if p.grad is not None]
+            if bound is not None and together.bound is not None:
+                self._bounded.update(map(id, used))
+            for p in used:
+                if p.numel():
                     self._check_member(p, bound)
                     key = (p.device, p.dtype, *variant, p in averages)
-                    launches.setdefault(key, []).append((p, group, bound))
-        gate = self._gate(together) if launches else None
-        backends = [resolve(self.backend, key[0]) for key in launches]
-        self._shares = []
-        with torch.no_grad():
-            for (key, members), backend in zip(launches.items(), backends, strict=True):
-                if backend == "torch":
-                    self._step_torch(members, gate, together)
-                else:
-                    self._step_triton(key, members, gate, together)
-        return loss
+                    members.setdefault(key, []).append((p, group, bound))
+        return [self._launch(key, own, together) for key, own in members.items()]
 
     def step_gated(self, together: Together) -> tuple[list[Share], set[int]]:
         """Take a trainer's step; return the shares of weights on their bound, and the ids of those bounded."""
@@ -225,8 +287,7 @@ class Gated(Optimizer):
             self.step()  # which schedulers and users wrap, and which calls the hooks
         finally:
             del self._together
-        held = [] if together.bound is None else [g for g in self.param_groups if self._bound(g, together) is not None]
-        return [*self._shares], {id(p) for group in held for p in group["params"] if p.grad is not None}
+        return self._shares, self._bounded
 
     @property
     def saturation(self) -> Tensor | None:
@@ -266,64 +327,95 @@ class Gated(Optimizer):
         if bound is not None:
             checks.bound("clip", bound, p.dtype)
 
-    def _step_torch(self, members: list[_Member], gate: Tensor | None, together: Together) -> None:
-        skip, factor = (0.0, 1.0) if gate is None else gate.tolist()  # on a GPU this waits, as PyTorch's optimizers do
-        if skip:
-            clamped = sum(p.numel() for p, _, bound in members if bound is not None)
-            if clamped:
-                self._shares.append((members[0][0].new_tensor(math.nan, dtype=torch.float32), clamped))
-            return
-        if factor != 1:  # not in place, as two gradients may share memory
-            grads = torch._foreach_mul([p.grad for p, *_ in members if p.grad is not None], factor)
-            for (p, *_), grad in zip(members, grads, strict=True):
-                p.grad = grad
-        groups: dict[int, tuple[Options, float | None, list[Tensor]]] = {}
+    def _launch(self, key: _Key, members: list[_Member], together: Together) -> _Launch:
+        """Return the launch of a key's parameters."""
+        hyper, groups = self._hyper(key, together), dict[int, tuple[Options, float | None, list[Tensor]]]()
+        rows = {group: row for row, group in enumerate(hyper)}
         for p, group, bound in members:
             groups.setdefault(id(group), (group, bound, []))[2].append(p)
-        for group, _, params in groups.values():
-            states = [self._ensure_state(p, group) for p in params]
+        launch = _Launch(
+            key, resolve(self.backend, key[0]), [p for p, *_ in members], [group for _, group, _ in members],
+            [rows[id(group)] for _, group, _ in members], tuple(hyper.values()), [*groups.values()],
+            sum(p.numel() for p, _, bound in members if bound is not None),
+        )  # fmt: skip
+        launch.plain = all(self._is_plain(p, group, together.averages or {}) for p, group, _ in members)
+        if launch.plain:
+            launch.columns = self._columns(launch)
+        return launch
+
+    def _is_plain(self, p: Tensor, group: Options, averages: dict[Tensor, Tensor]) -> bool:
+        """Return whether p's state is there, and its arrays lie in memory as p does, as a kernel wants them."""
+        state, names = self.state.get(p, {}), [name for name in self._used_states(group) if name is not None]
+        if not {"step", *names} <= state.keys() or p.grad is None or p.grad.is_neg():
+            return False
+        arrays = [p.grad, *(state[name] for name in names), *([averages[p]] if p in averages else [])]
+        right = all(state[name].dtype == p.dtype and state[name].device == p.device for name in names)
+        return right and state["step"].device == p.device and all(laid_out(x, p) is x for x in arrays)
+
+    def _columns(self, launch: _Launch) -> list[list[Tensor]]:
+        """Return the state tensors of a launch's parameters, a list for each that the algorithm has, and the steps."""
+        names = self._used_states(launch.groups[0])  # the same for all, as they are of one variant
+        states = [self.state[p] for p in launch.params]
+        return [[] if name is None else [state[name] for state in states] for name in (*names, "step")]
+
+    def _step_torch(self, launch: _Launch, gate: Tensor | None, together: Together) -> None:
+        skip, factor = (0.0, 1.0) if gate is None else gate.tolist()  # on a GPU this waits, as PyTorch's optimizers do
+        if skip:
+            if launch.clamped:
+                nan = launch.params[0].new_tensor(math.nan, dtype=torch.float32)
+                self._shares.append((nan, launch.clamped))
+            return
+        if factor != 1:  # not in place, as two gradients may share memory
+            for p, grad in zip(launch.params, torch._foreach_mul([*map(_grad, launch.params)], factor), strict=True):
+                p.grad = grad
+        for group, _, params in launch.by_group:
+            states = [self.state[p] if launch.plain else self._ensure_state(p, group) for p in params]
             self._step_group(params, states, group, finite=together.gate is not None)
-        for _, bound, params in groups.values():  # after all updates, of which two may be of one memory
+        for _, bound, params in launch.by_group:  # after all updates, of which two may be of one memory
             if bound is not None:
                 reference.clip_weights_(params, bound)
                 self._shares.append(saturation(params, bound))
         if averages := together.averages:
-            kept = [p for p, *_ in members if p in averages]
+            kept = [p for p in launch.params if p in averages]
             reference.average_([averages[p] for p in kept], kept, together.decay)
 
-    def _step_triton(self, key: _Key, members: list[_Member], gate: Tensor | None, together: Together) -> None:
+    def _step_triton(self, launch: _Launch, gate: Tensor | None, together: Together) -> None:
+        key, given, averages = launch.key, launch.params, together.averages or {}
         device, dtype, momentum, centered, averaged = key
-        given, averages = [p for p, *_ in members], together.averages or {}
-        places = [p.data_ptr() for p in given]
+        places = [*map(Tensor.data_ptr, given)]
         if places != self._apart.get(key):
             checks.refuse_overlap(given)
             self._apart[key] = places
-        hyper = self._hyper(key, together)
-        row_of_group = {group: row for row, group in enumerate(hyper)}
-        grads, states, steps, rows = [], [], [], []
         if gate is not None:  # a GradScaler has one, on one of the devices
             gate = gate.to(device, non_blocking=True)
         with written(given) as params:
-            for (p, group, _), work in zip(members, params, strict=True):
-                if kernels.arrival.capturing(device) and not self.state[p]:
-                    raise RuntimeError(kernels.table.NOT_WARM)  # a replay would make the state anew
-                state, names = self._ensure_state(p, group), self._used_states(group)
-                assert p.grad is not None
-                grads.append(laid_out(p.grad.resolve_neg(), work))
-                state.update({name: laid_out(state[name], work) for name in names if name is not None})
-                if averaged:
-                    averages[p] = laid_out(averages[p], work)
-                states.append([None if name is None else state[name] for name in names])
-                steps.append(state["step"])
-                rows.append(row_of_group[id(group)])
+            grads, columns = [*map(_grad, given)], launch.columns
+            if not launch.plain:
+                grads, columns = self._laid_out(launch, params, averages if averaged else None)
             if key not in self._updates:
                 self._updates[key] = kernels.update.Update(device, dtype)
             share = self._updates[key].launch(
-                self._algorithm, params, grads, states, steps, tuple(hyper.values()), rows, gate=gate,
+                self._algorithm, params, grads, columns[:-1], columns[-1], launch.hyper, launch.rows, gate=gate,
                 averages=[averages[p] for p in given] if averaged else None, momentum=momentum, centered=centered,
             )  # fmt: skip
         if share is not None:
-            self._shares.append((share, sum([p.numel() for p, _, bound in members if bound is not None])))
+            self._shares.append((share, launch.clamped))
+
+    def _laid_out(
+        self, launch: _Launch, params: list[Tensor], averages: dict[Tensor, Tensor] | None
+    ) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Return gradients and state that lie in memory as ``params`` do, which stand for the launch's."""
+        grads = []
+        for p, group, work in zip(launch.params, launch.groups, params, strict=True):
+            if kernels.arrival.capturing(p.device) and not self.state[p]:
+                raise RuntimeError(kernels.table.NOT_WARM)  # a replay would make the state anew
+            state, names = self._ensure_state(p, group), self._used_states(group)
+            assert p.grad is not None
+            grads.append(laid_out(p.grad.resolve_neg(), work))
+            state.update({name: laid_out(state[name], work) for name in names if name is not None})
+            if averages is not None:
+                averages[p] = laid_out(averages[p], work)
+        return grads, self._columns(launch)
 
     def _hyper(self, key: _Key, together: Together) -> dict[int, tuple[float, ...]]:
         """Return the kernel's numbers of each group of a launch's variant, by its id."""
@@ -344,13 +436,15 @@ class Gated(Optimizer):
 
     def refresh(self, together: Together) -> None:
         """Have launches that a CUDA graph replays use the present numbers, all of them: a replay runs no Python."""
+        numbers = [*flat(map(dict.values, self.param_groups))]
+        if self._sent is not None and self._sent[1] is together and _equal(numbers, self._sent[0]):
+            return
         for group in self.param_groups:
             self._check_group(group)
         for key, update in self._updates.items():
             update.set_hyper(tuple(self._hyper(key, together).values()))
+        self._sent = numbers, together
 
-    def capture_key(self) -> Hashable:
-        """Return what of the groups a captured graph depends on: their parameters, and which kernel updates them."""
-        return tuple(
-            (*map(id, group["params"]), *self._variant(group), group.get("clip") is None) for group in self.param_groups
-        )
+    def variants(self) -> Hashable:
+        """Return what chooses the kernel that updates each group, which a captured graph keeps."""
+        return tuple((*self._variant(group), group.get("clip") is None) for group in self.param_groups)

@@ -15,7 +15,7 @@ from torch import nn
 from fastwgan import Adam, GradientPenalty, RMSprop, Trainer, WeightClip, models, reference
 from fastwgan.backend import kernels
 from fastwgan.engine import player
-from fastwgan.engine.guard import Guard
+from fastwgan.engine.guard import READ_EVERY, Guard
 
 BAD = [math.nan, math.inf, -math.inf]
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -593,10 +593,10 @@ def test_a_row_that_ended_before_the_host_looked_is_told_of(device):
     guard = Guard("critic", critic, "torch", limit=1, scaled=False)
     for bad in (True, True, False):
         critic.weight.grad = torch.full_like(critic.weight, math.nan if bad else 1.0)
-        guard.check()
+        guard.check([*critic.parameters()])
 
     def watch():
-        for _ in range(2):  # the first look at a GPU is on its way
+        for _ in range(2 * READ_EVERY):  # the first look at a GPU is on its way
             guard.watch(None)
             if device.type == "cuda":
                 torch.cuda.synchronize()
@@ -622,7 +622,7 @@ def test_a_row_that_has_ended_is_not_held_against_a_resumed_run():
     critic = guards[0]._module
     for bad in (True, False):
         critic.weight.grad = torch.full_like(critic.weight, math.nan if bad else 1.0)
-        guards[0].check()
+        guards[0].check([*critic.parameters()])
     guards[1].load_state_dict(guards[0].state_dict())
     guards[1].watch(None)
 

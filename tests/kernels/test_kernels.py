@@ -43,7 +43,7 @@ def test_one_unaligned_tensor_makes_a_row_unaligned():
 
     def aligned(*offsets):
         p, g, s = (torch.ones(40)[offset:][:33] for offset in offsets)
-        return table.Tables().addresses([p], 8, [0], [g], [(s,)])[0][0, table.ALIGNED.value].item()
+        return table.Tables().addresses([p], 8, [0], [g], [[s]])[0][0, table.ALIGNED.value].item()
 
     assert torch.ones(40).data_ptr() % 16 == 0
     assert aligned(0, 0, 0) == aligned(4, 0, 4) == 1

@@ -234,13 +234,15 @@ def test_scores_address_past_2_31():
 class Huge(torch.Tensor):
     """A tensor of so many elements at an address of its own, as a pointer table sees one."""
 
-    def numel(self):
-        return self.elements
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.numel:
+            return args[0].elements
+        if func is torch.Tensor.data_ptr:
+            import poisoned_interpreter
 
-    def data_ptr(self):
-        import poisoned_interpreter
-
-        return self.argument + 1 << poisoned_interpreter.REGION
+            return args[0].argument + 1 << poisoned_interpreter.REGION
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def huge(argument, elements=HUGE):
@@ -255,7 +257,7 @@ def test_update_addresses_past_2_31(algorithm):
     p, g, s, m = map(huge, range(4))
     step, hyper = torch.ones(()), ((0.5,) * kernels.table.HYPER_COLUMNS.value,)
     launcher = kernels.update.Update(torch.device("cpu"), torch.float16)
-    at = asked(lambda: launcher.launch(algorithm, [p], [g], [(s, m)], [step], hyper, [0]))
+    at = asked(lambda: launcher.launch(algorithm, [p], [g], [[s], [m]], [step], hyper, [0]))
     start = HUGE // kernels.update.BLOCK * kernels.update.BLOCK
     touched = {"clamp": (0,), "rmsprop": (0, 2), "adam": (0, 2, 3)}[algorithm]
     for argument in (*touched, *((1,) if algorithm != "clamp" else ())):

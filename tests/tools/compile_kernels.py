@@ -64,7 +64,7 @@ def _update(
         launcher.launch(algorithm, params, (), (), (), hyper, [0] * tensors)  # of no bound, too
         return
     launcher.launch(
-        algorithm, params, params, [(p, p, p) for p in params], steps, hyper, [0] * tensors,
+        algorithm, params, params, [params] * 3, steps, hyper, [0] * tensors,
         averages=averages, momentum=momentum, centered=centered,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from crash_loop import same
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fastwgan import GradientPenalty, Trainer, checkpoint, data, models
-from fastwgan.metrics import Metrics
+from fastwgan.metrics import Metrics, Settled
 from fastwgan.training.fit import fit
 from fastwgan.training.health import HealthWarning
 
@@ -216,7 +216,7 @@ def test_no_step_waits_for_the_device(trainer, monkeypatch):
 
     def step(*_):
         trainer.critic_iterations += 1
-        return Metrics(scores=torch.ones(4))
+        return Metrics(Settled(torch.ones(4)))
 
     trainer.step = step
     fit(trainer, [torch.randn(4, 10)], 240, log_every=1000)
@@ -229,7 +229,7 @@ def test_skipped_steps_are_counted(trainer, tmp_path):
     def step(*_):
         trainer.critic_iterations += 1
         nonfinite = torch.tensor(next(numbers))
-        return Metrics(scores=torch.full((4,), math.nan if nonfinite else 2.0), nonfinite=(nonfinite,))
+        return Metrics(Settled(torch.full((4,), math.nan if nonfinite else 2.0), nonfinite=nonfinite))
 
     trainer.step = step
     fit(trainer, [torch.randn(4, 10)], 5, out=tmp_path, log_every=3)
@@ -260,7 +260,7 @@ def test_a_missing_package_shows_before_anything_is_written(option, package, tra
 def test_advice_is_a_warning(trainer, tmp_path):
     def step(*_):
         trainer.critic_iterations += 1
-        return Metrics(scores=torch.full((4,), math.nan))
+        return Metrics(Settled(torch.full((4,), math.nan)))
 
     trainer.step = step
     with pytest.warns(HealthWarning, match="^step 50: 10 of 10 steps") as caught:
