@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fastwgan
 from fastwgan import functional, reference
+from fastwgan.backend import resolve
 from fastwgan.engine.guard import Guard
 from fastwgan.ops.penalty import penalty_cotangent
 from fastwgan.ops.scores import objective, score_statistics
@@ -151,7 +152,7 @@ def _guard_builders(case: Case, device: torch.device) -> dict[str, Builder]:
     def foreach() -> Tensor:
         return 1 - torch.stack(torch._foreach_norm(gradients, torch.inf)).isfinite().all().float()
 
-    guard = Guard("critic", nn.ParameterList(parameters), "auto", limit=0, scaled=False)
+    guard = Guard("critic", nn.ParameterList(parameters), resolve("auto", device), limit=0, scaled=False)
 
     def ours() -> Tensor:
         guard.check(parameters)
@@ -235,7 +236,7 @@ def _penalty_builders(case: Case, device: torch.device) -> dict[str, Builder]:
         return Made(lambda: both(g), lambda: list(reversed(both(g))))
 
     def ours() -> list[Tensor]:
-        statistics, cotangent = penalty_cotangent(g, "two-sided", 1.0, WEIGHT, "auto")
+        statistics, cotangent = penalty_cotangent(g, "two-sided", 1.0, WEIGHT, resolve("auto", device))
         return [statistics[0], cotangent]
 
     def ours_for_check() -> list[Tensor]:
@@ -258,7 +259,7 @@ def _scores_builders(case: Case, device: torch.device) -> dict[str, Builder]:
         real_mean, fake_mean = real.mean(), fake.mean()
         return [real_mean, fake_mean, real_mean - fake_mean, fake_mean - real_mean]
 
-    ours = partial(score_statistics, real, fake, "auto")
+    ours = partial(score_statistics, real, fake, resolve("auto", device))
     return {"eager": lambda: Made(eager, eager), "fastwgan": lambda: Made(ours, lambda: list(ours()))}
 
 
@@ -288,7 +289,7 @@ def _objective_builders(case: Case, device: torch.device) -> dict[str, Builder]:
         return Made(lambda: both(real, fake), results)
 
     ours = partial(
-        objective, real, fake, blend=BLEND, drift=DRIFT, weight=1.0, scale=None, backend="auto"
+        objective, real, fake, blend=BLEND, drift=DRIFT, weight=1.0, scale=None, backend=resolve("auto", device)
     )  # fmt: skip
 
     def ours_for_check() -> list[Tensor]:

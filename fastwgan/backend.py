@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 import torch
 
-__all__ = ["DTYPES", "Backend", "check_backend", "kernels", "resolve", "triton_problem", "wide"]
+__all__ = ["DTYPES", "Backend", "Resolved", "check_backend", "kernels", "resolve", "triton_problem", "wide"]
 
 _import_problem: str | None = None
 try:
@@ -15,6 +15,7 @@ except ImportError as error:
     kernels, _import_problem = None, str(error)  # type: ignore[assignment]
 
 Backend = Literal["auto", "triton", "torch"]
+Resolved = Literal["triton", "torch"]
 BACKENDS = get_args(Backend)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -56,7 +57,7 @@ def triton_problem(device: torch.device) -> str | None:
     return f"Triton needs a GPU tensor, or TRITON_INTERPRET=1 for a CPU one; the device is {device}"
 
 
-def resolve(backend: str, device: torch.device) -> Literal["triton", "torch"]:
+def resolve(backend: str, device: torch.device) -> Resolved:
     """Return the implementation that ``backend`` asks for on ``device``.
 
     ``auto`` takes Triton wherever it can run; only ``auto`` falls back.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -11,8 +11,13 @@ from fastwgan.backend import DTYPES
 from fastwgan.reference import PENALTY_KINDS
 
 
-def tensor(name: str, x: object, *, may_be_empty: bool = False) -> Tensor:
-    """Return ``x`` if it is a floating tensor, with elements unless it may be empty, or raise."""
+def tensor(
+    name: str, x: object, *, may_be_empty: bool = False, batched: bool = False, device: torch.device | None = None
+) -> Tensor:
+    """Return ``x`` if it is a floating tensor, with elements unless it may be empty, or raise.
+
+    If ``batched`` it has to be [N, ...]; and on ``device`` where that is given.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
@@ -21,17 +26,14 @@ def tensor(name: str, x: object, *, may_be_empty: bool = False) -> Tensor:
         raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
     if x.numel() == 0 and not may_be_empty:
         raise ValueError(f"{name}: expected at least one element, got shape {tuple(x.shape)}")
-    return x
-
-
-def samples(name: str, x: object, device: torch.device | None = None) -> Tensor:
-    """Return ``x`` if it is a floating tensor [N, ...], on ``device`` where that is given, or raise."""
-    x = tensor(name, x)
-    if x.dim() == 0:
+    if batched and x.dim() == 0:
         raise ValueError(f"{name}: expected shape [N, ...], got a 0-d tensor")
     if device is not None and x.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
     return x
+
+
+samples = partial(tensor, batched=True)
 
 
 def is_batched(x: object, batch: int) -> bool:
@@ -121,10 +123,10 @@ def blend(blend: object, drift: object = 0.0) -> tuple[float, float]:
     return share, number("drift", drift, minimum=0)
 
 
-def scores(name: str, scores: object, batch: int, pack: int = 1) -> Tensor:
+def scores(name: str, scores: object, batch: int, pack: int = 1, device: torch.device | None = None) -> Tensor:
     """Return ``scores`` if it is a floating tensor with an entry, along its first dimension, to ``pack`` samples."""
-    scores = tensor(f"{name}: its output", scores)
-    if scores.dim() == 0 or len(scores) * pack != batch:
+    scores = tensor(f"{name}: its output", scores, device=device)
+    if scores.dim() == 0 or scores.shape[0] * pack != batch:
         packs = f" for {batch} samples in packs of {pack}" if pack > 1 else ""
         raise ValueError(f"{name}: its output: expected shape [{batch // pack}, ...]{packs}, got {tuple(scores.shape)}")
     return scores

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastwgan import checks
-from fastwgan.backend import Backend, resolve
-from fastwgan.ops.samples import interpolate, perturb
+from fastwgan.backend import Backend, Resolved, resolve
+from fastwgan.ops.samples import interpolates, perturb
 from fastwgan.ops.weights import Share, clip_and_count_, combine_shares, project_and_count_
 from fastwgan.optim import Adam, Gated, RMSprop
 from fastwgan.optim.base import Together
@@ -60,7 +60,7 @@ class Constraint:
         """Return how many numbers of a random stream :meth:`points` uses."""
         return 0
 
-    def points(self, real: Tensor, fake: Tensor, weight: float, draw: Draw, pack: int, backend: Backend) -> Penalised:
+    def points(self, real: Tensor, fake: Tensor, weight: float, draw: Draw, pack: int, backend: Resolved) -> Penalised:
         """Return the points that are penalised in a step on real and fake samples [N, ...]."""
         raise NotImplementedError
 
@@ -260,10 +260,10 @@ class GradientPenalty(Constraint):
     def random_numbers(self, batch: int, pack: int) -> int:
         return {"interpolates": batch // pack, "perturbed": batch}.get(self.at, 0)
 
-    def points(self, real: Tensor, fake: Tensor, weight: float, draw: Draw, pack: int, backend: Backend) -> Penalised:
+    def points(self, real: Tensor, fake: Tensor, weight: float, draw: Draw, pack: int, backend: Resolved) -> Penalised:
         if self.at == "interpolates":
-            pairs = (x if pack == 1 else x.reshape(-1, pack, *x.shape[1:]) for x in (real.detach(), fake))
-            x = interpolate(*pairs, seed=draw.seed, offset=draw.offset, backend=backend).view(real.shape)
+            pair = [x if pack == 1 else x.reshape(-1, pack, *x.shape[1:]) for x in (real.detach(), fake)]
+            x = interpolates(pair[0], pair[1], draw.seed, draw.offset, backend).view(real.shape)
         elif self.at == "perturbed":
             x = perturb(real.detach(), scale=self.noise, seed=draw.seed, offset=draw.offset, backend=backend)
         else:

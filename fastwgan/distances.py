@@ -43,7 +43,7 @@ def _numbers(name: str, x: Numbers, device: torch.device | None = None) -> Tenso
 
 def _floating(name: str, x: object, device: torch.device | None = None) -> Tensor:
     """Return a finite floating tensor [N, ...] (on ``device``, where given) as float64, or raise."""
-    return _numbers(name, checks.samples(name, x, device))
+    return _numbers(name, checks.samples(name, x, device=device))
 
 
 def _clouds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ STREAM = 0x57474150  # Philox's last word for uniform numbers
 
 def _wide(x: Tensor) -> Tensor:
     """Return x in the dtype that arithmetic runs in."""
-    return x.to(wide(x.dtype))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -70,11 +70,12 @@ def hinge_critic_loss(real_scores: Tensor, fake_scores: Tensor) -> tuple[Tensor,
 
 def score_statistics(real_scores: Tensor, fake_scores: Tensor, *, blend: float = 0.0, drift: float = 0.0) -> Tensor:
     """Return [mean real, mean fake, mean real - mean fake, the critic's loss], float32 or wider."""
-    wide_real, wide_fake = _wide(real_scores), _wide(fake_scores)
-    real, fake = wide_real.mean(), wide_fake.mean()
+    dtype = wide(real_scores.dtype)
+    real, fake = real_scores.mean(dtype=dtype), fake_scores.mean(dtype=dtype)
     wasserstein = real - fake
     loss = -wasserstein
     if blend or drift:
+        wide_real, wide_fake = _wide(real_scores), _wide(fake_scores)
         on_real = _blended(-wide_real, blend)
         if drift:
             on_real = on_real + drift * wide_real.square()
@@ -146,12 +147,12 @@ def interpolate(
     """Return fake + eps * (real - fake), eps [N] being uniform(seed, offset, N). WGAN-GP, Algorithm 1, line 6."""
     eps = uniform(seed, offset, len(fake), fake.device) if eps is None else eps
     start = _wide(fake)
-    return (start + _per_sample(eps, fake).to(start.dtype) * (_wide(real) - start)).to(fake.dtype)
+    return (start + _per_sample(eps, fake).to(start.dtype) * (real - start)).to(fake.dtype)
 
 
 def _norms(gradients: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each sample's squared norm over all its dimensions and its norm, [N], float32 or wider."""
-    squares = _wide(gradients).reshape(len(gradients), -1).square().sum(1)
+    """Return each sample's squared norm over all its dimensions and its norm, [N], of wide gradients."""
+    squares = gradients.reshape(gradients.shape[0], -1).square().sum(1)
     positive = squares > 0  # at zero the root has subgradient 0, where sqrt gives infinity and then NaN
     return squares, torch.where(positive, torch.where(positive, squares, 1).sqrt(), squares)
 
@@ -176,7 +177,7 @@ def _phi(squares: Tensor, norms: Tensor, kind: str, target: float, *, slope: boo
 
 def penalty(gradients: Tensor, *, kind: str = "two-sided", target: float = 1.0) -> Tensor:
     """Return the mean over samples of a function of the gradient's norm, by its name in PENALTY_KINDS."""
-    return _phi(*_norms(gradients), kind, target).mean()
+    return _phi(*_norms(_wide(gradients)), kind, target).mean()
 
 
 def penalty_cotangent(gradients: Tensor, *, kind: str, target: float, weight: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -184,12 +185,13 @@ def penalty_cotangent(gradients: Tensor, *, kind: str, target: float, weight: fl
 
     Sample i's cotangent is weight / N * phi'(n) / n * g, and 0 at n = 0.
     """
-    squares, norms = _norms(gradients)
+    g = _wide(gradients)
+    squares, norms = _norms(g)
     mean = _phi(squares, norms, kind, target).mean()
     slopes = _phi(squares, norms, kind, target, slope=True)
     scale = _per_sample(slopes * (weight / len(norms)), gradients)
     statistics = torch.stack((mean, norms.mean(), norms.amin(), norms.amax()))
-    return statistics, (scale * _wide(gradients)).to(gradients.dtype)
+    return statistics, (scale * g).to(gradients.dtype)
 
 
 @torch.no_grad()

@@ -200,9 +200,10 @@ class Trainer:
         return metrics
 
     def _check_real(self, real: Tensor) -> None:
-        checks.refuse_inference_mode()
-        checks.samples("real", real, self.device)
-        if len(real) % self.pack:
+        if torch.is_inference_mode_enabled():
+            checks.refuse_inference_mode()
+        checks.samples("real", real, device=self.device)
+        if real.shape[0] % self.pack:
             raise ValueError(f"real: expected a multiple of pack={self.pack} samples, got {len(real)}")
 
     def _critic_step_done(self, found: Found, weight: float) -> Metrics:
@@ -309,11 +310,16 @@ class Trainer:
         if seed is not None:
             checks.seed("seed", seed)
         kept = torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
-        with self._steps.latents.undone_if_refused(), self._steps.generator.evaluating(), kept:
-            z = self._steps.latents.of_sample(n, seed)
-            if not ema:
-                return self.generator(z, *cond)  # type: ignore[no-any-return]
-            return functional_call(self.generator, self.averages(), (z, *cond))  # type: ignore[no-any-return]
+        before = self._steps.latents.position()
+        try:
+            with self._steps.generator.evaluating(), kept:
+                z = self._steps.latents.of_sample(n, seed)
+                if not ema:
+                    return self.generator(z, *cond)  # type: ignore[no-any-return]
+                return functional_call(self.generator, self.averages(), (z, *cond))  # type: ignore[no-any-return]
+        except BaseException:
+            self._steps.latents.go_back(before)
+            raise
 
     def averages(self) -> dict[str, Tensor]:
         """Return the averages of the generator's weights by name, in the weights' dtypes; none without ``ema``."""

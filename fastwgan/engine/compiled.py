@@ -5,7 +5,7 @@ what it returns: nothing is left for an ordinary backward pass, which torch.comp
 buffers are arguments, as a function being differentiated must not write to anything else (BatchNorm does).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.func import grad
 from fastwgan import checks, reference
 from fastwgan.constraints import Penalised
 from fastwgan.engine import structure
-from fastwgan.engine.eager import Eager, Passed, has_hooks, packed, scores_of_both
+from fastwgan.engine.eager import Eager, Passed, hooks_of, packed, scores_of_both
 from fastwgan.ops.calls import call_module, changed_tensors, empty_buffers, rebind_buffers
 from fastwgan.ops.penalty import traced_input_gradient
 
@@ -77,13 +77,13 @@ class Compiled(Eager):
                 "got too many: keep such a number in a buffer (register_buffer, fill_), or leave compile out"
             ) from error
 
-    def _fake(self, z: Any, cond: tuple[Any, ...]) -> Tensor:
+    def samples(self, z: Any, *cond: Any) -> Tensor:
         shape = z.shape if isinstance(z, Tensor) else None
-        return self._call(self.samples, shape, z, *cond)  # type: ignore[no-any-return]
+        return self._call(super().samples, shape, z, *cond)  # type: ignore[no-any-return]
 
     def critic(
         self, parameters: list[nn.Parameter], batch: tuple[Tensor, ...], penalised: Penalised | None,
-        cond: tuple[Any, ...], *, known: bool = False, scale: Tensor | None = None,
+        cond: tuple[Any, ...], *, layers: Sequence[nn.Module] | None = None, scale: Tensor | None = None,
     ) -> Passed:  # fmt: skip
         state, shapes = _state(self._critic), tuple(x.shape for x in batch)
         x, penalty = (None, None) if penalised is None else (penalised.x, penalised[1:])
@@ -113,7 +113,7 @@ class Compiled(Eager):
         for name, p in parameters.items():
             if gradients[name] is None:
                 raise RuntimeError(f"compile: the compiled pass gave no gradient for {name}")
-            if has_hooks(p):
+            if any(hooks_of(p)):
                 torch.autograd.backward([p], [gradients[name]])
             else:
                 p.grad = gradients[name]
@@ -129,14 +129,14 @@ class Compiled(Eager):
 
             def forward(samples: Tensor, rest: Tensors, cond: tuple[Any, ...] = cond) -> Tensor:
                 with self._autocast():
-                    return call_module(self._critic, trained, rest, (samples, *cond), self._empty[1])
+                    scores = call_module(self._critic, trained, rest, (samples, *cond), self._empty[1])
+                return checks.scores("critic", scores, len(samples), pack)
 
             if len(batch) == 1:
-                both = scores_of_both(lambda samples, *cond: forward(samples, rest, cond), *batch, cond, pack)
+                both = scores_of_both(lambda samples, *cond: forward(samples, rest, cond), *batch, cond)
                 real_scores, fake_scores = both[: len(both) // 2], both[len(both) // 2 :]
             else:
                 real_scores, fake_scores = (forward(x, rest) for x in batch)
-                checks.scores("critic", real_scores, len(batch[0]), pack)
             statistics = reference.score_statistics(
                 real_scores, fake_scores, blend=self._settings.blend, drift=self._settings.drift
             )

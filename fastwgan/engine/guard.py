@@ -8,13 +8,13 @@ guard's as well, as it goes by the same verdict.
 import math
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from fastwgan import reference
-from fastwgan.backend import Backend, kernels, resolve
+from fastwgan.backend import Resolved, kernels
 from fastwgan.ops.layout import is_dense
 from fastwgan.reference import TALLY, Tally
 
@@ -27,7 +27,7 @@ _layout = attrgetter("layout")
 class Guard:
     """Checks a network's gradients before each of its updates; more than ``limit`` steps left out in a row raise."""
 
-    def __init__(self, name: str, module: nn.Module, backend: Backend, *, limit: int, scaled: bool) -> None:
+    def __init__(self, name: str, module: nn.Module, backend: Resolved, *, limit: int, scaled: bool) -> None:
         self._name, self._module, self._backend, self._limit = name, module, backend, limit
         self._device = next(module.parameters()).device
         self._tally = torch.zeros(TALLY, dtype=torch.int64, device=self._device)
@@ -74,7 +74,7 @@ class Guard:
         mean real - mean fake, mean fake - mean real], [-mean fake] or None.
         """
         gradients = self.gradients(parameters)
-        if resolve(self._backend, self._device) == "triton":
+        if self._backend == "triton":
             self._kernel = self._kernel or kernels.guard.Guard()
             dense = [g if is_dense(g) else g.contiguous() for g in gradients]  # the values of sparse ones may not be
             found = self._kernel.launch(dense, scores, self._tally, self.gate, self._scale)
@@ -95,10 +95,11 @@ class Guard:
 
         ``checkpoint`` is where the last one is, for the message; ``wait`` is for the device, to know of all steps.
         """
-        if kernels is not None and kernels.arrival.capturing(self._device):
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return
         if wait or self._device.type == "cpu":
-            self._judge(self._tally, checkpoint)
+            if self._tally.tolist()[Tally.LONGEST] > self._limit:
+                self._raise(self._tally.tolist(), checkpoint)
             return
         self._unread += 1
         if self._unread < READ_EVERY:
@@ -109,16 +110,15 @@ class Guard:
             tally, event = self._reading
             if not event.query():
                 return
-            self._judge(tally, checkpoint)
+            if tally[Tally.LONGEST] > self._limit:
+                self._raise(tally.tolist(), checkpoint)
         tally.copy_(self._tally, non_blocking=True)
         event.record(torch.cuda.current_stream(self._device))
         self._reading, self._unread = (tally, event), 0
 
-    def _judge(self, tally: Tensor, checkpoint: str | None) -> None:
-        numbers = tally.tolist()
-        if (longest := numbers[Tally.LONGEST]) <= self._limit:
-            return
-        first, last, self._reading = numbers[Tally.FIRST], numbers[Tally.LAST], None
+    def _raise(self, numbers: list[int], checkpoint: str | None) -> NoReturn:
+        first, last, longest = (numbers[i] for i in (Tally.FIRST, Tally.LAST, Tally.LONGEST))
+        self._reading = None
         self._tally[Tally.IN_A_ROW] = self._tally[Tally.LONGEST] = 0  # a caller who goes on hears of the next row
         steps = f"step {last}" if longest == 1 else f"{longest} steps in a row up to {last}"
         names = [name for name, p in self._module.named_parameters() if p.grad is not None and p.numel()]

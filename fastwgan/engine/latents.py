@@ -1,8 +1,7 @@
 """The random numbers of a trainer: latents, and its place in the stream of eps."""
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,14 +22,12 @@ class Latents:
         self.seed, self.used = seed, 0  # how many numbers of the stream of eps are used up
         self.stream = torch.Generator(device).manual_seed(stream_seed(seed, Stream.LATENT))
         self._sampling = torch.Generator(device).manual_seed(stream_seed(seed, Stream.SAMPLE))
-        # The same on the device, for steps that a graph replays, which count it on; and as the host knows it.
-        self._place: Tensor | None = None
-        self._placed: int | None = None
+        self._place: Tensor | None = None  # the same on the device, for steps that a graph replays
+        self._placed = False  # whether it is
 
     def given(self, n: int) -> Any:
-        """Return the caller's n latents, or None where they are drawn in the step."""
-        if not callable(self.latent):
-            return None
+        """Return n latents of the caller's, of which there have to be some."""
+        assert callable(self.latent)
         z = self.latent(n, self._device)
         if isinstance(z, Tensor) and z.device != self._device:
             raise ValueError(f"latent: its result: expected a tensor on {self._device}, got one on {z.device}")
@@ -60,18 +57,12 @@ class Latents:
     # The stream of eps
 
     def place_on_device(self) -> None:
-        """Have steps that a graph replays find their place in the stream of eps."""
-        if self._placed != self.used:
+        """Have steps that a graph replays find their place in the stream of eps, which they count on themselves."""
+        if not self._placed:
             if self._place is None:
                 self._place = torch.zeros((), dtype=torch.int64, device=self._device)
             self._place.fill_(self.used)
-            self._placed = self.used
-
-    def count(self, numbers: int) -> None:
-        """Count numbers of the stream of eps that steps have used; on the device :meth:`go_on` has."""
-        self.used += numbers
-        if self._placed is not None:
-            self._placed += numbers
+            self._placed = True
 
     def draw(self, count: int) -> Draw:
         """Return where this rank's next ``count`` numbers of the stream of eps begin."""
@@ -79,28 +70,25 @@ class Latents:
         return Draw(self.seed, place + self._ranks.rank * count if self._ranks.rank else place)
 
     def go_on(self, count: int) -> None:
-        """Go on by ``count`` numbers on the device, from a step to the next one in a graph."""
-        if self._place is not None and count:
+        """Go on by ``count`` numbers on the device, as a graph does at each replay."""
+        if self._place is not None:
             self._place += count
 
     # State
 
-    @contextmanager
-    def undone_if_refused(self) -> Iterator[None]:
-        """Give back the latents that a step which raises has drawn."""
-        streams: list[tuple[torch.Generator, Any]] = []
-        on_cpu, both = self._device.type == "cpu", (self.stream, self._sampling)
-        if on_cpu:
-            streams = [(random, random.get_state()) for random in both]
-        elif not torch.cuda.is_current_stream_capturing():  # then they cannot be read
-            streams = [(random, random.get_offset()) for random in both]  # a number, where a state is an array
-        try:
-            yield
-        except BaseException:
-            self._placed = None
-            for random, state in streams:
-                (random.set_state if on_cpu else random.set_offset)(state)
-            raise
+    def position(self) -> tuple[Any, Any] | None:
+        """Return where the streams of latents stand, or None in a capture, when that cannot be read."""
+        if self._device.type == "cpu":
+            return self.stream.get_state(), self._sampling.get_state()
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        return self.stream.get_offset(), self._sampling.get_offset()  # numbers, where a state is an array
+
+    def go_back(self, position: tuple[Any, Any] | None) -> None:
+        """Give back the latents that were drawn since, as for a step that has raised."""
+        self._placed = False
+        for random, where in zip((self.stream, self._sampling), position or (), strict=position is not None):
+            (random.set_state if isinstance(where, Tensor) else random.set_offset)(where)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where all streams stand, the process's own included."""
@@ -116,7 +104,7 @@ class Latents:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there; warn where that cannot be."""
-        self.seed, self.used = int(state["seed"]), int(state["eps_offset"])
+        self.seed, self.used, self._placed = int(state["seed"]), int(state["eps_offset"]), False
         random, own, told = state["random"], state["ranks"].get(self._ranks.rank), ""
         if random["device"] != self._device.type:
             told = (

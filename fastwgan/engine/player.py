@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastwgan.backend import DTYPES, wide
+from fastwgan.backend import DTYPES, resolve, wide
 from fastwgan.constraints import Constraint
 from fastwgan.engine.eager import Passed
 from fastwgan.engine.guard import PATIENCE, Guard
@@ -45,7 +45,8 @@ class Player:
     ) -> None:  # fmt: skip
         self.name, self.module, self.ema = name, module, ema
         self.averages: dict[Tensor, Tensor] = {}  # of each parameter, in the precision that updates are computed in
-        self._ranks, self._backend = ranks, settings.backend
+        self._ranks, self._given = ranks, settings.backend  # of optimizers
+        self._backend = resolve(settings.backend, next(module.parameters()).device)
         scaled = settings.amp == torch.float16  # whose loss scale finds its range by steps that are left out
         limit = 0 if settings.nonfinite == "raise" and not scaled else PATIENCE - 1
         self.guard = Guard(name, module, self._backend, limit=limit, scaled=scaled)
@@ -61,16 +62,16 @@ class Player:
         # What all ranks have the same of.
         self._shared: set[Any] = set() if ranks.world == 1 else {*module.modules(), *module.parameters()}
         if optimizer is None:
-            default = settings.constraint.default_optimizer(_trainable(module.parameters()), self._backend)
+            default = settings.constraint.default_optimizer(_trainable(module.parameters()), settings.backend)
             self._replace(default, default=True)
         else:
-            self._replace(adopt(optimizer, self._backend))
+            self._replace(adopt(optimizer, self._given))
         self.follow()
 
     def assign(self, optimizer: torch.optim.Optimizer) -> None:
         """Take another optimizer of the user's. It may leave out any of the parameters that can be trained by now."""
         check_optimizer(f"{self.name}_optimizer", optimizer, self.module)
-        self._replace(adopt(optimizer, self._backend))
+        self._replace(adopt(optimizer, self._given))
 
     def _replace(self, optimizer: torch.optim.Optimizer, *, default: bool = False) -> None:
         self.optimizer, self._default = optimizer, default
@@ -177,7 +178,8 @@ class Player:
 
     def prepare(self) -> list[nn.Parameter]:
         """Take up changes of the network, and drop all gradients; return the parameters to be trained."""
-        trained = self.follow()
+        watch = self.look()
+        trained = watch.trained if self._followed else self.follow()
         for p in self._dropped:  # some may have left the network
             p.grad = None
         return trained

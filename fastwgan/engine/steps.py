@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastwgan.backend import resolve
 from fastwgan.engine import graphs
 from fastwgan.engine.compiled import Compiled
 from fastwgan.engine.eager import Eager
@@ -30,6 +31,7 @@ class Steps:
     ) -> None:  # fmt: skip
         self._settings, self._ranks, self._device = settings, ranks, device
         self._constraint, self._pack = settings.constraint, settings.pack
+        self._backend, self._scaled = resolve(settings.backend, device), settings.amp == torch.float16
         self.latents = Latents(settings.latent, generator, ranks, device, ranks.gather(settings.seed)[0])
         self.sharing = Sharing(critic, settings.independent_samples)
         self.passes = (Compiled if settings.compile else Eager)(generator, critic, settings, 1 / ranks.world)
@@ -52,15 +54,15 @@ class Steps:
 
     def take_critic_step(self, weight: float, real: Tensor, cond: Part) -> Found:
         """Return the results of a critic step whose penalty has a weight, or none at 0."""
-        with self.latents.undone_if_refused():
-            found = self._run(self._critic_step, weight, real, self.latents.given(real.shape[0]), *cond)
+        z = self.latents.given(real.shape[0]) if callable(self.latents.latent) else None
+        found = self._run(self._critic_step, weight, real, z, *cond)
         self._count(weight, real)
         return (found, 0) if isinstance(found, Replayed) else Settled._make(found)
 
     def take_generator_step(self, batch: int, cond: Part) -> Found:
         """Return the results of a generator step."""
-        with self.latents.undone_if_refused():
-            found = self._run(self._generator_step, batch, self._sample_dtype, self.latents.given(batch), *cond)
+        z = self.latents.given(batch) if callable(self.latents.latent) else None
+        found = self._run(self._generator_step, batch, self._sample_dtype, z, *cond)
         return (found, 0) if isinstance(found, Replayed) else Settled._make(found)
 
     def take_iteration(self, weights: tuple[float, ...], parts: list[Part]) -> list[Found] | None:
@@ -69,8 +71,7 @@ class Steps:
         if self.graphs is None or callable(self.latents.latent) or uneven or len(parts) > MOST_CAPTURED:
             return None
         sizes = tuple(map(len, parts))
-        with self.latents.undone_if_refused():
-            found = self._run(self._iteration, weights, sizes, *chain.from_iterable(parts))
+        found = self._run(self._iteration, weights, sizes, *chain.from_iterable(parts))
         for weight, (real, *_) in zip(weights, parts, strict=True):
             self._count(weight, real)
         if isinstance(found, Replayed):
@@ -86,42 +87,42 @@ class Steps:
                 player.share()
         # What was made in inference mode no graph could keep.
         args = tuple([x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in args])
-        if self.graphs is None:
-            return work(*args)
-        self.latents.place_on_device()
-        return self.graphs.run(work, *args)
+        before = self.latents.position()
+        try:
+            if self.graphs is None:
+                return work(*args)
+            self.latents.place_on_device()
+            return self.graphs.run(work, *args)
+        except BaseException:
+            self.latents.go_back(before)
+            raise
 
     def _count(self, weight: float, real: Tensor) -> None:
-        self._sample_dtype = self._dtype_of(real)
+        """Count what a critic step has used of the stream of eps, on all ranks."""
+        self._sample_dtype = real.dtype if self._settings.amp is None else torch.float32
         if weight:
-            self.latents.count(self._numbers(weight, real.shape[0]))
-
-    def _numbers(self, weight: float, batch: int) -> int:
-        """Return how many numbers of the stream of eps all ranks use in a critic step."""
-        return self._constraint.random_numbers(batch, self._pack) * self._ranks.world if weight else 0
-
-    def _dtype_of(self, real: Tensor) -> torch.dtype:
-        """Return the dtype in which the critic gets real samples."""
-        return real.dtype if self._settings.amp is None else torch.float32
+            self.latents.used += self._constraint.random_numbers(real.shape[0], self._pack) * self._ranks.world
 
     # What a graph replays
 
     def _critic_step(self, weight: float, real: Tensor, z: Any, *cond: Any) -> Settled:
         """Return the results of a critic step: draw, make fakes, choose points, share, differentiate, settle."""
         n = real.shape[0]
-        self.sharing.check(real, cond)
+        if self._settings.independent_samples:
+            self.sharing.check(real, cond)
         parameters = self.critic.prepare()
         z = self.latents.of_step(n, z)
         real, fake = self.passes.pair(real, z, cond)
         penalised = None
         if weight:
-            draw = self.latents.draw(self._constraint.random_numbers(n, self._pack))
-            penalised = self._constraint.points(real, fake, weight, draw, self._pack, self._settings.backend)
+            numbers = self._constraint.random_numbers(n, self._pack)
+            draw = self.latents.draw(numbers)
+            penalised = self._constraint.points(real, fake, weight, draw, self._pack, self._backend)
+            if self.graphs is not None:
+                self.latents.go_on(numbers * self._ranks.world)
         batch = self.sharing.batch(real, fake, cond, self.critic.version)
-        scale, known = self.critic.guard.scale, self.sharing.known
-        found = self.passes.critic(parameters, batch, penalised, cond, known=known, scale=scale)
-        if weight:
-            self.latents.go_on(self._numbers(weight, n))
+        scale = self.critic.guard.scale if self._scaled else None
+        found = self.passes.critic(parameters, batch, penalised, cond, layers=self.sharing.layers, scale=scale)
         return self.critic.settle(found)
 
     def _generator_step(self, batch: int, dtype: torch.dtype, z: Any, *cond: Any) -> Settled:
@@ -139,7 +140,8 @@ class Steps:
         for weight, (real, *cond) in zip(weights, parts, strict=True):
             outputs += self._critic_step(weight, real, None, *cond)
         real, *cond = parts[-1]
-        return *outputs, *self._generator_step(real.shape[0], self._dtype_of(real), None, *cond)
+        dtype = real.dtype if self._settings.amp is None else torch.float32
+        return *outputs, *self._generator_step(real.shape[0], dtype, None, *cond)
 
     # State
 

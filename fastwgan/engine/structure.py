@@ -225,8 +225,8 @@ class Sharing:
 
     def __init__(self, critic: nn.Module, independent: bool) -> None:
         self._critic, self._independent = critic, independent
-        # Of the last step: whether the layers were known to keep samples apart, and whether these shared a pass.
-        self.known = False
+        # Of the last step: the layers, if they were known to keep samples apart, and whether these shared a pass.
+        self.layers: tuple[nn.Module, ...] | None = None
         self.together: bool | None = None
         self._seen = 0, 0  # the critic's version and the samples' rank, for which it is known
         self._layers: tuple[nn.Module, ...] | None = None
@@ -242,9 +242,9 @@ class Sharing:
             self._layers, self._writes = layers(self._critic, real.dim()), may_write(self._critic)
             self._seen = seen
         self._conditional = bool(cond)
-        self.known = not cond and self._layers is not None
+        self.layers = None if cond else self._layers
         plain = self._independent and all(isinstance(c, (Tensor, bool, int, float, str, NoneType)) for c in cond)
-        self.together = self.known or plain
+        self.together = self.layers is not None or plain
         if not self.together and not self._writes:
             return real, fake
         both = torch.cat((real, fake))
@@ -252,8 +252,6 @@ class Sharing:
 
     def check(self, real: Tensor, cond: tuple[Any, ...]) -> None:
         """Raise ValueError where the user's word cannot be true."""
-        if not self._independent:
-            return
         if any(isinstance(m, _BatchNorm) and m.training for m in self._critic.modules()):
             raise ValueError(
                 "independent_samples: expected no layer that mixes samples, got BatchNorm in training mode"

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.optim import Optimizer
 
-from fastwgan.engine import structure
 from fastwgan.optim import Gated
 
 flat = chain.from_iterable
@@ -85,7 +85,7 @@ class Watch:
             [*map(id, flat(map(_parts, modules)))], [*map(id, flat(map(dict.values, self._part_dicts)))],
             [*map(type, modules)], [*map(_code, self._kinds)], [*map(_code_of_convolution, self._convolutions)],
             [*map(id, flat(map(_hooks, modules)))], [*map(id, flat(map(_hooks_of_tensor, self._tensors)))],
-            [*flat(self._hook_dicts)], structure.hooked_everywhere(),
+            [*flat(self._hook_dicts)], _has_any_global_hook(),  # type: ignore[no-untyped-call]
             [*map(Tensor.data_ptr, tensors)], [*map(_requires_grad, self._tensors)],
             [*map(id, groups)], [*map(id, flat(map(_params, groups)))], self._variants,
         )  # fmt: skip

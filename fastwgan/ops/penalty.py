@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastwgan import checks, reference
-from fastwgan.backend import Backend, kernels, resolve, wide
+from fastwgan.backend import Backend, Resolved, kernels, resolve, wide
 from fastwgan.ops.autograd import Op, apply, differentiable, recompute
 from fastwgan.ops.calls import call_module, changed_tensors, empty_buffers, rebind_buffers
 from fastwgan.ops.rectifiers import LinearPieces
@@ -70,21 +70,22 @@ def penalty(gradients: Tensor, *, kind: str = "two-sided", target: float = 1.0, 
 
 
 def penalty_cotangent(
-    gradients: Tensor, kind: str, target: float, weight: float, backend: Backend
+    gradients: Tensor, kind: str, target: float, weight: float, backend: Resolved
 ) -> tuple[Tensor, Tensor]:
     """Return :func:`fastwgan.reference.penalty_cotangent`'s two without a graph, by one launch. For the trainer."""
     gradients = gradients.detach()
-    if resolve(backend, gradients.device) == "torch":
+    if backend == "torch":
         return reference.penalty_cotangent(gradients, kind=kind, target=target, weight=weight)
     return kernels.penalty.gradient_penalty(gradients, kind, target, weight, gradients.dtype)[1:]
 
 
 def input_gradient(
     critic: Callable[..., Tensor], x: Tensor, args: tuple[Any, ...],
-    ones_like: Callable[[Tensor], Tensor] = torch.ones_like, pack: int = 1,
+    ones_like: Callable[[Tensor], Tensor] = torch.ones_like, pack: int = 1, *, rectified: bool = False,
 ) -> Tensor:  # fmt: skip
     """Return d sum(critic(x, *args)) / dx, [N, ...], with a graph.
 
+    If ``rectified``, the critic has no rectifier or attention but such as this needs, and checks its scores itself.
     Raise ValueError for a critic that does not give scores for each of the N samples, writes to ``x``, or gives scores
     that do not depend on ``x`` (which is not seen inside torch.compile: the gradient is zero then).
     """
@@ -96,13 +97,15 @@ def input_gradient(
         rebind_buffers(critic, changed_tensors(given, rest))
         return gradient
     try:
-        with LinearPieces(), sdpa_kernel(SDPBackend.MATH):  # the other attention kernels have no second derivative
+        if rectified:
             scores = critic(x, *args)
+        else:
+            with LinearPieces(), sdpa_kernel(SDPBackend.MATH):  # the other attention kernels have no second derivative
+                scores = checks.scores("critic", critic(x, *args), x.shape[0], pack)
     except RuntimeError as error:
         if "leaf Variable" in str(error):
             raise ValueError(WRITES) from error
         raise
-    checks.scores("critic", scores, len(x), pack)
     if scores.requires_grad:
         (g,) = torch.autograd.grad(scores, x, ones_like(scores), create_graph=True, allow_unused=True)
         if g is not None:

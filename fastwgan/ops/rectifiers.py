@@ -6,11 +6,12 @@ pass computes weight gradients that are exactly zero, and adds them up. Here the
 pass, as it is almost everywhere, so that graph is not entered at all.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -49,6 +50,24 @@ _OURS: dict[Any, Any] = {
     F.leaky_relu: lambda input, negative_slope=0.01, inplace=False: _rectify(input, float(negative_slope), inplace),
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), lambda input, inplace=False: _rectify(input, None, inplace)),
 }
+
+
+def through(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """Return the output of layers, one after the other, with the rectifiers above in place of PyTorch's."""
+    for m in layers:
+        rectified = None
+        if isinstance(m, nn.ReLU):
+            rectified = _rectify(x, None, m.inplace)
+        elif isinstance(m, nn.LeakyReLU):
+            rectified = _rectify(x, float(m.negative_slope), m.inplace)
+        if rectified is not None:
+            x = rectified
+        elif type(m).__module__.startswith("torch.nn."):
+            x = m(x)
+        else:
+            with LinearPieces():
+                x = m(x)
+    return x
 
 
 class LinearPieces(TorchFunctionMode):

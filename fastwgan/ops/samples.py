@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastwgan import checks, reference
-from fastwgan.backend import Backend, kernels, resolve
+from fastwgan.backend import Backend, Resolved, kernels, resolve
 from fastwgan.ops.autograd import Op, apply
 
 
@@ -113,6 +113,13 @@ def interpolate(
     checks.seed("seed", seed)
     offset = checks.offset(offset, fake.device)
     if resolve(backend, fake.device) == "torch":
-        eps = _uniform(seed, offset, len(fake), fake.device)
-        return reference.interpolate(real, fake, seed=seed, offset=offset, eps=eps)
+        return interpolates(real, fake, seed, offset, "torch")
     return apply(_Interpolate, real, fake, seed, offset)
+
+
+def interpolates(real: Tensor, fake: Tensor, seed: int, offset: int | Tensor, backend: Resolved) -> Tensor:
+    """Return :func:`interpolate` of samples that match, with no graph from a launch. For the trainer."""
+    if backend == "triton":
+        return kernels.interpolate.interpolate(real, fake, seed, offset)[0]
+    eps = _uniform(seed, offset, fake.shape[0], fake.device)
+    return reference.interpolate(real, fake, seed=seed, offset=offset, eps=eps)

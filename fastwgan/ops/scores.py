@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastwgan import checks, reference
-from fastwgan.backend import Backend, kernels, resolve, wide
+from fastwgan.backend import Backend, Resolved, kernels, resolve, wide
 from fastwgan.ops.autograd import Op, apply, differentiable, recompute
 
 
@@ -178,24 +178,24 @@ def hinge_critic_loss(real_scores: Tensor, fake_scores: Tensor, *, backend: Back
     return _HingeCriticLoss.apply(real_scores, fake_scores)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def score_statistics(real_scores: Tensor, fake_scores: Tensor, backend: Backend) -> Tensor:
+def score_statistics(real_scores: Tensor, fake_scores: Tensor, backend: Resolved) -> Tensor:
     """Return [mean real, mean fake, Wasserstein estimate, its negative] without a graph. For the trainer."""
     real_scores, fake_scores = real_scores.detach(), fake_scores.detach()
-    if resolve(backend, real_scores.device) == "torch":
+    if backend == "torch":
         return reference.score_statistics(real_scores, fake_scores)
     return kernels.scores.mean_scores("critic", real_scores, fake_scores)[2]
 
 
 def objective(
     real_scores: Tensor | None, fake_scores: Tensor, *, blend: float, drift: float, weight: float,
-    scale: Tensor | None, backend: Backend,
+    scale: Tensor | None, backend: Resolved,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return statistics and weight * scale * d loss / d scores without a graph, by one launch. For the trainer.
 
     The statistics are :func:`score_statistics`', or [the generator's loss]. The slopes are flat, of real scores first.
     """
     scores = [x.detach() for x in (real_scores, fake_scores) if x is not None]
-    if resolve(backend, fake_scores.device) == "triton":
+    if backend == "triton":
         b = None if real_scores is None else scores[1]
         return kernels.objective.objective(scores[0], b, blend, drift, weight, scale, fake_scores.dtype)[1:]
     if real_scores is None:

@@ -1,5 +1,7 @@
 """RMSprop, WGAN's optimizer, and Adam, WGAN-GP's."""
 
+from operator import attrgetter
+
 import torch
 from torch import Tensor
 
@@ -7,13 +9,14 @@ from fastwgan import checks, reference
 from fastwgan.backend import Backend
 from fastwgan.optim.base import Gated, Options, Params
 
+_place = attrgetter("is_cpu", "dtype")
 NO_BIAS_CORRECTION = torch.tensor(1e30, device="cpu")  # a step count t at which 1 - beta^t is 1 for every beta < 1
 
 
 def _can_fuse(*tensors: Tensor) -> bool:
     """Return whether PyTorch's fused step on a CPU can take them: it takes every array to be contiguous."""
-    dtypes = (torch.float32, torch.float64)
-    return all(x.is_cpu and x.dtype in dtypes and x.is_contiguous() and not x.is_neg() for x in tensors)
+    here = {*map(_place, tensors)} <= {(True, torch.float32), (True, torch.float64)}
+    return here and all(map(Tensor.is_contiguous, tensors)) and not any(map(Tensor.is_neg, tensors))
 
 
 def _step_fused(

@@ -236,11 +236,11 @@ class Gated(Optimizer):
                 loss = closure()
         together, self._sent, self._shares = self._together, None, []
         seen = self._seen(together)
-        if seen is None or not _equal(seen, self._planned_for) or together is not self._planned_with:
+        if seen is None or together is not self._planned_with or not _equal(seen, self._planned_for):
             self._planned_for = None  # until all is known to be right
             self._plan = self._planned(together)
             self._planned_for, self._planned_with = seen, together
-        gate = self._gate(together) if self._plan else None
+        gate = together.gate if getattr(self, "found_inf", None) is None or not self._plan else self._gate_of_scaler()
         with torch.no_grad():
             for launch in self._plan:
                 if launch.backend == "torch":
@@ -304,11 +304,9 @@ class Gated(Optimizer):
             return group.get("clip")  # which a group that was added to a torch optimizer, whose groups are ours, lacks
         return together.bound if together.bounded.issuperset(map(id, group["params"])) else None
 
-    def _gate(self, together: Together) -> Tensor | None:
-        """Return the trainer's gate, or one of what a GradScaler has set for this step."""
-        found: Tensor | None = getattr(self, "found_inf", None)
-        if found is None:
-            return together.gate
+    def _gate_of_scaler(self) -> Tensor:
+        """Return a gate of what a GradScaler has set for this step."""
+        found: Tensor = self.found_inf  # type: ignore[attr-defined]
         scale: Tensor | None = getattr(self, "grad_scale", None)  # None once gradients have been unscaled
         factor = torch.ones_like(found) if scale is None else 1 / scale
         return torch.stack((found.reshape(()), factor.reshape(()))).float()

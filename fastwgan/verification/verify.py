@@ -81,7 +81,7 @@ def verify(
     if not isinstance(cond, (tuple, list)):
         raise TypeError(f"cond: expected a tuple of conditions, got {type(cond).__name__}")
     device = next(networks["critic"].parameters()).device
-    checks.samples("real", real, device)
+    checks.samples("real", real, device=device)
     if len(real) % checks.count("pack", pack):
         raise ValueError(f"real: expected a multiple of pack={pack} samples, got {len(real)}")
     if Ranks(device).world > 1:
