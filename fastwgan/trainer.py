@@ -266,10 +266,10 @@ class Trainer:
             raise ValueError("batches: expected real samples and their conditions, got an empty tuple")
         for real, *_ in parts:
             self._check_real(real)
-        self._steps.generator.follow()  # before the critic is changed
         weights = tuple(self.constraint.penalty_weight(self.critic_iterations + i) for i in range(left))
         found = None if self.critic_scheduler is not None else self._steps.take_iteration(weights, parts)
         if found is None:
+            self._steps.generator.follow()  # before the critic is changed
             return [self.step(*part) for part in parts]
         metrics = [self._critic_step_done(each, weight) for each, weight in zip(found, weights, strict=False)]
         metrics[-1].include(self._generator_step_done(found[-1]))

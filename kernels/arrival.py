@@ -64,21 +64,22 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def zero(device: torch.device, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+def zero(device: torch.device, dtype: torch.dtype = torch.int32, *, capture: bool | None = None) -> torch.Tensor:
     """A [1] integer that is zero between launches, for the kernels of the current stream, which come one by one.
 
     A captured launch gets one of its own, as its graph may be replayed beside others or on another stream. It was
     allocated and zeroed before the capture: zeroing it inside would add a kernel to every replay.
     """
     spares = _spares.setdefault((device, dtype), [])
-    if capturing(device):
+    if capturing(device) if capture is None else capture:
         if not spares:  # memory of the graph's, which is given back with it
             return torch.zeros(1, dtype=dtype, device=device)
         _captured.append(spares.pop())
         return _captured[-1]
     if len(spares) < SPARES:  # 16 bytes apart: Triton compiles another kernel for pointers not aligned to 16
         spares.extend(torch.zeros(SPARES, 16 // dtype.itemsize, dtype=dtype, device=device)[:, :1].unbind())
-    key = (device, stream_of(device), dtype)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = (device, stream, dtype)
     if key not in _zeros:
         _zeros[key] = torch.zeros(1, dtype=dtype, device=device)
     return _zeros[key]

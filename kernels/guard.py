@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import table
+from . import arrival, table
 from .arithmetic import divide
 from .arrival import MAX_PROGRAMS, is_last, mean_of_partials, zero
 from .layout import accumulator, triton_dtype
@@ -130,7 +130,7 @@ class Guard:
         ``scores`` are (real, fake), (fake,) or none. Returns [mean real, mean fake, mean real - mean fake, mean fake -
         mean real], [-mean fake] or nothing, with the number of elements that are not finite behind it.
         """
-        device = tally.device
+        device, capture = tally.device, arrival.capturing(tally.device)
         by_dtype: dict[torch.dtype, list[int]] = {}
         for i, g in enumerate(gradients):
             by_dtype.setdefault(g.dtype, []).append(i)
@@ -144,11 +144,11 @@ class Guard:
             for k, (dtype, members) in enumerate(by_dtype.items(), 1):
                 own = [gradients[i] for i in members]
                 block = LARGE_BLOCK if sum(map(torch.Tensor.numel, own)) >= LARGE else BLOCK
-                rows, owners = self._tables.addresses(own, block, members)
+                rows, owners = self._tables.addresses(own, block, members, capture=capture)
                 final = k == len(by_dtype)
                 _guard_kernel[(max(owners.shape[0], blocks),)](
-                    rows, owners, tally, gate, gate if scale is None else scale, a, b, stats, partial, zero(device),
-                    owners.shape[0], len(gradients), a.numel(), b.numel(),
+                    rows, owners, tally, gate, gate if scale is None else scale, a, b, stats, partial,
+                    zero(device, capture=capture), owners.shape[0], len(gradients), a.numel(), b.numel(),
                     DTYPE=triton_dtype(dtype), FORM=form if final else "none",
                     SCALED=scale is not None, FINAL=final, BLOCK=block, SCORES_BLOCK=SCORES_BLOCK,
                     MAX_PROGRAMS=MAX_PROGRAMS, num_warps=8, enable_fp_fusion=True,

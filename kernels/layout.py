@@ -1,14 +1,18 @@
 """Arrays and number formats as the kernels want them."""
 
+from functools import cache
+
 import torch
 import triton.language as tl
 
 
+@cache
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of arithmetic on ``dtype``, and of sums and statistics: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@cache
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     """Return Triton's name of ``dtype``."""
     return getattr(tl, str(dtype).removeprefix("torch."))

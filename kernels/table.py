@@ -10,7 +10,7 @@ table be allocated then: it could get memory that the captured work has used bef
 tables for captures are set aside beforehand.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 import triton
@@ -47,9 +47,9 @@ def pointers(row_ptr, COLUMN: tl.constexpr, start, lanes, DTYPE: tl.constexpr, A
 _pending: list[tuple[torch.Tensor, torch.Tensor]] = []
 
 
-def upload(host: torch.Tensor, out: torch.Tensor) -> bool:
+def upload(host: torch.Tensor, out: torch.Tensor, *, capture: bool | None = None) -> bool:
     """Copy ``host`` (CPU) to ``out`` in stream order, without waiting; return False in a capture, which delays it."""
-    if capturing(out.device):
+    if capturing(out.device) if capture is None else capture:
         _pending.append((out, host))
         return False
     out.copy_(host.pin_memory() if out.device.type == "cuda" else host, non_blocking=True)
@@ -97,63 +97,58 @@ class Tables:
     """Device tables of one launcher, cached by content."""
 
     def __init__(self) -> None:
-        self._cache: dict[Hashable, torch.Tensor] = {}
+        self._cache: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._owners: dict[tuple[int, ...], torch.Tensor] = {}
         self._spares: dict[torch.Size, list[torch.Tensor]] = {}
         self._captured: list[torch.Tensor] = []  # a graph reads them for as long as it lives
 
-    def _get(
-        self, key: Hashable, device: torch.device, make: Callable[[], torch.Tensor], *, capture: bool
-    ) -> torch.Tensor:
-        if capture:
-            table = self._cache.get(key)
-            if table is None:
-                host = make()
-                spares = self._spares.get(host.shape)
-                if not spares:
-                    raise RuntimeError(NOT_WARM)
-                table = spares.pop()
-                upload(host, table)
-            self._captured.append(table)
-            return table
-        table = self._cache.pop(key, None)
-        if table is None:
-            host = make()
-            table = torch.empty_like(host, device=device)
-            upload(host, table)
-            if len(self._cache) >= CACHED:
-                del self._cache[next(iter(self._cache))]  # the least recently used
-        spares = self._spares.setdefault(table.shape, [])
-        if len(spares) < SPARES:
-            # Each by itself, so that it is aligned as a table is: a kernel is compiled for that, and none in a capture.
-            spares.extend(torch.empty_like(table) for _ in range(SPARES))
-        self._cache[key] = table
+    def _table(self, host: torch.Tensor, device: torch.device, *, capture: bool) -> torch.Tensor:
+        spares = self._spares.get(host.shape)
+        if capture and not spares:
+            raise RuntimeError(NOT_WARM)
+        table = spares.pop() if capture and spares else torch.empty_like(host, device=device)
+        upload(host, table, capture=capture)
         return table
 
     def addresses(
         self, params: Sequence[torch.Tensor], blocks: int | Sequence[int], hyper_rows: Sequence[int],
         grads: Sequence[torch.Tensor] = (), states: Sequence[Sequence[torch.Tensor]] = (),
-        steps: Sequence[torch.Tensor] = (), averages: Sequence[torch.Tensor] = (),
+        steps: Sequence[torch.Tensor] = (), averages: Sequence[torch.Tensor] = (), *, capture: bool | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Return (rows [tensors, COLUMNS] int64, chunk owners [chunks] int32): which tensor each block is in.
 
         ``blocks`` are the elements of a block, of all tensors or of each; ``states`` are up to three lists. Optional
-        lists are empty or have one to a tensor. Rows are made in Python once for each set of addresses.
+        lists are empty or have one to a tensor. ``capture``: whether the launch is captured, None to find out.
         """
         device, pointer = params[0].device, torch.Tensor.data_ptr
+        capture = capturing(device) if capture is None else capture
         arrays = (params, grads, *(*states, (), (), ())[:3], averages)  # as the columns
         addresses, counts = [tuple(map(pointer, x)) for x in arrays], tuple(map(pointer, steps))
         numels = tuple(map(torch.Tensor.numel, params))
         sizes = [blocks] * len(numels) if isinstance(blocks, int) else blocks
         chunks = tuple([-(-numel // block) for numel, block in zip(numels, sizes, strict=True)])
 
-        def make() -> torch.Tensor:
+        key = (*addresses, counts, numels, chunks, *hyper_rows)
+        found = self._cache.get(key) if capture else self._cache.pop(key, None)
+        if found is None:
             none, rows, first = (0,) * len(numels), [], 0
             for i, pointers in enumerate(zip(*(column or none for column in addresses), strict=True)):
                 aligned = all(pointer % 16 == 0 for pointer in pointers)
                 rows.append((*pointers, (counts or none)[i], numels[i], first, hyper_rows[i], int(aligned)))
                 first += chunks[i]
-            return torch.tensor(rows, dtype=torch.int64, device="cpu")
-
-        capture = capturing(device)
-        table = self._get((*addresses, counts, numels, chunks, *hyper_rows), device, make, capture=capture)
-        return table, self._get(chunks, device, lambda: _owners(chunks), capture=capture)
+            owners = self._owners.get(chunks)
+            if owners is None:
+                owners = self._table(_owners(chunks), device, capture=capture)
+            found = self._table(torch.tensor(rows, dtype=torch.int64, device="cpu"), device, capture=capture), owners
+        if capture:
+            self._captured += found
+            return found
+        self._cache[key], self._owners[chunks] = found, found[1]  # the most recently used are the last
+        for kept in (self._cache, self._owners):
+            if len(kept) > CACHED:
+                del kept[next(iter(kept))]
+        spares = self._spares.setdefault(found[0].shape, [])
+        if len(spares) < SPARES:
+            # Each by itself, so that it is aligned as a table is: a kernel is compiled for that, and none in a capture.
+            spares.extend(torch.empty_like(found[0]) for _ in range(SPARES))
+        return found

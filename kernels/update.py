@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import table
+from . import arrival, table
 from .arithmetic import divide, one_minus_power, sqrt, toward
 from .arrival import is_last, store_share, zero
 from .layout import accumulator, triton_dtype
@@ -170,14 +170,15 @@ class Update:
         ``gate`` is guard.py's; None is 0 and 1. Returns the share of clamped weights on their bound (0-d float32; NaN
         if nothing was done), or None if no row has a bound.
         """
-        device = params[0].device
+        device, others = params[0].device, (grads, states, steps, averages or ())
+        capture = arrival.capturing(device)
         with torch.cuda.device_of(params[0]):
-            rows, owners = self._tables.addresses(params, BLOCK, hyper_rows, grads, states, steps, averages or ())
+            rows, owners = self._tables.addresses(params, BLOCK, hyper_rows, *others, capture=capture)
             clamped = sum([p.numel() for p, i in zip(params, hyper_rows, strict=True) if hyper[i][-1] != float("inf")])
             share = torch.empty((), dtype=torch.float32, device=device)
             _update_kernel[(owners.shape[0],)](
                 rows, owners, self._hyper.set(hyper), self._open if gate is None else gate,
-                zero(device, torch.int64), share, zero(device), len(params), clamped,
+                zero(device, torch.int64, capture=capture), share, zero(device, capture=capture), len(params), clamped,
                 DTYPE=self._dtype, ALGORITHM=algorithm, HAS_MOMENTUM=momentum, CENTERED=centered,
                 AVERAGED=averages is not None, BLOCK=BLOCK, num_warps=16 if self._dtype == tl.float64 else 8,
                 enable_fp_fusion=True,

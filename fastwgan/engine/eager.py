@@ -26,6 +26,7 @@ from fastwgan.ops.penalty import NO_DEPENDENCE, WRITES, input_gradient, penalty_
 from fastwgan.ops.rectifiers import through
 from fastwgan.ops.scores import objective
 
+_form = attrgetter("shape", "dtype", "device", "layout")
 hooks_of = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")  # of a parameter, which backward passes call
 NO_GRAPH = "its output: expected to depend on its parameters, got one without a graph"
 
@@ -76,17 +77,22 @@ class Eager:
         wanted = amp is not None or torch.is_autocast_enabled(kind)
         return torch.autocast(kind, amp, cache_enabled=False) if wanted else nullcontext()
 
-    def score(self, samples: Tensor, *cond: Any, layers: Sequence[nn.Module] | None = None) -> Tensor:
-        """Return the critic's scores, by its ``layers`` where these are known, with rectifiers of this package's."""
+    def score(self, samples: Tensor, *cond: Any) -> Tensor:
+        """Return the critic's scores."""
         with self._autocast():
-            scores = self._critic(samples, *cond) if layers is None else through(layers, samples)
+            scores = self._critic(samples, *cond)
         return checks.scores("critic", scores, samples.shape[0], self._settings.pack, self._device)
 
+    def _score_by(self, layers: Sequence[nn.Module], samples: Tensor) -> Tensor:
+        """Return the scores by the critic's layers, in which rectifiers have no second derivative."""
+        with self._autocast():
+            return through(layers, samples)
+
     def samples(self, z: Any, *cond: Any) -> Tensor:
-        """Return the generator's samples."""
+        """Return the generator's samples, whatever they are."""
         with self._autocast():
             samples: Tensor = self._generator(z, *cond)
-        return checks.samples("generator: its output", samples, device=self._device)
+        return samples
 
     def pair(self, real: Tensor, z: Any, cond: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """Return real and fake samples of one shape and dtype, made without a graph through the generator."""
@@ -95,9 +101,11 @@ class Eager:
         if self._settings.amp is not None:
             real = real.float()
         # If real samples have another dtype than the critic, it is they that do not fit.
-        if real.dtype != fake.dtype and real.dtype == next(self._critic.parameters()).dtype:
+        floating = isinstance(fake, Tensor) and fake.is_floating_point()
+        if floating and real.dtype != fake.dtype and real.dtype == next(self._critic.parameters()).dtype:
             fake = fake.to(real.dtype)
-        if (fake.shape, fake.dtype, fake.device) != (real.shape, real.dtype, real.device):
+        if not isinstance(fake, Tensor) or _form(fake) != _form(real):
+            checks.samples("generator: its output", fake, device=self._device)
             checks.like("generator: its output", fake, "real", real, shape=True)
         return real, fake
 
@@ -129,7 +137,7 @@ class Eager:
                     seeds_like = rounded.expand_as
                 score = self.score
                 if rectified := layers is not None and InstanceNoise not in map(type, layers):
-                    score = partial(self.score, layers=layers)
+                    score = partial(self._score_by, layers)
                 gradients = input_gradient(score, x.requires_grad_(), cond, seeds_like, pack, rectified=rectified)
                 unscaled = gradients.detach() if scale is None else gradients.detach() / rounded.float()
                 of_packs = unscaled if pack == 1 else packed(unscaled, pack)
@@ -148,7 +156,7 @@ class Eager:
     ) -> Passed:  # fmt: skip
         """Take the gradients of the generator's loss; the critic, whose parameters are ``frozen``, gets ``dtype``."""
         with torch.enable_grad(), _without_gradients(frozen):
-            fake = self.samples(z, *cond)
+            fake = checks.samples("generator: its output", self.samples(z, *cond), device=self._device)
             if len(fake) != batch:
                 raise ValueError(f"generator: its output: expected shape [{batch}, ...], got {tuple(fake.shape)}")
             if not fake.requires_grad:

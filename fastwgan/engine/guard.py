@@ -63,7 +63,7 @@ class Guard:
             elif not is_dense(p.grad):
                 p.grad = p.grad.contiguous()
         gradients = [p.grad for p in parameters if p.grad is not None and p.numel()]
-        return [g._values() if g.is_sparse else g for g in gradients]
+        return [g._values().contiguous() if g.is_sparse else g for g in gradients]
 
     def check(
         self, parameters: Sequence[nn.Parameter], scores: tuple[Tensor, ...] = ()
@@ -76,8 +76,7 @@ class Guard:
         gradients = self.gradients(parameters)
         if self._backend == "triton":
             self._kernel = self._kernel or kernels.guard.Guard()
-            dense = [g if is_dense(g) else g.contiguous() for g in gradients]  # the values of sparse ones may not be
-            found = self._kernel.launch(dense, scores, self._tally, self.gate, self._scale)
+            found = self._kernel.launch(gradients, scores, self._tally, self.gate, self._scale)
             return found[:-1] if scores else None, found[-1]
         quick = self._device.type == "cpu" and self._scale is None
         # One sum each shows that all is finite; one that overflowed only sends us the longer way.

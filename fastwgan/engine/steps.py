@@ -55,8 +55,9 @@ class Steps:
     def take_critic_step(self, weight: float, real: Tensor, cond: Part) -> Found:
         """Return the results of a critic step whose penalty has a weight, or none at 0."""
         z = self.latents.given(real.shape[0]) if callable(self.latents.latent) else None
-        found = self._run(self._critic_step, weight, real, z, *cond)
-        self._count(weight, real)
+        numbers = self._constraint.random_numbers(real.shape[0], self._pack) if weight else 0
+        found = self._run(self._critic_step, weight, numbers, real, z, *cond)
+        self._count(numbers, real)
         return (found, 0) if isinstance(found, Replayed) else Settled._make(found)
 
     def take_generator_step(self, batch: int, cond: Part) -> Found:
@@ -70,10 +71,10 @@ class Steps:
         uneven = len({(real.shape, real.dtype) for real, *_ in parts}) > 1  # then one may not fit, and the others do
         if self.graphs is None or callable(self.latents.latent) or uneven or len(parts) > MOST_CAPTURED:
             return None
-        sizes = tuple(map(len, parts))
-        found = self._run(self._iteration, weights, sizes, *chain.from_iterable(parts))
-        for weight, (real, *_) in zip(weights, parts, strict=True):
-            self._count(weight, real)
+        sizes, real = tuple(map(len, parts)), parts[0][0]
+        numbers = tuple([self._constraint.random_numbers(real.shape[0], self._pack) if w else 0 for w in weights])
+        found = self._run(self._iteration, weights, numbers, sizes, *chain.from_iterable(parts))
+        self._count(sum(numbers), real)
         if isinstance(found, Replayed):
             return [(found, i) for i in range(len(parts) + 1)]
         outputs = iter(found)
@@ -97,25 +98,25 @@ class Steps:
             self.latents.go_back(before)
             raise
 
-    def _count(self, weight: float, real: Tensor) -> None:
-        """Count what a critic step has used of the stream of eps, on all ranks."""
+    def _count(self, numbers: int, real: Tensor) -> None:
+        """Count what critic steps have used of the stream of eps, in each rank."""
         self._sample_dtype = real.dtype if self._settings.amp is None else torch.float32
-        if weight:
-            self.latents.used += self._constraint.random_numbers(real.shape[0], self._pack) * self._ranks.world
+        self.latents.used += numbers * self._ranks.world
 
     # What a graph replays
 
-    def _critic_step(self, weight: float, real: Tensor, z: Any, *cond: Any) -> Settled:
-        """Return the results of a critic step: draw, make fakes, choose points, share, differentiate, settle."""
-        n = real.shape[0]
+    def _critic_step(self, weight: float, numbers: int, real: Tensor, z: Any, *cond: Any) -> Settled:
+        """Return the results of a critic step: draw, make fakes, choose points, share, differentiate, settle.
+
+        The points take so many ``numbers`` of the stream of eps.
+        """
         if self._settings.independent_samples:
             self.sharing.check(real, cond)
         parameters = self.critic.prepare()
-        z = self.latents.of_step(n, z)
+        z = self.latents.of_step(real.shape[0], z)
         real, fake = self.passes.pair(real, z, cond)
         penalised = None
         if weight:
-            numbers = self._constraint.random_numbers(n, self._pack)
             draw = self.latents.draw(numbers)
             penalised = self._constraint.points(real, fake, weight, draw, self._pack, self._backend)
             if self.graphs is not None:
@@ -132,13 +133,16 @@ class Steps:
         found = self.passes.generator(parameters, frozen, z, cond, batch, dtype, self.generator.guard.scale)
         return self.generator.settle(found)
 
-    def _iteration(self, weights: tuple[float, ...], sizes: tuple[int, ...], *flat: Any) -> graphs.Outputs:
+    def _iteration(
+        self, weights: tuple[float, ...], numbers: tuple[int, ...], sizes: tuple[int, ...], *flat: Any
+    ) -> graphs.Outputs:
         """Return the results of an iteration's critic steps, and behind them of its generator step."""
         rest = iter(flat)
         parts = [tuple(islice(rest, size)) for size in sizes]
         outputs: list[Tensor | None] = []
-        for weight, (real, *cond) in zip(weights, parts, strict=True):
-            outputs += self._critic_step(weight, real, None, *cond)
+        self.generator.follow()  # before the critic is changed
+        for weight, own, (real, *cond) in zip(weights, numbers, parts, strict=True):
+            outputs += self._critic_step(weight, own, real, None, *cond)
         real, *cond = parts[-1]
         dtype = real.dtype if self._settings.amp is None else torch.float32
         return *outputs, *self._generator_step(real.shape[0], dtype, None, *cond)

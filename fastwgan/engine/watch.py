@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 from fastwgan.optim import Gated
 
 flat = chain.from_iterable
-_parts = attrgetter("_modules", "_parameters", "_buffers")
-_hooks = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+PARTS = ("_modules", "_parameters", "_buffers")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_parts, _hooks, _dicts = attrgetter(*PARTS), attrgetter(*HOOKS), attrgetter(*PARTS, *HOOKS)
 _hooks_of_tensor = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
 _requires_grad = attrgetter("requires_grad")
 _code = attrgetter("__call__", "_call_impl", "forward")
@@ -82,10 +83,10 @@ class Watch:
         return (
             [*flat(attributes)], [*flat(map(dict.values, attributes))],
             [*map(list, self._sequences)], [*map(list, map(dict.items, self._dicts))],
-            [*map(id, flat(map(_parts, modules)))], [*map(id, flat(map(dict.values, self._part_dicts)))],
+            [*map(id, flat(map(_dicts, modules)))], [*map(id, flat(map(dict.values, self._part_dicts)))],
             [*map(type, modules)], [*map(_code, self._kinds)], [*map(_code_of_convolution, self._convolutions)],
-            [*map(id, flat(map(_hooks, modules)))], [*map(id, flat(map(_hooks_of_tensor, self._tensors)))],
-            [*flat(self._hook_dicts)], _has_any_global_hook(),  # type: ignore[no-untyped-call]
+            [*map(id, flat(map(_hooks_of_tensor, self._tensors)))], [*flat(self._hook_dicts)],
+            _has_any_global_hook(),  # type: ignore[no-untyped-call]
             [*map(Tensor.data_ptr, tensors)], [*map(_requires_grad, self._tensors)],
             [*map(id, groups)], [*map(id, flat(map(_params, groups)))], self._variants,
         )  # fmt: skip

@@ -55,18 +55,16 @@ _OURS: dict[Any, Any] = {
 def through(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
     """Return the output of layers, one after the other, with the rectifiers above in place of PyTorch's."""
     for m in layers:
-        rectified = None
-        if isinstance(m, nn.ReLU):
-            rectified = _rectify(x, None, m.inplace)
-        elif isinstance(m, nn.LeakyReLU):
-            rectified = _rectify(x, float(m.negative_slope), m.inplace)
-        if rectified is not None:
-            x = rectified
-        elif type(m).__module__.startswith("torch.nn."):
-            x = m(x)
-        else:
+        kind = type(m)
+        if isinstance(m, nn.ReLU) and not m.inplace:
+            x = _Rectify.apply(x, None, False)  # type: ignore[no-untyped-call]
+        elif isinstance(m, nn.LeakyReLU) and not m.inplace and m.negative_slope >= 0:
+            x = _Rectify.apply(x, float(m.negative_slope), False)  # type: ignore[no-untyped-call]
+        elif kind in (nn.ReLU, nn.LeakyReLU) or not kind.__module__.startswith("torch.nn."):
             with LinearPieces():
                 x = m(x)
+        else:
+            x = m(x)
     return x
 
 

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter, itemgetter
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 
 from fastwgan import checks, reference
 from fastwgan.backend import Backend, check_backend, kernels, resolve
-from fastwgan.ops.layout import laid_out, written
+from fastwgan.ops.layout import is_dense, laid_out, written
 from fastwgan.ops.weights import Share, combine_shares, saturation
 
 Options = dict[str, Any]  # of a parameter group, or what a parameter has for state
@@ -344,7 +345,7 @@ class Gated(Optimizer):
     def _is_plain(self, p: Tensor, group: Options, averages: dict[Tensor, Tensor]) -> bool:
         """Return whether p's state is there, and its arrays lie in memory as p does, as a kernel wants them."""
         state, names = self.state.get(p, {}), [name for name in self._used_states(group) if name is not None]
-        if not {"step", *names} <= state.keys() or p.grad is None or p.grad.is_neg():
+        if not {"step", *names} <= state.keys() or p.grad is None or p.grad.is_neg() or not is_dense(p):
             return False
         arrays = [p.grad, *(state[name] for name in names), *([averages[p]] if p in averages else [])]
         right = all(state[name].dtype == p.dtype and state[name].device == p.device for name in names)
@@ -386,7 +387,7 @@ class Gated(Optimizer):
             self._apart[key] = places
         if gate is not None:  # a GradScaler has one, on one of the devices
             gate = gate.to(device, non_blocking=True)
-        with written(given) as params:
+        with nullcontext(given) if launch.plain else written(given) as params:
             grads, columns = [*map(_grad, given)], launch.columns
             if not launch.plain:
                 grads, columns = self._laid_out(launch, params, averages if averaged else None)
@@ -396,6 +397,8 @@ class Gated(Optimizer):
                 self._algorithm, params, grads, columns[:-1], columns[-1], launch.hyper, launch.rows, gate=gate,
                 averages=[averages[p] for p in given] if averaged else None, momentum=momentum, centered=centered,
             )  # fmt: skip
+        if launch.plain:
+            torch.autograd.graph.increment_version(given)
         if share is not None:
             self._shares.append((share, launch.clamped))
 

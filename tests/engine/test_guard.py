@@ -84,7 +84,7 @@ def test_large_networks_go_by_larger_blocks(dtype, device, monkeypatch):
     monkeypatch.setattr(kernels.guard, "LARGE", large)
     launcher, blocks = kernels.guard.Guard(), []
     addresses = launcher._tables.addresses
-    launcher._tables.addresses = lambda *args: blocks.append(args[1]) or addresses(*args)
+    launcher._tables.addresses = lambda *args, **how: blocks.append(args[1]) or addresses(*args, **how)
     for numel in (large - 6, large - 5, 2 * large, 2 * large + 1):
         gradients = [randn(n, device, dtype) for n in (numel, 5)]
         gradients[0][[0, numel // 2, numel - 1]] = math.nan

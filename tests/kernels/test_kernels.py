@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 def _uploads(monkeypatch):
     calls = []
     upload = table.upload
-    monkeypatch.setattr(table, "upload", lambda host, out: calls.append(host.shape) or upload(host, out))
+    monkeypatch.setattr(table, "upload", lambda host, out, **how: calls.append(host.shape) or upload(host, out, **how))
     return calls
 
 
