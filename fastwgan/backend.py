@@ -1,6 +1,5 @@
 """Which implementation runs an op: Triton kernels or the plain-PyTorch reference."""
 
-from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -33,7 +32,6 @@ for _function in (
         _function(torch.zeros(1, dtype=_dtype, device="cpu"))
 
 
-@cache
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that arithmetic on a floating ``dtype`` runs in: float64 stays, all else is float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

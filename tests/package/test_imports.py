@@ -34,6 +34,7 @@ ORDER = [
     "constraints",
     "engine",
     "engine.structure",
+    "engine.watch",
     "engine.ranks",
     "engine.guard",
     "engine.latents",

@@ -228,7 +228,7 @@ STEPS = [
             "c": lambda layers, x: layers(x) if torch.equal(x, REAL) else layers(x)[:4],
             "options": {"critic": normed},
         },
-        ValueError, r"critic: its output: expected that for real samples's shape \(8, 1\), got \(4, 1\)",
+        ValueError, r"critic: its output: expected shape \[8, \.\.\.\], got \(4, 1\)",
     ),
     case("penalty-written-to", of_critic, {"c": in_place, "options": {"constraint": PENALTY}},
          ValueError, "critic: expected a forward pass that writes to neither its input nor its parameters, got one"),

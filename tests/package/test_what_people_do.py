@@ -396,11 +396,15 @@ def test_views_of_one_weight_that_overlap_are_refused(apart):
 
 
 @pytest.mark.emulated
-def test_norms_of_a_weight_and_its_frozen_alias_are_refused_before_the_update():
+def test_norms_of_a_weight_and_its_frozen_alias_are_refused_before_a_step():
     critic = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     critic[1].weight = nn.Parameter(critic[0].weight.data, requires_grad=False)
-    trainer = Trainer(nn.Linear(3, 2), critic, latent=3, constraint=NormClip(0.1), backend="triton")
     before = weights(critic)
+    with pytest.raises(ValueError, match="^params: expected each in memory of its own"):
+        Trainer(nn.Linear(3, 2), critic, latent=3, constraint=NormClip(0.1), backend="triton")
+    critic[1].weight = nn.Parameter(torch.ones(2, 2))
+    trainer = Trainer(nn.Linear(3, 2), critic, latent=3, constraint=NormClip(0.1), backend="triton")
+    critic[1].weight = nn.Parameter(critic[0].weight.data, requires_grad=False)
     with pytest.raises(ValueError, match="^params: expected each in memory of its own"):
         trainer.step(torch.randn(N, 2))
     assert torch.equal(weights(critic), before)
