@@ -270,7 +270,7 @@ class Trainer:
         for real, *_ in parts:
             self._check_real(real)
         self._steps.generator.check()  # before the critic is changed
-        weights = tuple(self.constraint.penalty_weight(self.critic_iterations + i) for i in range(left))
+        weights = self._weights(left)
         found = None if self.critic_scheduler is not None else self._steps.take_iteration(weights, parts)
         if found is None:
             return [self.step(*part) for part in parts]
@@ -278,6 +278,29 @@ class Trainer:
         metrics[-1].include(self._generator_step_done(found[-1]))
         self._watch()
         return metrics
+
+    def _weights(self, n: int, ahead: int = 0) -> tuple[float, ...]:
+        """Return the penalty's weights in ``n`` critic steps."""
+        return tuple(self.constraint.penalty_weight(self.critic_iterations + ahead + i) for i in range(n))
+
+    def batches_at_once(self) -> int:
+        """Return how many batches :meth:`iteration` would take next as a CUDA graph that serves again; 1 for none.
+
+        A part of an iteration would need a graph of its own. It is 1, too, where :meth:`step` or what it calls has been
+        overridden or patched, and so is to be called.
+        """
+        own = all(getattr(getattr(self, name), "__func__", None) is method for name, method in _OWN.items())
+        if not own or self._critic_steps_due or self.critic_scheduler is not None or not self._steps.takes_whole(1):
+            return 1
+        left = self._critic_steps_left()
+        if not self._steps.takes_whole(left) or self._weights(left) != self._weights(left, ahead=left):
+            return 1
+        try:
+            for player in self._steps.players:
+                player.check()
+        except ValueError:  # as the step that it concerns will say
+            return 1
+        return left
 
     def check_finite(self) -> None:
         """Wait for the steps so far, and raise FloatingPointError if ``nonfinite`` asks for it.
@@ -420,3 +443,6 @@ class Trainer:
             raise ValueError(f"path: {path} holds no trainer")
         self.load_state_dict(content["trainer"])
         self.last_checkpoint = os.fspath(path)
+
+
+_OWN = {name: getattr(Trainer, name) for name in ("step", "generator_step", "iteration")}  # as they are in this class

@@ -25,6 +25,7 @@ from fastwgan.training.logs import CSVLog, Interval, Progress, TensorBoardLog
 
 Log = CSVLog | TensorBoardLog | Progress
 Draw = Callable[[Tensor, Path], None]
+Parts = list[Any]  # a batch's samples and conditions
 
 
 class TrainerLike(Protocol):
@@ -41,6 +42,8 @@ class TrainerLike(Protocol):
     last_checkpoint: str | None
 
     def step(self, real: Tensor, *cond: Any) -> Metrics: ...
+    def iteration(self, batches: Iterable[Any]) -> list[Metrics]: ...
+    def batches_at_once(self) -> int: ...
     def sample(self, n: int, *, ema: bool, seed: int) -> Tensor: ...
     def check_finite(self) -> None: ...
     def full_state_dict(self) -> dict[str, Any]: ...
@@ -54,9 +57,12 @@ def fit(
 ) -> int:  # fmt: skip
     """Call ``trainer.step`` on ``steps`` batches; return how many: fewer after Ctrl-C, or if a callback returns True.
 
-    Either ends the loop after the step under way, with everything written. If batches, a callback or ``draw`` raise, a
-    checkpoint is left behind. A :class:`fastwgan.training.HealthWarning` tells of numbers that look like a known kind
-    of failure, each kind once.
+    Where ``trainer.iteration`` takes batches alike as one CUDA graph, and no row, picture or checkpoint is due among
+    them, it does, to the same end. An iteration's batches are then read before its first step.
+
+    Either ends the loop after the step or iteration under way, with everything written. If batches, a callback or
+    ``draw`` raise, a checkpoint is left behind. A :class:`fastwgan.training.HealthWarning` tells of numbers that look
+    like a known kind of failure, each kind once.
 
     With several ranks every one calls this, on batches of its own. Rank 0 writes, draws, calls back and tells of
     progress; the others have to name ``out`` as well. They agree on an early end, at the rows of the log. Where one
@@ -101,10 +107,13 @@ def fit(
             import_module(package)  # a missing one shows before anything is written
     directory, start, ranks = None if out is None else Path(out), trainer.critic_iterations, trainer.ranks
     first, alone = ranks.rank == 0, ranks.world == 1
+    stop, interval, health, logs = threading.Event(), Interval(), Health(trainer.constraint), list[Log]()
     if directory is not None and not start and (directory / checkpoint.LAST).exists():
         raise ValueError(f"out: {directory} holds a run, which a new one would overwrite")
-    run = _Run(trainer, batches, directory, config, keep, draw if first else None, sample_count)
-    stop, interval, health, logs = threading.Event(), Interval(), Health(trainer.constraint), list[Log]()
+    run = _Run(
+        trainer, batches, steps, directory, config, keep, draw if first else None, sample_count, stop,
+        (log_every, save_every, *([] if sample_every is None else [sample_every])),
+    )  # fmt: skip
 
     def due(every: int | None) -> bool:
         return every is not None and trainer.critic_iterations % every == 0
@@ -113,9 +122,9 @@ def fit(
         """Return whether to end early, which several ranks agree on at the rows of the log."""
         return (alone or due(log_every)) and not ranks.all(not stop.is_set(), trainer.device)
 
-    def advise(values: list[dict[str, float]]) -> None:
+    def advise(values: list[dict[str, float]], step: int) -> None:
         for advice in health.watch(values) if first else ():
-            warnings.warn(f"step {trainer.critic_iterations}: {advice}", HealthWarning, stacklevel=3)  # fit's caller
+            warnings.warn(f"step {step}: {advice}", HealthWarning, stacklevel=3)  # fit's caller
 
     def report() -> None:
         """Write a row of the log and call back; a callback that returns True ends the training."""
@@ -138,27 +147,21 @@ def fit(
             logs.append(stack.enter_context(closing(Progress(start, start + steps))))
         if threading.current_thread() is threading.main_thread():  # no other may handle signals
             stack.enter_context(_interruptible(stop, alone=alone))
-        stream = endless(batches, trainer.device, trainer.pack)
-        while run.done < steps and not ended():
-            with run.saved_on(BaseException):
-                parts = next(parts for parts in stream if parts is not None or (alone and stop.is_set()))
-            if parts is None:  # it fills no pack, and Ctrl-C has come
-                break
-            with run.saved_on(TypeError, ValueError):  # the batch cannot be used; no weight has changed
-                metrics = trainer.step(*parts)
-            run.done += 1
+        for group in run.groups(ended):
+            found = run.take(group)
             with run.saved_on(BaseException):
                 row = due(log_every)
-                advise(interval.add(metrics, last=row))
+                for i, metrics in enumerate(found, 1 - len(found)):
+                    advise(interval.add(metrics, last=row and not i), trainer.critic_iterations + i)
                 if row:
                     report()
                 if due(sample_every):
                     run.picture()
-            if due(save_every) and run.done < steps and not (alone and stop.is_set()):
+            if due(save_every) and run.done < steps and not run.halted:
                 run.save()
         with run.saved_on(BaseException):
             if interval:
-                advise(interval.read())
+                advise(interval.read(), trainer.critic_iterations)
                 report()
             if not due(sample_every):
                 run.picture()
@@ -173,11 +176,14 @@ class _Run:
 
     trainer: TrainerLike
     batches: Iterable[Any]
+    steps: int
     directory: Path | None
     config: dict[str, Any] | None
     keep: int
     draw: Draw | None
     sample_count: int
+    stop: threading.Event
+    marks: tuple[int, ...]  # every so many steps something is due
     done: int = 0  # steps
 
     @contextmanager
@@ -189,6 +195,50 @@ class _Run:
             if self.done and self.trainer.ranks.world == 1:  # others would have to help
                 self.save()
             raise
+
+    @property
+    def halted(self) -> bool:
+        """Return whether to end at once, as several ranks cannot."""
+        return self.stop.is_set() and self.trainer.ranks.world == 1
+
+    def groups(self, ended: Callable[[], bool]) -> Iterator[list[Parts]]:
+        """Yield the batches of each step, or of an iteration in which nothing else is due, until all are or it ended.
+
+        Where the next one raises, Ctrl-C has come, or the next one is of another form, and so may be unusable, those
+        that have been read are yielded one by one: the batches' position in a checkpoint is then the trainer's.
+        """
+        trainer, form = self.trainer, None  # of the last batch
+        stream = endless(self.batches, trainer.device, trainer.pack)
+        while self.done < self.steps and not ended():
+            group, failure, n, step = list[Parts](), None, 1, trainer.critic_iterations
+            try:
+                n = trainer.batches_at_once()
+                if n > self.steps - self.done or any(step % every + n > every for every in self.marks):
+                    n = 1
+                while len(group) < n and not (group and self.halted):
+                    parts = next(parts for parts in stream if parts is not None or self.halted)
+                    if parts is None:  # it fills no pack, and Ctrl-C has come
+                        break
+                    group.append(parts)
+                    before, form = form, [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in parts]
+                    if n > 1 and form != before:
+                        n = 0
+            except BaseException as error:
+                failure = error
+            yield from [group] if len(group) == n else ([parts] for parts in group)
+            if failure is not None:
+                with self.saved_on(BaseException):
+                    raise failure
+
+    def take(self, group: list[Parts]) -> list[Metrics]:
+        """Take the steps on such batches."""
+        if len(group) > 1:
+            found = self.trainer.iteration(group)
+        else:
+            with self.saved_on(TypeError, ValueError):  # the batch cannot be used; no weight has changed
+                found = [self.trainer.step(*group[0])]
+        self.done += len(found)
+        return found
 
     def save(self) -> None:
         if self.directory is None:
