@@ -296,7 +296,8 @@ class Graphs:
         optimizer has been replaced, or a step hook added, which no graph would call, it runs as it is. Raises
         RuntimeError where it cannot be captured and was ``required`` to be. It has not been run then.
         """
-        if self._passed_by():
+        optimizers = [player.optimizer for player in self._players]
+        if [*map(id, optimizers)] != [*map(id, self._optimizers)] or any(map(has_hooks, optimizers)):
             return self.run_uncaptured(work, *args)
         key = None
         if not self._refused:
@@ -334,15 +335,10 @@ class Graphs:
         self._changes = 0  # since the last replay
         return graph.outputs()
 
-    def _passed_by(self) -> bool:
-        """Return whether steps run as they are, for an optimizer that has been replaced or has hooks."""
-        optimizers = [player.optimizer for player in self._players]
-        return [*map(id, optimizers)] != [*map(id, self._optimizers)] or any(map(has_hooks, optimizers))
-
     @property
     def serving(self) -> bool:
         """Return whether steps are captured, as far as the last one showed."""
-        return not (self._refused or self._foreign or self._passed_by())
+        return not (self._refused or self._foreign or any(has_hooks(player.optimizer) for player in self._players))
 
     def run_uncaptured(self, work: Work, *args: Any) -> Outputs:
         """Return ``work(*args)``, run as it is on the stream of the captures."""

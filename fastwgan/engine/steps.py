@@ -86,10 +86,12 @@ class Steps:
             player.share()
         # What was made in inference mode no graph could keep.
         args = tuple(x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in args)
-        if self.graphs is None:
-            return work(*args)
-        self.latents.place_on_device()
-        return self.graphs.run(work, *args)
+        args = tuple(map(self._settings.formatted, args))
+        with self._settings.views_named():
+            if self.graphs is None:
+                return work(*args)
+            self.latents.place_on_device()
+            return self.graphs.run(work, *args)
 
     def _count(self, weight: float, real: Tensor) -> None:
         self._sample_dtype = self._dtype_of(real)

@@ -9,48 +9,27 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fastwgan import checkpoint, checks
 from fastwgan.data.batches import endless, refuse_samples
-from fastwgan.engine.ranks import Ranks
 from fastwgan.metrics import Metrics
 from fastwgan.streams import Stream, stream_seed
 from fastwgan.training.health import Health, HealthWarning
 from fastwgan.training.logs import CSVLog, Interval, Progress, TensorBoardLog
 
+if TYPE_CHECKING:
+    from fastwgan.trainer import Trainer
+
 Log = CSVLog | TensorBoardLog | Progress
 Draw = Callable[[Tensor, Path], None]
-Parts = list[Any]  # a batch's samples and conditions
-
-
-class TrainerLike(Protocol):
-    """The loop's view of a trainer."""
-
-    device: torch.device
-    ranks: Ranks
-    pack: int
-    seed: int
-    constraint: Any
-    ema: float | None
-    critic_iterations: int
-    generator_iterations: int
-    last_checkpoint: str | None
-
-    def step(self, real: Tensor, *cond: Any) -> Metrics: ...
-    def iteration(self, batches: Iterable[Any]) -> list[Metrics]: ...
-    def batches_at_once(self) -> int: ...
-    def sample(self, n: int, *, ema: bool, seed: int) -> Tensor: ...
-    def check_finite(self) -> None: ...
-    def full_state_dict(self) -> dict[str, Any]: ...
 
 
 def fit(
-    trainer: TrainerLike, batches: Iterable[Any], steps: int, *, out: Path | str | None = None,
+    trainer: "Trainer", batches: Iterable[Any], steps: int, *, out: Path | str | None = None,
     config: dict[str, Any] | None = None, log_every: int = 50, tensorboard: bool = False,
     sample_every: int | None = None, draw: Draw | None = None, sample_count: int = 64, save_every: int = 2000,
     keep: int = 1, callbacks: Sequence[Callable[[Any, dict[str, float]], object]] = (), progress: bool = False,
@@ -110,10 +89,8 @@ def fit(
     stop, interval, health, logs = threading.Event(), Interval(), Health(trainer.constraint), list[Log]()
     if directory is not None and not start and (directory / checkpoint.LAST).exists():
         raise ValueError(f"out: {directory} holds a run, which a new one would overwrite")
-    run = _Run(
-        trainer, batches, steps, directory, config, keep, draw if first else None, sample_count, stop,
-        (log_every, save_every, *([] if sample_every is None else [sample_every])),
-    )  # fmt: skip
+    run = _Run(trainer, batches, steps, stop, directory, config, keep, draw if first else None, sample_count)
+    marks = [every for every in (log_every, sample_every, save_every) if every is not None]
 
     def due(every: int | None) -> bool:
         return every is not None and trainer.critic_iterations % every == 0
@@ -147,8 +124,7 @@ def fit(
             logs.append(stack.enter_context(closing(Progress(start, start + steps))))
         if threading.current_thread() is threading.main_thread():  # no other may handle signals
             stack.enter_context(_interruptible(stop, alone=alone))
-        for group in run.groups(ended):
-            found = run.take(group)
+        for found in run.taken(ended, marks):
             with run.saved_on(BaseException):
                 row = due(log_every)
                 for i, metrics in enumerate(found, 1 - len(found)):
@@ -174,16 +150,15 @@ def fit(
 class _Run:
     """The checkpoints and pictures of a run, in its directory, where it has one."""
 
-    trainer: TrainerLike
+    trainer: "Trainer"
     batches: Iterable[Any]
     steps: int
+    stop: threading.Event
     directory: Path | None
     config: dict[str, Any] | None
     keep: int
     draw: Draw | None
     sample_count: int
-    stop: threading.Event
-    marks: tuple[int, ...]  # every so many steps something is due
     done: int = 0  # steps
 
     @contextmanager
@@ -197,24 +172,23 @@ class _Run:
             raise
 
     @property
-    def halted(self) -> bool:
-        """Return whether to end at once, as several ranks cannot."""
+    def halted(self) -> bool:  # at once, as several ranks cannot be
         return self.stop.is_set() and self.trainer.ranks.world == 1
 
-    def groups(self, ended: Callable[[], bool]) -> Iterator[list[Parts]]:
-        """Yield the batches of each step, or of an iteration in which nothing else is due, until all are or it ended.
+    def taken(self, ended: Callable[[], bool], marks: Sequence[int]) -> Iterator[list[Metrics]]:
+        """Take all steps, unless it ended; yield each one's Metrics, or an iteration's, with nothing due within it.
 
-        Where the next one raises, Ctrl-C has come, or the next one is of another form, and so may be unusable, those
-        that have been read are yielded one by one: the batches' position in a checkpoint is then the trainer's.
+        Every so many steps as ``marks`` has, something is due. Where the next batch raises, is of another form, and so
+        may be unusable, or Ctrl-C has come, those that have been read go step by step: the batches' position in a
+        checkpoint is then the trainer's.
         """
         trainer, form = self.trainer, None  # of the last batch
         stream = endless(self.batches, trainer.device, trainer.pack)
         while self.done < self.steps and not ended():
-            group, failure, n, step = list[Parts](), None, 1, trainer.critic_iterations
+            group, failure, step, n = list[Any](), None, trainer.critic_iterations, trainer.batches_at_once()
+            if n > self.steps - self.done or any(step % every + n > every for every in marks):
+                n = 1
             try:
-                n = trainer.batches_at_once()
-                if n > self.steps - self.done or any(step % every + n > every for every in self.marks):
-                    n = 1
                 while len(group) < n and not (group and self.halted):
                     parts = next(parts for parts in stream if parts is not None or self.halted)
                     if parts is None:  # it fills no pack, and Ctrl-C has come
@@ -225,20 +199,18 @@ class _Run:
                         n = 0
             except BaseException as error:
                 failure = error
-            yield from [group] if len(group) == n else ([parts] for parts in group)
+            if len(group) == n > 1:
+                found = trainer.iteration(group)
+                self.done, group = self.done + n, []
+                yield found
+            for parts in group:
+                with self.saved_on(TypeError, ValueError):  # the batch cannot be used; no weight has changed
+                    found = [trainer.step(*parts)]
+                self.done += 1
+                yield found
             if failure is not None:
                 with self.saved_on(BaseException):
                     raise failure
-
-    def take(self, group: list[Parts]) -> list[Metrics]:
-        """Take the steps on such batches."""
-        if len(group) > 1:
-            found = self.trainer.iteration(group)
-        else:
-            with self.saved_on(TypeError, ValueError):  # the batch cannot be used; no weight has changed
-                found = [self.trainer.step(*group[0])]
-        self.done += len(found)
-        return found
 
     def save(self) -> None:
         if self.directory is None:
