@@ -279,7 +279,7 @@ class Trainer:
         for real, *_ in parts:
             self._check_real(real)
         self._steps.generator.check()  # before the critic is changed
-        weights = self._weights(left)
+        weights = tuple(self.constraint.penalty_weight(self.critic_iterations + i) for i in range(left))
         found = None if self.critic_scheduler is not None else self._steps.take_iteration(weights, parts)
         if found is None:
             return [self.step(*part) for part in parts]
@@ -288,22 +288,19 @@ class Trainer:
         self._watch()
         return metrics
 
-    def _weights(self, n: int, ahead: int = 0) -> tuple[float, ...]:
-        """Return the penalty's weights in ``n`` critic steps."""
-        return tuple(self.constraint.penalty_weight(self.critic_iterations + ahead + i) for i in range(n))
+    _own = (step, generator_step, iteration)  # as they are in this class
 
     def batches_at_once(self) -> int:
-        """Return how many batches :meth:`iteration` takes next, if as a CUDA graph that serves again; 1 if not.
-
-        A part of an iteration would need a graph of its own, and a :meth:`step` of somebody's own is to be called.
-        """
-        own = all(getattr(getattr(self, name), "__func__", None) is method for name, method in _OWN.items())
+        """Return how many batches :meth:`iteration` takes next, if all as a CUDA graph that serves again; else 1."""
+        # A step of somebody's own is to be called.
+        own = all(getattr(getattr(self, method.__name__), "__func__", None) is method for method in self._own)
         if own and not self._critic_steps_due and self.critic_scheduler is None and self._steps.takes_whole(1):
             with suppress(TypeError, ValueError):  # as the step that it concerns will say
                 for player in self._steps.players:
                     player.check()
-                left = self._critic_steps_left()
-                if self._steps.takes_whole(left) and self._weights(left) == self._weights(left, ahead=left):
+                left, done = self._critic_steps_left(), self.critic_iterations
+                weights = [self.constraint.penalty_weight(i) for i in range(done, done + 2 * left)]
+                if self._steps.takes_whole(left) and weights[:left] == weights[left:]:
                     return left
         return 1
 
@@ -452,6 +449,3 @@ class Trainer:
             raise ValueError(f"path: {path} holds no trainer")
         self.load_state_dict(content["trainer"])
         self.last_checkpoint = os.fspath(path)
-
-
-_OWN = {name: getattr(Trainer, name) for name in ("step", "generator_step", "iteration")}  # as they are in this class

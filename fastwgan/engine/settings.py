@@ -1,6 +1,5 @@
 """The options of a Trainer, and what it is given: checked before anything of the caller's is changed."""
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ REMOVED = {
     "instance_noise": "wrap the critic: fastwgan.models.InstanceNoise(critic, scale)",
     "max_skipped": "leave it out: a step that is left out 20 times in a row raises",
 }
+NO_VIEW = "view size is not compatible", "Cannot view a tensor"  # as PyTorch and its compiler say
 
 
 def warmup_schedule(generator_iteration: int) -> int:
@@ -108,7 +108,7 @@ class Settings:
         try:
             yield
         except RuntimeError as error:
-            if self.memory_format is None or not re.search("view size is not|Cannot view a tensor", str(error)):
+            if self.memory_format is None or not any(x in str(error) for x in NO_VIEW):
                 raise
             raise ValueError(
                 f"memory_format: expected forward passes that take {self.memory_format}, got one that calls view on a "

@@ -64,8 +64,7 @@ class Steps:
 
     def takes_whole(self, n: int) -> bool:
         """Return whether an iteration of ``n`` critic steps, on batches alike, can be one graph."""
-        served = self.graphs is not None and self.graphs.serving
-        return served and not callable(self.latents.latent) and n <= MOST_CAPTURED
+        return bool(self.graphs and self.graphs.serving) and not callable(self.latents.latent) and n <= MOST_CAPTURED
 
     def take_iteration(self, weights: tuple[float, ...], parts: list[Part]) -> list[Settled] | None:
         """Return the results of an iteration's steps, as one graph; None, with nothing done, where that cannot be."""

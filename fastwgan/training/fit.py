@@ -133,7 +133,7 @@ def fit(
                     report()
                 if due(sample_every):
                     run.picture()
-            if due(save_every) and run.done < steps and not run.halted:
+            if due(save_every) and run.done < steps and not (alone and stop.is_set()):
                 run.save()
         with run.saved_on(BaseException):
             if interval:
@@ -171,10 +171,6 @@ class _Run:
                 self.save()
             raise
 
-    @property
-    def halted(self) -> bool:  # at once, as several ranks cannot be
-        return self.stop.is_set() and self.trainer.ranks.world == 1
-
     def taken(self, ended: Callable[[], bool], marks: Sequence[int]) -> Iterator[list[Metrics]]:
         """Take all steps, unless it ended; yield each one's Metrics, or an iteration's, with nothing due within it.
 
@@ -182,15 +178,15 @@ class _Run:
         may be unusable, or Ctrl-C has come, those that have been read go step by step: the batches' position in a
         checkpoint is then the trainer's.
         """
-        trainer, form = self.trainer, None  # of the last batch
+        trainer, alone, form = self.trainer, self.trainer.ranks.world == 1, None  # the last batch's
         stream = endless(self.batches, trainer.device, trainer.pack)
         while self.done < self.steps and not ended():
             group, failure, step, n = list[Any](), None, trainer.critic_iterations, trainer.batches_at_once()
             if n > self.steps - self.done or any(step % every + n > every for every in marks):
                 n = 1
             try:
-                while len(group) < n and not (group and self.halted):
-                    parts = next(parts for parts in stream if parts is not None or self.halted)
+                while len(group) < n and not (group and alone and self.stop.is_set()):
+                    parts = next(parts for parts in stream if parts is not None or (alone and self.stop.is_set()))
                     if parts is None:  # it fills no pack, and Ctrl-C has come
                         break
                     group.append(parts)
