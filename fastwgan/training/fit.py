@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -21,15 +21,13 @@ from fastwgan.streams import Stream, stream_seed
 from fastwgan.training.health import Health, HealthWarning
 from fastwgan.training.logs import CSVLog, Interval, Progress, TensorBoardLog
 
-if TYPE_CHECKING:
-    from fastwgan.trainer import Trainer
-
+Trainer = Any  # fastwgan.Trainer, whose module imports this one
 Log = CSVLog | TensorBoardLog | Progress
 Draw = Callable[[Tensor, Path], None]
 
 
 def fit(
-    trainer: "Trainer", batches: Iterable[Any], steps: int, *, out: Path | str | None = None,
+    trainer: Trainer, batches: Iterable[Any], steps: int, *, out: Path | str | None = None,
     config: dict[str, Any] | None = None, log_every: int = 50, tensorboard: bool = False,
     sample_every: int | None = None, draw: Draw | None = None, sample_count: int = 64, save_every: int = 2000,
     keep: int = 1, callbacks: Sequence[Callable[[Any, dict[str, float]], object]] = (), progress: bool = False,
@@ -150,7 +148,7 @@ def fit(
 class _Run:
     """The checkpoints and pictures of a run, in its directory, where it has one."""
 
-    trainer: "Trainer"
+    trainer: Trainer
     batches: Iterable[Any]
     steps: int
     stop: threading.Event
