@@ -89,6 +89,8 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     else:
+        # Named, it holds for all runs of the command line, some of which are compared bit for bit.
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
         os.environ["FASTWGAN_COMPILED"] = tempfile.mkdtemp(prefix="fastwgan-kernels-")
 
 

@@ -1,12 +1,15 @@
 """A run of the command line: its data, its networks, and the numbers that go with them."""
 
+import copy
 import math
 import random
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +22,7 @@ from fastwgan.constraints import GradientPenalty, WeightClip
 from fastwgan.data import TOYS, SampledBatches, Samples, ShuffledBatches, digits, files
 from fastwgan.engine.ranks import Ranks
 from fastwgan.optim import Adam, RMSprop
-from fastwgan.streams import Stream, stream_seed
+from fastwgan.streams import Stream, process_streams, set_process_streams, stream_seed
 from fastwgan.trainer import Trainer
 
 DATA = ("digits", *TOYS)  # beside files.KINDS, each as KIND:PATH
@@ -93,12 +96,13 @@ class Config:
     amp: str | None = None
     ema: float | None = None
     nonfinite: str = "raise"
+    threads: int | None = None  # of PyTorch on a CPU, by which its sums are rounded; older runs have none
 
     @classmethod
     def of(cls, content: dict[str, Any], path: Path) -> "Config":
         """Return the settings that ``fastwgan train`` put into a checkpoint."""
         config = content.get("config")
-        if not isinstance(config, dict) or config.keys() != cls.__dataclass_fields__.keys():
+        if not isinstance(config, dict) or config.keys() | {"threads"} != cls.__dataclass_fields__.keys():
             raise ValueError(f"{path} was not written by fastwgan train")
         data, constraint, shape = (config[name] for name in ("data", "constraint", "shape"))
         if not is_known(data) or constraint not in CONSTRAINTS or len(shape) not in (1, 3):
@@ -123,6 +127,7 @@ class Config:
             critic_optimizer=optimizer(critic.parameters(), backend=backend),
             generator_optimizer=optimizer(generator.parameters(), backend=backend), seed=self.seed, backend=backend,
             amp=PRECISIONS[self.amp] if self.amp else None, ema=self.ema, nonfinite=self.nonfinite,
+            memory_format=None if recipe.hidden or device.type != "cuda" else torch.channels_last,
         )  # fmt: skip
         seed = stream_seed(self.seed, Stream.PROCESS + trainer.rank)  # another in each process
         random.seed(seed)
@@ -138,6 +143,24 @@ class Config:
         if isinstance(samples, Tensor):
             samples, workers = samples.to(trainer.device), 0
         return ShuffledBatches(samples, self.batch_size, seed, workers=workers, **part)
+
+    def fastest_threads(self, trainer: Trainer) -> int:
+        """Return with how many threads a copy of a new trainer is fastest: as many as PyTorch has, half of them, ..."""
+        most, streams, medians = torch.get_num_threads(), process_streams(trainer.device), dict[int, float]()
+        real = torch.rand(self.batch_size, *self.shape)
+        for threads in (most >> i for i in range(most.bit_length())):
+            torch.set_num_threads(threads)
+            trial, times = copy.deepcopy(trainer), list[float]()
+            while sum(times[1:]) < 0.2:  # seconds; the first step makes what the others need
+                begun = time.perf_counter()
+                trial.step(real)
+                times.append(time.perf_counter() - begun)
+            medians[threads] = median(times[1:])
+            if len(times) == 2:  # with fewer, such long steps would take long to show that they are slower
+                break
+        torch.set_num_threads(most)
+        set_process_streams(streams, trainer.device)
+        return min(medians, key=lambda threads: medians[threads])
 
     def draw(self, generated: Tensor, path: Path, samples: Samples | None = None, seed: int | None = None) -> None:
         """Draw generated samples; points lie over as many real ones, where there are any."""

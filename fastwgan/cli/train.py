@@ -84,6 +84,10 @@ def _prepare(args: Namespace, device: torch.device) -> tuple[Config, Path, Train
         config = replace(Config(data, shape, recipe.batch_size, recipe.n_critic), **given)
     trainer = config.make_trainer(device, args.backend)
     batches = config.make_batches(samples, trainer, args.workers)
+    if device.type == "cpu" and trainer.world == 1 and not os.environ.keys() & {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}:
+        if content is None:
+            config = replace(config, threads=config.fastest_threads(trainer))
+        torch.set_num_threads(config.threads or torch.get_num_threads())
     if content is not None:
         trainer.load_state_dict(content["trainer"])
         batches.load_state_dict(content["data"])

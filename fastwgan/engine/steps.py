@@ -66,10 +66,14 @@ class Steps:
         found = self._run(self._generator_step, batch, self._sample_dtype, z, *cond)
         return (found, 0) if isinstance(found, Replayed) else Settled._make(found)
 
+    def takes_whole(self, n: int) -> bool:
+        """Return whether an iteration of ``n`` critic steps, on batches alike, can be one graph."""
+        return bool(self.graphs and self.graphs.serving) and not callable(self.latents.latent) and n <= MOST_CAPTURED
+
     def take_iteration(self, weights: tuple[float, ...], parts: list[Part]) -> list[Found] | None:
         """Return the results of an iteration's steps, as one graph; None, with nothing done, where that cannot be."""
         uneven = len({(real.shape, real.dtype) for real, *_ in parts}) > 1  # then one may not fit, and the others do
-        if self.graphs is None or callable(self.latents.latent) or uneven or len(parts) > MOST_CAPTURED:
+        if uneven or not self.takes_whole(len(parts)):
             return None
         sizes, real = tuple(map(len, parts)), parts[0][0]
         numbers = tuple([self._constraint.random_numbers(real.shape[0], self._pack) if w else 0 for w in weights])
@@ -88,14 +92,17 @@ class Steps:
                 player.share()
         # What was made in inference mode no graph could keep.
         args = tuple([x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in args])
+        if self._settings.memory_format is not None:
+            args = tuple(map(self._settings.formatted, args))
         before = self.latents.position()
         try:
             if self.graphs is None:
                 return work(*args)
             self.latents.place_on_device()
             return self.graphs.run(work, *args)
-        except BaseException:
+        except BaseException as error:
             self.latents.go_back(before)
+            self._settings.explain(error)
             raise
 
     def _count(self, numbers: int, real: Tensor) -> None:

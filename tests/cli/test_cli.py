@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
+from small_trainers import assert_same_state
 
 from fastwgan import checkpoint, cli, data
 from fastwgan.cli import runs
@@ -107,6 +109,77 @@ def test_resume_is_bit_identical(constraint, tmp_path):
     assert torch.equal(straight["trainer"]["random"]["latent"], halves["trainer"]["random"]["latent"])
     assert straight["trainer"]["eps_offset"] == halves["trainer"]["eps_offset"]
     assert torch.equal(straight["data"]["order"], halves["data"]["order"])
+
+
+@pytest.fixture
+def several(monkeypatch):
+    """Up to four threads, of which nothing is said; the times of steps are made up: by number, in seconds."""
+    kept, times, now = torch.get_num_threads(), {4: 0.03, 2: 0.02, 1: 0.05}, [0.0]
+    step = runs.Trainer.step
+
+    def timed(self, *batch):
+        now[0] += times.get(torch.get_num_threads(), 0)
+        return step(self, *batch)
+
+    monkeypatch.setattr(runs.Trainer, "step", timed)
+    monkeypatch.setattr(runs, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    torch.set_num_threads(4)
+    yield times
+    torch.set_num_threads(kept)
+
+
+RUN = ("train", "--steps", 6, "--batch-size", 8, "--backend", "torch", "--data", "gaussians8")
+
+
+def test_a_run_with_the_threads_it_finds_is_the_run_with_as_many(several, tmp_path, monkeypatch):
+    """The search leaves no trace in it."""
+    in_process(*RUN, "--out", tmp_path / "first")  # what a process imports in its first draws from Python's stream
+    states = []
+    for name in ("found", "said"):
+        if name == "said":
+            monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        in_process(*RUN, "--out", tmp_path / name)
+        assert torch.get_num_threads() == 2
+        states.append(checkpoint.load(tmp_path / name / "last.pt"))
+    found, said = states
+    assert (found["config"]["threads"], said["config"]["threads"]) == (2, None)
+    assert_same_state(found["trainer"], said["trainer"])
+    assert_same_state(found["data"], said["data"])
+
+
+def test_a_resumed_run_keeps_the_threads_of_its_first(several, tmp_path):
+    in_process(*RUN, "--out", tmp_path)
+    several.update({4: 0.01, 2: 1.0})
+    torch.set_num_threads(4)
+    in_process("train", "--resume", "--steps", 9, "--data", "gaussians8", "--out", tmp_path)
+    assert torch.get_num_threads() == 2
+    content = checkpoint.load(tmp_path / "last.pt")
+    assert content["config"]["threads"] == 2
+    del content["config"]["threads"]  # an older run
+    checkpoint.save(tmp_path / "last.pt", {k: v for k, v in content.items() if k not in ("format", "version")})
+    torch.set_num_threads(4)
+    in_process("train", "--resume", "--steps", 12, "--data", "gaussians8", "--out", tmp_path)
+    assert torch.get_num_threads() == 4
+    assert checkpoint.load(tmp_path / "last.pt")["config"]["threads"] is None
+
+
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
+def test_threads_that_the_environment_names_are_kept(name, several, tmp_path, monkeypatch):
+    in_process(*RUN, "--out", tmp_path)
+    monkeypatch.setenv(name, "3")
+    torch.set_num_threads(3)
+    for steps in ((*RUN, "--out", tmp_path / "new"), ("train", "--resume", "--steps", 9, "--out", tmp_path)):
+        in_process(*steps)
+        assert torch.get_num_threads() == 3
+    assert checkpoint.load(tmp_path / "new" / "last.pt")["config"]["threads"] is None
+
+
+def test_steps_that_take_long_keep_all_threads(several, tmp_path):
+    several.update({4: 0.3, 2: 0.1})
+    in_process(*RUN, "--out", tmp_path)
+    assert torch.get_num_threads() == 4
 
 
 @pytest.mark.parametrize("constraint", ["clip", "penalty"])
