@@ -5,7 +5,8 @@ them. Each comes in a clipped and a penalised form. Data alone; nothing runs on 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastwgan import models
 from fastwgan.constraints import GradientPenalty, WeightClip
@@ -33,6 +34,20 @@ class Workload:
     constraint: WeightClip | GradientPenalty
     batch: int = 64
     width: int = 64
+
+    def made(self) -> tuple[nn.Module, nn.Module, Tensor]:
+        """Return the generator, the critic and a real batch, all of torch's random numbers."""
+        generator, critic = self.generator(self.width), self.critic(self.width)
+        # Drawn in float32, so that a wider dtype gets the same numbers.
+        return generator, critic, torch.rand(self.batch, *self.shape) * 2 - 1
+
+    @property
+    def convolutional(self) -> bool:
+        """Return whether it has images, and convolutions of them: whether it may lie in memory channels last."""
+        if len(self.shape) != 3:
+            return False
+        networks = self.made()[:2]
+        return any(isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)) for network in networks for m in network.modules())
 
 
 def _mlp(constraint: WeightClip | GradientPenalty) -> Workload:
