@@ -294,7 +294,7 @@ def _whole_step(setting: Setting, **options: Any) -> Callable[[], None]:
     def take() -> None:
         nonlocal taken
         taken += 1
-        with config.patch(trace_autograd_ops=True) if taken <= WARM_UP else nullcontext():  # it takes microseconds
+        with config.patch(trace_autograd_ops=True) if taken <= WARM_UP + 1 else nullcontext():  # it takes microseconds
             whole()
 
     return take

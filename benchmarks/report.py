@@ -99,7 +99,10 @@ def base(record: Record) -> str:
 
 def _ratio(done: Record, to: str, name: str) -> float | None:
     """Return how many times as fast an implementation is as another, if both have figures."""
-    return done[to]["step_ms"]["q50"] / done[name]["step_ms"]["q50"] if {to, name} <= done.keys() else None
+    if not {to, name} <= done.keys():
+        return None
+    ratio: float = done[to]["step_ms"]["q50"] / done[name]["step_ms"]["q50"]
+    return round(ratio, 3)  # as in a record
 
 
 def table(record: Record) -> str:

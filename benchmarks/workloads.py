@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from fastwgan import models
 from fastwgan.constraints import GradientPenalty, WeightClip
 
-__all__ = ["WORKLOADS", "Workload", "patch_critic"]
+__all__ = ["WORKLOADS", "Networks", "Workload", "patch_critic"]
+
+Networks = tuple[nn.Module, nn.Module, Tensor]  # generator, critic, a real batch
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Workload:
         constraint: on the critic.
         batch: real samples in a critic step.
         width: the paper's; a test that wants less passes its own to ``generator`` and ``critic``.
+        networks: makes both and a real batch in one call, as a user's function does.
     """
 
     generator: Callable[[int], nn.Module]
@@ -34,9 +37,12 @@ class Workload:
     constraint: WeightClip | GradientPenalty
     batch: int = 64
     width: int = 64
+    networks: Callable[[], Networks] | None = None
 
-    def made(self) -> tuple[nn.Module, nn.Module, Tensor]:
+    def made(self) -> Networks:
         """Return the generator, the critic and a real batch, all of torch's random numbers."""
+        if self.networks is not None:
+            return self.networks()
         generator, critic = self.generator(self.width), self.critic(self.width)
         # Drawn in float32, so that a wider dtype gets the same numbers.
         return generator, critic, torch.rand(self.batch, *self.shape) * 2 - 1
