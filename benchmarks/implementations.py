@@ -99,7 +99,7 @@ class Setting:
         return self.eps().view(-1, *[1] * (self.real.dim() - 1))
 
     def fakes(self) -> Tensor:
-        """By a generator that builds no graph, which the textbooks alone leave out."""
+        """Return fakes by a generator that builds no graph, which the textbooks alone leave out."""
         with torch.no_grad():
             fake: Tensor = self.generator(self.latents())
         return fake

@@ -132,7 +132,7 @@ def _products_in(precision: str) -> Iterator[None]:
 def weights_after(
     name: str, workload: Workload, device: torch.device, dtype: torch.dtype, layout: str = "contiguous"
 ) -> tuple[Tensor, float]:
-    """(the critic's weights in float64 after the steps of a check, seconds that making and taking them took)."""
+    """Return the critic's weights in float64 after the steps of a check, and the seconds that these took to make and take."""
     made = setting(workload, device, dtype, steps=CHECKED_STEPS, layout=layout)
     begun = time.perf_counter()
     with _no_tf32():
@@ -157,7 +157,7 @@ def distance_allowed(workload: Workload, device: torch.device) -> tuple[Tensor, 
 def check(
     name: str, implementations: Sequence[str], device: torch.device, schedule: Schedule, layout: str = "contiguous"
 ) -> dict[str, float | str]:
-    """Whether each implementation comes to the textbook's weights, in float32 without TF32.
+    """Return whether each implementation comes to the textbook's weights, in float32 without TF32.
 
     Args:
         name: of a workload, see :func:`benchmarks.networks.find`.

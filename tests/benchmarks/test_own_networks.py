@@ -21,12 +21,12 @@ class Own(nn.Sequential):
     pass
 
 def given(**other):
-    generator = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6))
-    critic = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
+    generator = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 6))
+    critic = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 1))
     return {"generator": generator, "critic": critic, "latent": 4, "real": torch.randn(10, 6)} | other
 
 def own():
-    return given(critic=Own(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1)), constraint=WeightClip(0.02))
+    return given(critic=Own(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 1)), constraint=WeightClip(0.02))
 
 def images():
     critic = nn.Sequential(nn.Conv2d(3, 1, 4), nn.Flatten(0))
