@@ -132,7 +132,7 @@ def _products_in(precision: str) -> Iterator[None]:
 def weights_after(
     name: str, workload: Workload, device: torch.device, dtype: torch.dtype, layout: str = "contiguous"
 ) -> tuple[Tensor, float]:
-    """Return the critic's weights in float64 after the steps of a check, and the seconds that these took to make and take."""
+    """Return the critic's weights in float64 after the steps of a check, and the seconds that all of it took."""
     made = setting(workload, device, dtype, steps=CHECKED_STEPS, layout=layout)
     begun = time.perf_counter()
     with _no_tf32():
