@@ -8,6 +8,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from itertools import islice
 from operator import attrgetter
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._pytree import tree_leaves
 
 from fastwgan import checkpoint, checks
 from fastwgan.backend import Backend, resolve
@@ -72,6 +74,10 @@ class Trainer:
             optimizer's state changes, only what a forward pass itself writes, such as BatchNorm's averages. "raise"
             raises FloatingPointError at the first, "skip" after 20 in a row; so does "raise" with float16, where steps
             are left out to find a loss scale. On a GPU, where the host does not wait, the error comes some steps late.
+        memory_format: ``torch.channels_last`` to have both networks' weights and each step's images lie in memory so,
+            which may make a GPU's convolutions faster; None leaves them as they are. Forward passes must call
+            ``reshape`` or ``flatten`` for ``view``. Results are the same up to rounding, but with ``at="perturbed"``,
+            whose noise goes by the place in memory. Checkpoints and samples are contiguous.
 
     Under ``torch.distributed``, initialised before, every process makes the same trainer, takes the same steps, and
     gives its own part of each batch, all of one size, in the order of ranks. Weights and seed are rank 0's, gradients
@@ -107,14 +113,15 @@ class Trainer:
         generator_scheduler: LRScheduler | None = None, n_critic: int | Callable[[int], int] = 5, seed: int = 0,
         backend: Backend = "auto", amp: torch.dtype | None = None, cuda_graph: bool | str = "auto",
         independent_samples: bool = False, compile: bool = False, ema: float | None = None, blend: float = 0.0,
-        drift: float = 0.0, pack: int = 1, nonfinite: str = "raise", **removed: object,
+        drift: float = 0.0, pack: int = 1, nonfinite: str = "raise",
+        memory_format: torch.memory_format | None = None, **removed: object,
     ) -> None:  # fmt: skip
         checks.removed(removed, REMOVED)
         checks.refuse_inference_mode()
         generator, critic = unwrapped("generator", generator), unwrapped("critic", critic)
         settings = Settings(
             latent, constraint, n_critic, seed, backend, amp, cuda_graph, independent_samples, compile, ema, blend,
-            drift, pack, nonfinite,
+            drift, pack, nonfinite, memory_format,
         )  # fmt: skip
         optimizers = {"critic": critic_optimizer, "generator": generator_optimizer}
         schedulers = {"critic": critic_scheduler, "generator": generator_scheduler}
@@ -130,6 +137,8 @@ class Trainer:
         ranks.agree(shapes("generator", generator) | shapes("critic", critic) | options | {"seed": "the first rank's"})
         ranks.broadcast_([x for m in (generator, critic) for x in (*m.parameters(), *m.buffers())])
         self._critic_steps_due = 0  # taken since the last generator step
+        for x in (x for m in (generator, critic) for x in (*m.parameters(), *m.buffers())):
+            x.data = settings.formatted(x.data)
         self._steps = Steps(generator, critic, critic_optimizer, generator_optimizer, settings, ranks, self.device)
         if advice is not None:
             warnings.warn(advice, stacklevel=2)
@@ -270,7 +279,7 @@ class Trainer:
         for real, *_ in parts:
             self._check_real(real)
         self._steps.generator.check()  # before the critic is changed
-        weights = tuple(self.constraint.penalty_weight(self.critic_iterations + i) for i in range(left))
+        weights = self._weights(left)
         found = None if self.critic_scheduler is not None else self._steps.take_iteration(weights, parts)
         if found is None:
             return [self.step(*part) for part in parts]
@@ -278,6 +287,25 @@ class Trainer:
         metrics[-1].include(self._generator_step_done(found[-1]))
         self._watch()
         return metrics
+
+    def _weights(self, n: int, ahead: int = 0) -> tuple[float, ...]:
+        """Return the penalty's weights in ``n`` critic steps."""
+        return tuple(self.constraint.penalty_weight(self.critic_iterations + ahead + i) for i in range(n))
+
+    def batches_at_once(self) -> int:
+        """Return how many batches :meth:`iteration` takes next, if as a CUDA graph that serves again; 1 if not.
+
+        A part of an iteration would need a graph of its own, and a :meth:`step` of somebody's own is to be called.
+        """
+        own = all(getattr(getattr(self, name), "__func__", None) is method for name, method in _OWN.items())
+        if own and not self._critic_steps_due and self.critic_scheduler is None and self._steps.takes_whole(1):
+            with suppress(TypeError, ValueError):  # as the step that it concerns will say
+                for player in self._steps.players:
+                    player.check()
+                left = self._critic_steps_left()
+                if self._steps.takes_whole(left) and self._weights(left) == self._weights(left, ahead=left):
+                    return left
+        return 1
 
     def check_finite(self) -> None:
         """Wait for the steps so far, and raise FloatingPointError if ``nonfinite`` asks for it.
@@ -313,11 +341,11 @@ class Trainer:
         if seed is not None:
             checks.seed("seed", seed)
         kept = torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
-        with self._steps.latents.undone_if_refused(), self._steps.generator.evaluating(), kept:
+        named = self._settings.views_named()
+        with self._steps.latents.undone_if_refused(), self._steps.generator.evaluating(), kept, named:
             z = self._steps.latents.of_sample(n, seed)
-            if not ema:
-                return self.generator(z, *cond)  # type: ignore[no-any-return]
-            return functional_call(self.generator, self.averages(), (z, *cond))  # type: ignore[no-any-return]
+            found = functional_call(self.generator, self.averages(), (z, *cond)) if ema else self.generator(z, *cond)
+            return found if self._settings.memory_format is None else found.contiguous()  # type: ignore[no-any-return]
 
     def averages(self) -> dict[str, Tensor]:
         """Return the averages of the generator's weights by name, in the weights' dtypes; none without ``ema``."""
@@ -334,7 +362,7 @@ class Trainer:
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that a bit-identical continuation needs, as a copy that later steps do not change.
+        """Return everything that a bit-identical continuation needs, as a contiguous copy that later steps leave alone.
 
         With several ranks, what is a rank's own (random streams of the process) is this one's only; :meth:`save` and
         :meth:`fit` have all ranks'.
@@ -347,7 +375,11 @@ class Trainer:
             "optimizers": self._optimizer_names(),
             "schedulers": [None if scheduler is None else scheduler.state_dict() for scheduler in schedulers],
         }
-        return copy.deepcopy(state)
+        state = copy.deepcopy(state)
+        for x in tree_leaves(state):
+            if isinstance(x, Tensor) and x.layout == torch.strided:
+                x.data = x.data.contiguous()
+        return state
 
     def full_state_dict(self) -> dict[str, Any]:
         """:meth:`state_dict` with what is each rank's own. All ranks have to call it."""
@@ -420,3 +452,6 @@ class Trainer:
             raise ValueError(f"path: {path} holds no trainer")
         self.load_state_dict(content["trainer"])
         self.last_checkpoint = os.fspath(path)
+
+
+_OWN = {name: getattr(Trainer, name) for name in ("step", "generator_step", "iteration")}  # as they are in this class

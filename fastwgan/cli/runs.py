@@ -123,6 +123,7 @@ class Config:
             critic_optimizer=optimizer(critic.parameters(), backend=backend),
             generator_optimizer=optimizer(generator.parameters(), backend=backend), seed=self.seed, backend=backend,
             amp=PRECISIONS[self.amp] if self.amp else None, ema=self.ema, nonfinite=self.nonfinite,
+            memory_format=None if recipe.hidden or device.type != "cuda" else torch.channels_last,
         )  # fmt: skip
         seed = stream_seed(self.seed, Stream.PROCESS + trainer.rank)  # another in each process
         random.seed(seed)

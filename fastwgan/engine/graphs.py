@@ -335,6 +335,11 @@ class Graphs:
         self._changes = 0  # since the last replay
         return graph.outputs()
 
+    @property
+    def serving(self) -> bool:
+        """Return whether steps are captured, as far as the last one showed."""
+        return not (self._refused or self._foreign or any(has_hooks(player.optimizer) for player in self._players))
+
     def run_uncaptured(self, work: Work, *args: Any) -> Outputs:
         """Return ``work(*args)``, run as it is on the stream of the captures."""
         with self._capture.on_stream():

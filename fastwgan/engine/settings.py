@@ -1,10 +1,13 @@
 """The options of a Trainer, and what it is given: checked before anything of the caller's is changed."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -48,6 +51,7 @@ class Settings:
     drift: float
     pack: int
     nonfinite: str
+    memory_format: torch.memory_format | None
 
     def __post_init__(self) -> None:
         for name in ("compile", "independent_samples"):
@@ -73,6 +77,8 @@ class Settings:
             raise ValueError(f"ema: expected a number in [0, 1), got {self.ema}")
         if self.amp not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"amp: expected None, torch.bfloat16 or torch.float16, got {self.amp!r}")
+        if self.memory_format not in (None, torch.channels_last):
+            raise ValueError(f"memory_format: expected None or torch.channels_last, got {self.memory_format!r}")
 
     def check(
         self, networks: dict[str, nn.Module], optimizers: dict[str, Optimizer | None],
@@ -89,6 +95,25 @@ class Settings:
             raise RuntimeError(f"cuda_graph: True was asked for, but {problem}")
         resolve(self.backend, device)
         return device, advice
+
+    def formatted(self, x: Any) -> Any:
+        """Return a tensor [N, C, H, W] in the memory format that is asked for, and anything else as it is."""
+        if self.memory_format is None or not isinstance(x, Tensor) or x.dim() != 4 or x.layout != torch.strided:
+            return x
+        return x.to(memory_format=self.memory_format)  # contiguous() leaves strides of one channel or pixel as they are
+
+    @contextmanager
+    def views_named(self) -> Iterator[None]:
+        """Say where a forward pass calls ``view`` on what the memory format leaves no view of."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.memory_format is None or not re.search("view size is not|Cannot view a tensor", str(error)):
+                raise
+            raise ValueError(
+                f"memory_format: expected forward passes that take {self.memory_format}, got one that calls view on a "
+                "tensor that lies so: call reshape or flatten there, or leave memory_format out"
+            ) from error
 
     @staticmethod
     def graph_problem(device: torch.device) -> str | None:

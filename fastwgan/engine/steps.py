@@ -62,10 +62,15 @@ class Steps:
             z = self.latents.given(batch)
             return Settled._make(self._run(self._generator_step, batch, self._sample_dtype, z, *cond))
 
+    def takes_whole(self, n: int) -> bool:
+        """Return whether an iteration of ``n`` critic steps, on batches alike, can be one graph."""
+        served = self.graphs is not None and self.graphs.serving
+        return served and not callable(self.latents.latent) and n <= MOST_CAPTURED
+
     def take_iteration(self, weights: tuple[float, ...], parts: list[Part]) -> list[Settled] | None:
         """Return the results of an iteration's steps, as one graph; None, with nothing done, where that cannot be."""
         uneven = len({(real.shape, real.dtype) for real, *_ in parts}) > 1  # then one may not fit, and the others do
-        if self.graphs is None or callable(self.latents.latent) or uneven or len(parts) > MOST_CAPTURED:
+        if uneven or not self.takes_whole(len(parts)):
             return None
         sizes = tuple(len(part) for part in parts)
         with self.latents.undone_if_refused():
@@ -81,10 +86,12 @@ class Steps:
             player.share()
         # What was made in inference mode no graph could keep.
         args = tuple(x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in args)
-        if self.graphs is None:
-            return work(*args)
-        self.latents.place_on_device()
-        return self.graphs.run(work, *args)
+        args = tuple(map(self._settings.formatted, args))
+        with self._settings.views_named():
+            if self.graphs is None:
+                return work(*args)
+            self.latents.place_on_device()
+            return self.graphs.run(work, *args)
 
     def _count(self, weight: float, real: Tensor) -> None:
         self._sample_dtype = self._dtype_of(real)

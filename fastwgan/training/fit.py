@@ -9,54 +9,39 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fastwgan import checkpoint, checks
 from fastwgan.data.batches import endless, refuse_samples
-from fastwgan.engine.ranks import Ranks
 from fastwgan.metrics import Metrics
 from fastwgan.streams import Stream, stream_seed
 from fastwgan.training.health import Health, HealthWarning
 from fastwgan.training.logs import CSVLog, Interval, Progress, TensorBoardLog
 
+if TYPE_CHECKING:
+    from fastwgan.trainer import Trainer
+
 Log = CSVLog | TensorBoardLog | Progress
 Draw = Callable[[Tensor, Path], None]
 
 
-class TrainerLike(Protocol):
-    """The loop's view of a trainer."""
-
-    device: torch.device
-    ranks: Ranks
-    pack: int
-    seed: int
-    constraint: Any
-    ema: float | None
-    critic_iterations: int
-    generator_iterations: int
-    last_checkpoint: str | None
-
-    def step(self, real: Tensor, *cond: Any) -> Metrics: ...
-    def sample(self, n: int, *, ema: bool, seed: int) -> Tensor: ...
-    def check_finite(self) -> None: ...
-    def full_state_dict(self) -> dict[str, Any]: ...
-
-
 def fit(
-    trainer: TrainerLike, batches: Iterable[Any], steps: int, *, out: Path | str | None = None,
+    trainer: "Trainer", batches: Iterable[Any], steps: int, *, out: Path | str | None = None,
     config: dict[str, Any] | None = None, log_every: int = 50, tensorboard: bool = False,
     sample_every: int | None = None, draw: Draw | None = None, sample_count: int = 64, save_every: int = 2000,
     keep: int = 1, callbacks: Sequence[Callable[[Any, dict[str, float]], object]] = (), progress: bool = False,
 ) -> int:  # fmt: skip
     """Call ``trainer.step`` on ``steps`` batches; return how many: fewer after Ctrl-C, or if a callback returns True.
 
-    Either ends the loop after the step under way, with everything written. If batches, a callback or ``draw`` raise, a
-    checkpoint is left behind. A :class:`fastwgan.training.HealthWarning` tells of numbers that look like a known kind
-    of failure, each kind once.
+    Where ``trainer.iteration`` takes batches alike as one CUDA graph, and no row, picture or checkpoint is due among
+    them, it does, to the same end. An iteration's batches are then read before its first step.
+
+    Either ends the loop after the step or iteration under way, with everything written. If batches, a callback or
+    ``draw`` raise, a checkpoint is left behind. A :class:`fastwgan.training.HealthWarning` tells of numbers that look
+    like a known kind of failure, each kind once.
 
     With several ranks every one calls this, on batches of its own. Rank 0 writes, draws, calls back and tells of
     progress; the others have to name ``out`` as well. They agree on an early end, at the rows of the log. Where one
@@ -101,10 +86,11 @@ def fit(
             import_module(package)  # a missing one shows before anything is written
     directory, start, ranks = None if out is None else Path(out), trainer.critic_iterations, trainer.ranks
     first, alone = ranks.rank == 0, ranks.world == 1
+    stop, interval, health, logs = threading.Event(), Interval(), Health(trainer.constraint), list[Log]()
     if directory is not None and not start and (directory / checkpoint.LAST).exists():
         raise ValueError(f"out: {directory} holds a run, which a new one would overwrite")
-    run = _Run(trainer, batches, directory, config, keep, draw if first else None, sample_count)
-    stop, interval, health, logs = threading.Event(), Interval(), Health(trainer.constraint), list[Log]()
+    run = _Run(trainer, batches, steps, stop, directory, config, keep, draw if first else None, sample_count)
+    marks = [every for every in (log_every, sample_every, save_every) if every is not None]
 
     def due(every: int | None) -> bool:
         return every is not None and trainer.critic_iterations % every == 0
@@ -113,9 +99,9 @@ def fit(
         """Return whether to end early, which several ranks agree on at the rows of the log."""
         return (alone or due(log_every)) and not ranks.all(not stop.is_set(), trainer.device)
 
-    def advise(values: list[dict[str, float]]) -> None:
+    def advise(values: list[dict[str, float]], step: int) -> None:
         for advice in health.watch(values) if first else ():
-            warnings.warn(f"step {trainer.critic_iterations}: {advice}", HealthWarning, stacklevel=3)  # fit's caller
+            warnings.warn(f"step {step}: {advice}", HealthWarning, stacklevel=3)  # fit's caller
 
     def report() -> None:
         """Write a row of the log and call back; a callback that returns True ends the training."""
@@ -138,27 +124,20 @@ def fit(
             logs.append(stack.enter_context(closing(Progress(start, start + steps))))
         if threading.current_thread() is threading.main_thread():  # no other may handle signals
             stack.enter_context(_interruptible(stop, alone=alone))
-        stream = endless(batches, trainer.device, trainer.pack)
-        while run.done < steps and not ended():
-            with run.saved_on(BaseException):
-                parts = next(parts for parts in stream if parts is not None or (alone and stop.is_set()))
-            if parts is None:  # it fills no pack, and Ctrl-C has come
-                break
-            with run.saved_on(TypeError, ValueError):  # the batch cannot be used; no weight has changed
-                metrics = trainer.step(*parts)
-            run.done += 1
+        for found in run.taken(ended, marks):
             with run.saved_on(BaseException):
                 row = due(log_every)
-                advise(interval.add(metrics, last=row))
+                for i, metrics in enumerate(found, 1 - len(found)):
+                    advise(interval.add(metrics, last=row and not i), trainer.critic_iterations + i)
                 if row:
                     report()
                 if due(sample_every):
                     run.picture()
-            if due(save_every) and run.done < steps and not (alone and stop.is_set()):
+            if due(save_every) and run.done < steps and not run.halted:
                 run.save()
         with run.saved_on(BaseException):
             if interval:
-                advise(interval.read())
+                advise(interval.read(), trainer.critic_iterations)
                 report()
             if not due(sample_every):
                 run.picture()
@@ -171,8 +150,10 @@ def fit(
 class _Run:
     """The checkpoints and pictures of a run, in its directory, where it has one."""
 
-    trainer: TrainerLike
+    trainer: "Trainer"
     batches: Iterable[Any]
+    steps: int
+    stop: threading.Event
     directory: Path | None
     config: dict[str, Any] | None
     keep: int
@@ -189,6 +170,47 @@ class _Run:
             if self.done and self.trainer.ranks.world == 1:  # others would have to help
                 self.save()
             raise
+
+    @property
+    def halted(self) -> bool:  # at once, as several ranks cannot be
+        return self.stop.is_set() and self.trainer.ranks.world == 1
+
+    def taken(self, ended: Callable[[], bool], marks: Sequence[int]) -> Iterator[list[Metrics]]:
+        """Take all steps, unless it ended; yield each one's Metrics, or an iteration's, with nothing due within it.
+
+        Every so many steps as ``marks`` has, something is due. Where the next batch raises, is of another form, and so
+        may be unusable, or Ctrl-C has come, those that have been read go step by step: the batches' position in a
+        checkpoint is then the trainer's.
+        """
+        trainer, form = self.trainer, None  # of the last batch
+        stream = endless(self.batches, trainer.device, trainer.pack)
+        while self.done < self.steps and not ended():
+            group, failure, step, n = list[Any](), None, trainer.critic_iterations, trainer.batches_at_once()
+            if n > self.steps - self.done or any(step % every + n > every for every in marks):
+                n = 1
+            try:
+                while len(group) < n and not (group and self.halted):
+                    parts = next(parts for parts in stream if parts is not None or self.halted)
+                    if parts is None:  # it fills no pack, and Ctrl-C has come
+                        break
+                    group.append(parts)
+                    before, form = form, [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in parts]
+                    if n > 1 and form != before:
+                        n = 0
+            except BaseException as error:
+                failure = error
+            if len(group) == n > 1:
+                found = trainer.iteration(group)
+                self.done, group = self.done + n, []
+                yield found
+            for parts in group:
+                with self.saved_on(TypeError, ValueError):  # the batch cannot be used; no weight has changed
+                    found = [trainer.step(*parts)]
+                self.done += 1
+                yield found
+            if failure is not None:
+                with self.saved_on(BaseException):
+                    raise failure
 
     def save(self) -> None:
         if self.directory is None:

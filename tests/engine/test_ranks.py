@@ -166,6 +166,7 @@ EQUAL = {  # name: (how far the weights may be from those of one process, what t
     "penalty": (1e-12, mlp_pair, {"constraint": PENALTY}),
     "conv clip": (1e-12, conv_pair, {"constraint": CLIP}),
     "conv penalty": (1e-12, conv_pair, {"constraint": PENALTY}),
+    "memory format": (1e-12, conv_pair, {"constraint": PENALTY, "memory_format": torch.channels_last}),
     "float32 clip": (1e-6, mlp_pair, {"constraint": CLIP, "dtype": F32, "lr": 1e-4}),
     "float32 penalty": (1e-6, mlp_pair, {"constraint": PENALTY, "dtype": F32, "lr": 1e-4}),
     "triton clip": (1e-6, mlp_pair, {"constraint": CLIP, "dtype": F32, "lr": 1e-4, "backend": "triton", "steps": 4}),

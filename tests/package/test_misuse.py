@@ -471,6 +471,7 @@ MAKING = [
             ("seed", "an int", ((-1, ValueError), (2**63, ValueError), (1.5, TypeError), (True, TypeError))),
             ("pack", "an int", ((0, ValueError), (1.5, TypeError), (None, TypeError))),
             ("nonfinite", "'raise' or 'skip'", (("ignore", ValueError), (None, ValueError), (True, ValueError))),
+            ("memory_format", "None or torch.channels_last", (("channels_last", ValueError), (True, ValueError))),
             ("backend", "'auto', 'triton' or 'torch'", (("cuda", ValueError), (None, ValueError), (0, ValueError))),
             ("amp", "None, torch.bfloat16", (("bf16", ValueError), (True, ValueError), (torch.float64, ValueError))),
             (

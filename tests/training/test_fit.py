@@ -1,16 +1,25 @@
 """The loop: batches of every form, the log, pictures, callbacks, checkpoints, and bad input."""
 
 import csv
+import functools
 import math
+import os
+import signal
 import sys
+import time
+import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from crash_loop import same
+from graphed_trainers import Recorded, assert_close_weights, made
+from small_trainers import PAIRS
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from fastwgan import GradientPenalty, Trainer, checkpoint, data, models
+from fastwgan import GradientPenalty, RMSprop, Trainer, WeightClip, checkpoint, data, models
+from fastwgan.engine import graphs
 from fastwgan.metrics import Metrics
 from fastwgan.training.fit import fit
 from fastwgan.training.health import HealthWarning
@@ -391,3 +400,269 @@ def test_bad_input_is_named(trainer):
     for options in ({"tensorboard": True}, {"sample_every": 1, "draw": print}):
         with pytest.raises(ValueError, match="^out:"):
             fit(trainer, [], 1, **options)
+
+
+# Iterations as graphs
+
+
+@pytest.fixture
+def works(graphed, monkeypatch):
+    """The works that graphs were asked for, an iteration's among them, in order."""
+    asked, run = [], graphs.Graphs.run
+
+    def counted(self, work, *args):
+        asked.append((work.__name__.strip("_"), len(args[0]) if "iteration" in work.__name__ else 1))
+        return run(self, work, *args)
+
+    monkeypatch.setattr(graphs.Graphs, "run", counted)
+    return asked
+
+
+def graphed_trainer(device, cuda_graph=True, **options):
+    trainer, _ = made(device, cuda_graph, **{"constraint": GradientPenalty(), "n_critic": 3, "ema": 0.9} | options)
+    return trainer
+
+
+def stepwise(trainer):
+    """The same trainer, whose own step the loop has to call."""
+    step = trainer.step
+    trainer.step = functools.partial(step)
+    return trainer
+
+
+def contents(directory):
+    """All that a run leaves but the time: its log, its checkpoints by name, and the names of its pictures."""
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in read_log(directory)]
+    checkpoints = {p.name: checkpoint.load(p) for p in sorted(directory.glob("*.pt"))}
+    return rows, checkpoints, sorted(p.name for p in directory.glob("samples/*"))
+
+
+def drawn(samples, path):
+    np.save(path.with_suffix(".npy"), samples.cpu().numpy())
+
+
+WRITTEN = {"log_every": 10, "save_every": 11, "keep": 9, "sample_every": 13, "draw": drawn, "sample_count": 3}
+
+
+@pytest.mark.parametrize("constraint", [GradientPenalty(), WeightClip(0.05), GradientPenalty(every=4)])
+def test_whole_iterations_come_to_what_steps_do(constraint, graphed, works, tmp_path):
+    """The same rows, pictures, callbacks and checkpoints; a few iterations go step by step, where one is due within."""
+    seen = {}
+    for name, cuda_graph, wrap in (("whole", True, None), ("steps", True, stepwise), ("eager", False, None)):
+        works.clear()
+        trainer = graphed_trainer(graphed, cuda_graph, constraint=constraint)
+        called = []
+        watch = lambda trainer, row, called=called: called.append((trainer.critic_iterations, row))  # noqa: E731
+        options = WRITTEN | {"out": tmp_path / name, "callbacks": [watch]}
+        assert (wrap or (lambda x: x))(trainer).fit(stream(), 40, **options) == 40
+        seen[name] = called, contents(tmp_path / name), works.copy(), trainer
+    whole, steps, eager = seen.values()
+    assert steps[2].count(("critic_step", 1)) == 40
+    assert not eager[2]
+    assert same(whole[0], steps[0])
+    assert same(whole[1], steps[1])
+    assert_close_weights(whole[3], eager[3], 1e-6)
+    assert [row["step"] for row in whole[1][0]] == [row["step"] for row in eager[1][0]] == ["10", "20", "30", "40"]
+    assert whole[1][1].keys() == eager[1][1].keys()
+    assert whole[1][2] == [f"step-{step:08d}.npy" for step in (13, 26, 39, 40)]
+    if constraint == GradientPenalty(every=4):  # whose steps are elsewhere in each iteration
+        assert ("iteration", 3) not in whole[2]
+    else:
+        # Not those with steps 10 and 11, 13, 20, 22, 26, 40, nor the first one, of a form that is not known yet.
+        assert whole[2].count(("iteration", 3)) == 7
+        assert sum(n for work, n in whole[2] if work != "generator_step") == 40
+
+
+def test_a_log_that_fits_leaves_whole_iterations_alone(graphed, works):
+    trainer = graphed_trainer(graphed)
+    trainer.fit(stream(), 61, log_every=15)
+    assert works[:4] == [("critic_step", 1)] * 3 + [("generator_step", 1)]
+    assert set(works[4:-1]) == {("iteration", 3)}
+    assert works[-1] == ("critic_step", 1), "not past the last step"
+    assert Recorded.made == 1
+
+
+@pytest.mark.parametrize("step", [13, 14, 15])
+def test_a_resumed_run_is_bit_identical_from_any_step(step, graphed, works, tmp_path):
+    straight, first, second = (graphed_trainer(graphed) for _ in range(3))
+    straight.fit(stream(), 30, out=tmp_path / "straight")
+    first.fit(stream(), step, out=tmp_path / "halves")
+    content = checkpoint.load(tmp_path / "halves" / "last.pt")
+    batches = stream()
+    batches.load_state_dict(content["data"])
+    second.load_state_dict(content["trainer"])
+    second.fit(batches, 30 - step, out=tmp_path / "halves")
+    a, b = (checkpoint.load(tmp_path / name / "last.pt") for name in ("straight", "halves"))
+    assert same(a, b)
+    assert works.count(("iteration", 3)) >= 16
+
+
+class Watched:
+    """A stream that can be saved, and does something when a batch is asked for."""
+
+    def __init__(self, at):
+        self._stream, self._at, self._asked = stream(), at, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self._asked += 1
+        return self._at.get(self._asked, lambda batch: batch)(next(self._stream))
+
+    def state_dict(self):
+        return self._stream.state_dict()
+
+
+def interrupted(batch):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.01)
+    return batch
+
+
+def twice(batch):
+    interrupted(batch)
+    return interrupted(batch)
+
+
+def failed(batch):
+    raise ZeroDivisionError
+
+
+ENDS = {
+    "Ctrl-C": (interrupted, nullcontext(), [11, 12, 13]),
+    "Ctrl-C twice": (twice, pytest.raises(KeyboardInterrupt), [10, 11, 12]),
+    "an error": (failed, pytest.raises(ZeroDivisionError), [10, 11, 12]),
+    "integers": (lambda batch: batch.int(), pytest.raises(TypeError, match="^real:"), [10, 11, 12]),
+    "none": (lambda batch: batch[:0], pytest.raises(ValueError, match="^real:"), [10, 11, 12]),
+    "doubles": (lambda batch: batch.double(), pytest.raises(TypeError, match="^generator:"), [10, 11, 12]),
+}
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("kind", ENDS)
+def test_an_end_within_an_iteration_is_that_of_steps(kind, place, graphed, works, tmp_path):
+    """Steps taken, log and checkpoint, with the position of the batches: none of those read ahead is lost."""
+    end, raising, steps = ENDS[kind]
+    seen = []
+    for name, wrap in (("whole", lambda x: x), ("steps", stepwise)):
+        trainer = wrap(graphed_trainer(graphed))
+        with raising:
+            trainer.fit(Watched({11 + place: end}), 30, out=tmp_path / name)
+        seen.append(contents(tmp_path / name))
+        assert trainer.critic_iterations == steps[place]
+        assert checkpoint.load(tmp_path / name / "last.pt")["trainer"]["critic_iterations"] == steps[place]
+    assert same(*seen)
+    assert works.count(("iteration", 3)) >= 2
+
+
+def test_batches_of_other_sizes_go_step_by_step(graphed, works):
+    loader = DataLoader(torch.randn(8 * 7 + 4, 10), batch_size=8)  # the eighth has 4 samples
+    runs = [graphed_trainer(graphed), stepwise(graphed_trainer(graphed))]
+    for trainer in runs:
+        trainer.fit(loader, 24)
+    assert same(*(trainer.state_dict() for trainer in runs))
+    assert works.count(("iteration", 3)) == 4, "4 to 6, 10 to 12, 13 to 15, 19 to 21"
+
+
+def test_advice_names_the_step_within_an_iteration(graphed, works):
+    """A metric that goes bad at step 41, and advice at the tenth such step, read with the row at step 60."""
+
+    def messages(trainer):
+        done = trainer._critic_step_done
+
+        def spoiled(found, weight):
+            scores = torch.full_like(found.scores, math.nan) if trainer.critic_iterations >= 40 else found.scores
+            return done(found._replace(scores=scores), weight)
+
+        trainer._critic_step_done = spoiled
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.fit(stream(), 120, log_every=120)
+        return [(str(w.message), w.filename) for w in caught if w.category is HealthWarning]
+
+    (told,) = messages(graphed_trainer(graphed))
+    assert told[0].startswith("step 100: 10 of 50 steps")
+    assert [told] == messages(stepwise(graphed_trainer(graphed)))
+    assert ("iteration", 3) in works
+
+
+def scheduled(graphed):
+    _, critic, _, _ = PAIRS["mlp"](torch.float32)
+    critic = critic.to(graphed)
+    optimizer = RMSprop(critic.parameters())
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    generator = PAIRS["mlp"](torch.float32)[0].to(graphed)
+    return Trainer(
+        generator, critic, latent=6, n_critic=3, critic_optimizer=optimizer, critic_scheduler=scheduler,
+        constraint=GradientPenalty(), backend="triton", cuda_graph=True,
+    )  # fmt: skip
+
+
+class Own(Trainer):
+    def generator_step(self, batch_size, *cond):
+        return super().generator_step(batch_size, *cond)
+
+
+def of_own_class(graphed):
+    trainer = graphed_trainer(graphed)
+    trainer.__class__ = Own
+    return trainer
+
+
+def hooked(graphed):
+    trainer = graphed_trainer(graphed)
+    trainer.critic_optimizer.register_step_post_hook(lambda *_: None)
+    return trainer
+
+
+STEPWISE = {
+    "a callable's latents": lambda d: graphed_trainer(d, latent=lambda n, device: torch.randn(n, 6, device=device)),
+    "a scheduler of the critic": scheduled,
+    "too many": lambda d: graphed_trainer(d, n_critic=9),
+    "one": lambda d: graphed_trainer(d, n_critic=1),
+    "no graphs": lambda d: graphed_trainer(d, cuda_graph=False),
+    "a step hook": hooked,
+    "a class of its own": of_own_class,
+}
+
+
+@pytest.mark.parametrize("kind", STEPWISE)
+def test_what_no_iteration_can_take_goes_step_by_step(kind, graphed, works):
+    trainer = STEPWISE[kind](graphed)
+    trainer.fit(stream(), 20)
+    assert trainer.batches_at_once() == 1
+    assert {work for work, _ in works} <= {"critic_step", "generator_step"}
+    assert trainer.critic_iterations == 20
+
+
+@pytest.mark.parametrize("kind", ["instance", "class"])
+def test_a_patched_step_is_called(kind, graphed, works, monkeypatch):
+    trainer, called, step = graphed_trainer(graphed), [], Trainer.step
+    assert trainer.batches_at_once() == 3
+    if kind == "instance":
+        trainer.step = lambda real: called.append(len(real)) or step(trainer, real)
+    else:
+        monkeypatch.setattr(Trainer, "step", lambda self, real: called.append(len(real)) or step(self, real))
+    trainer.fit(stream(), 9)
+    assert called == [8] * 9
+
+
+def test_a_network_that_no_step_can_take_is_refused_as_by_a_step(graphed, works, tmp_path):
+    """A layer of the generator that its optimizer lacks, added at a row: the steps up to its own are taken."""
+    states = []
+    for name, wrap in (("whole", lambda x: x), ("steps", stepwise)):
+        trainer, _ = made(graphed, True, n_critic=3, generator_optimizer=None)
+        trainer._steps.generator._default = False  # as if it had been given
+        trainer = wrap(trainer)
+
+        def grow(trainer, row):
+            if trainer.critic_iterations == 9:
+                trainer.generator.append(torch.nn.Linear(10, 10).to(graphed))
+
+        torch.manual_seed(5)
+        with pytest.raises(ValueError, match="^generator_optimizer: "):
+            trainer.fit(stream(), 30, out=tmp_path / name, log_every=9, callbacks=[grow])
+        states.append(contents(tmp_path / name))
+        assert trainer.critic_iterations == 11
+    assert same(*states)
