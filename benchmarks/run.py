@@ -53,7 +53,8 @@ def _step_table(result: dict[str, Any], *, gpu: bool) -> "Table":
     from rich.table import Table
 
     title = report.title(result) + (", channels_last" if result["layout"] == "channels_last" else "")
-    table = Table("implementation", title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
+    table.add_column("implementation", overflow="fold")  # a name may be long, and all of it matters
     columns = ["ms", "5-95 %", f"{BASE}'s / it", "set-up s"]
     if gpu:
         columns[3:3] = ["device ms", f"{BASE}'s / it", "network ms", "host ms", "kernels", "MiB"]
