@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import experiments
+from benchmarks import experiments, networks
 from benchmarks.implementations import IMPLEMENTATIONS
-from benchmarks.run import default_workloads, run_ops, run_steps
-from benchmarks.steps import PRECISIONS
+from benchmarks.run import default_workloads, layouts_of, run_ops, run_steps
+from benchmarks.steps import LAYOUTS, PRECISIONS
 from benchmarks.workloads import WORKLOADS
 from fastwgan.cli.common import Parser, UserError, device, integer, number, problems, run
 
@@ -35,10 +35,20 @@ def _device(args: argparse.Namespace) -> torch.device:
 
 def _steps(args: argparse.Namespace) -> int:
     chosen = _device(args)
-    workloads = args.workload or default_workloads(chosen)
-    precisions = args.precision or (["float32", "bfloat16"] if chosen.type == "cuda" else ["float32"])
-    implementations = args.implementation or list(IMPLEMENTATIONS)
-    run_steps(workloads, implementations, precisions, chosen, rounds=args.rounds, minutes=args.minutes, path=args.json)
+    gpu = chosen.type == "cuda"
+    workloads, implementations = args.workload or default_workloads(chosen), args.implementation or [*IMPLEMENTATIONS]
+    if args.networks is not None:
+        timed = networks.implementations(args.networks, gpu=gpu)
+        kept = [name for name in timed if name not in IMPLEMENTATIONS or name in implementations]
+        workloads, implementations = [args.networks], kept
+    precisions = args.precision or (list(PRECISIONS) if gpu else ["float32"])
+    layouts = {name: layouts_of(name, args.layout, chosen) for name in workloads}
+    jobs = [(name, precision, layout) for name in workloads for precision in precisions for layout in layouts[name]]
+    if not jobs:
+        raise UserError(f"--layout: expected contiguous for {', '.join(workloads)}, got channels_last")
+    record = run_steps(jobs, implementations, chosen, rounds=args.rounds, minutes=args.minutes, path=args.json)
+    if args.networks is not None:
+        print("\n".join(networks.advice(record)))
     return 0
 
 
@@ -74,13 +84,24 @@ def _parser() -> argparse.ArgumentParser:
 
     steps = commands.add_parser("steps", help="time a critic step against PyTorch's")
     steps.set_defaults(run=_steps)
-    for option, choices, default in (
-        ("--workload", WORKLOADS, "default: all, on a CPU the mlp and tabular ones"),
-        ("--implementation", IMPLEMENTATIONS, "beside the textbook; default: all"),
-        ("--precision", PRECISIONS, "default: float32, on a GPU both"),
+    which = steps.add_mutually_exclusive_group()
+    for group, option, choices, default in (
+        (which, "--workload", WORKLOADS, "default: all, on a CPU the mlp and tabular ones"),
+        (steps, "--implementation", IMPLEMENTATIONS, "beside the two textbooks; default: all"),
+        (steps, "--precision", PRECISIONS, "default: float32, on a GPU all"),
+        (
+            steps,
+            "--layout",
+            LAYOUTS,
+            "in memory, of convolutional networks and data; default: contiguous, on a GPU both",
+        ),
     ):
         names = ", ".join(choices)
-        steps.add_argument(option, nargs="+", choices=choices, metavar="NAME", help=f"{names}; {default}")
+        group.add_argument(option, nargs="+", choices=choices, metavar="NAME", help=f"{names}; {default}")
+    which.add_argument(
+        "--networks", metavar="MODULE:FUNCTION",
+        help="networks of yours, and which options the Trainer should be given; benchmarks/networks.py says how",
+    )  # fmt: skip
     ops = commands.add_parser("ops", help="time each op by itself against PyTorch's, and against a copy")
     ops.set_defaults(run=_ops)
     for command in (steps, ops):

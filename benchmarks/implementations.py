@@ -5,8 +5,10 @@ pass, the critic's gradient, the optimizer, the clamp. All must come to the same
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +21,10 @@ from benchmarks.workloads import Workload
 from fastwgan.constraints import GradientPenalty, WeightClip
 from fastwgan.trainer import Trainer
 
-__all__ = ["IMPLEMENTATIONS", "Given", "Implementation", "Setting", "Step", "textbook_critic_step"]
+__all__ = [
+    "BASE", "IMPLEMENTATIONS", "SETTINGS", "TEXTBOOKS", "Given", "Implementation", "Setting", "Step", "compiles",
+    "implementation", "textbook_critic_step",
+]  # fmt: skip
 
 # What the Trainer takes where it is given no optimizers: the papers' numbers.
 RMSPROP: dict[str, Any] = {"lr": 5e-5}
@@ -59,6 +64,7 @@ class Setting:
     critic: nn.Module
     real: Tensor
     given: Given | None = None  # None: fresh ones, as in training
+    layout: str = "contiguous"  # or "channels_last": of networks and data
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -93,7 +99,7 @@ class Setting:
         return self.eps().view(-1, *[1] * (self.real.dim() - 1))
 
     def fakes(self) -> Tensor:
-        """By a generator that builds no graph, which the textbook alone leaves out."""
+        """Return fakes by a generator that builds no graph, which the textbooks alone leave out."""
         with torch.no_grad():
             fake: Tensor = self.generator(self.latents())
         return fake
@@ -173,15 +179,18 @@ def textbook_critic_step(
     return loss.detach()
 
 
-def textbook(setting: Setting) -> Step:
-    """Algorithm 1 op by op, as popular code has it: loops over parameters, and a graph through the generator."""
+def textbook(setting: Setting, *, detach: bool = False) -> Step:
+    """Take Algorithm 1 op by op, with loops over parameters.
+
+    By default fakes have a graph through the generator, as in the authors' code; with ``detach`` not, as in much other.
+    """
     optimizer = setting.optimizer(foreach=False)
 
     def take() -> None:
         eps = None if setting.given is None or setting.penalty_weight is None else setting.eps()
         textbook_critic_step(
             setting.generator, setting.critic, optimizer, setting.real, setting.latents(),
-            clip=setting.clip, penalty_weight=setting.penalty_weight, eps=eps, detach=False,
+            clip=setting.clip, penalty_weight=setting.penalty_weight, eps=eps, detach=detach,
         )  # fmt: skip
 
     return Step(take)
@@ -245,16 +254,18 @@ def compiled(setting: Setting) -> Step:
     return Step(take)
 
 
-def compiled_step(setting: Setting) -> Step:
-    """torch.compile of the whole step as one graph, by an option of Dynamo's that lets autograd's calls in.
+def _whole_step(setting: Setting, **options: Any) -> Callable[[], None]:
+    """Return torch.compile's whole step as one graph, by an option of Dynamo's that lets autograd's calls in.
 
     The gradients stay values of that graph: put into ``.grad`` there, they would be lost without an error.
     """
-    from torch._dynamo import config  # takes a second to import, which only this needs
+    from torch._dynamo import config, mark_static_address  # takes a second to import, which only this needs
 
     parameters: list[Any] = setting.parameters
     squares, means = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     steps = [torch.zeros((), device=p.device if setting.on_gpu else "cpu") for p in parameters]
+    for x in (*parameters, *squares, *means, *steps, setting.real):
+        mark_static_address(x)  # else a mode with CUDA graphs would copy them at each step, or do without graphs
 
     def update(gradients: list[Tensor]) -> None:
         if setting.clip is not None:
@@ -277,29 +288,36 @@ def compiled_step(setting: Setting) -> Step:
         with torch.no_grad():  # a last bias gets no gradient from a penalty, but one from the scores
             update([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)])
 
-    whole = torch.compile(step, fullgraph=True)
+    whole = torch.compile(step, fullgraph=True, **options)
+    taken = 0
 
     def take() -> None:
-        with config.patch(trace_autograd_ops=True):
+        nonlocal taken
+        taken += 1
+        with config.patch(trace_autograd_ops=True) if taken <= WARM_UP + 1 else nullcontext():  # it takes microseconds
             whole()
 
-    return Step(take)
+    return take
 
 
-def graphed(setting: Setting) -> Step:
-    """The foreach step captured in a CUDA graph: what a careful user of plain PyTorch can have."""
+def compiled_step(setting: Setting) -> Step:
+    """Take torch.compile's whole step."""
+    return Step(_whole_step(setting))
+
+
+def _refuse_cpu(setting: Setting) -> None:
     if not setting.on_gpu:
         raise RuntimeError("a CUDA graph needs a GPU")
-    optimizer = setting.fastest_optimizer(capturable=True)
+
+
+def _captured(step: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> Step:
+    """Return a step that is taken on a side stream a few times, then captured in a CUDA graph, and replayed.
+
+    ``prepare`` is called before each of those that are not replayed, outside of the capture.
+    """
     stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     graph = torch.cuda.CUDAGraph()
     taken = 0
-
-    def step() -> None:
-        setting.loss(setting.fakes()).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        with torch.no_grad():
-            setting.clamp_()
 
     def take() -> None:
         nonlocal taken
@@ -307,7 +325,7 @@ def graphed(setting: Setting) -> Step:
         if taken > WARM_UP + 1:
             graph.replay()
             return
-        optimizer.zero_grad()  # to None: a captured backward pass writes gradients instead of adding to them
+        prepare()
         if taken <= WARM_UP:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -319,6 +337,33 @@ def graphed(setting: Setting) -> Step:
             graph.replay()  # the capture itself runs nothing
 
     return Step(take, is_graph=True)
+
+
+def graphed(setting: Setting) -> Step:
+    """Capture the foreach step in a CUDA graph: what a careful user of plain PyTorch can have."""
+    _refuse_cpu(setting)
+    optimizer = setting.fastest_optimizer(capturable=True)
+
+    def step() -> None:
+        setting.loss(setting.fakes()).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        with torch.no_grad():
+            setting.clamp_()
+
+    # Gradients are None before: a captured backward pass writes them then, instead of adding to them.
+    return _captured(step, optimizer.zero_grad)
+
+
+def compiled_graphed(setting: Setting) -> Step:
+    """Capture torch.compile's whole step in a CUDA graph by hand."""
+    _refuse_cpu(setting)
+    return _captured(_whole_step(setting))
+
+
+def compiled_reduce_overhead(setting: Setting) -> Step:
+    """Take the whole step by the mode of torch.compile that makes CUDA graphs by itself."""
+    _refuse_cpu(setting)
+    return Step(_whole_step(setting, mode="reduce-overhead"), is_graph=True)
 
 
 class _Own(nn.Module):
@@ -333,28 +378,59 @@ class _Own(nn.Module):
         return scores
 
 
-def _trainer(setting: Setting, *, cuda_graph: bool, own_class: bool = False, compile: bool = False) -> Step:
+def _trainer(setting: Setting, *, own_class: bool = False, **options: Any) -> Step:
     given = setting.given
     critic = _Own(setting.critic) if own_class else setting.critic
+    if setting.layout == "channels_last":
+        options["memory_format"] = torch.channels_last
     trainer = Trainer(
-        setting.generator, critic, constraint=setting.workload.constraint, compile=compile, cuda_graph=cuda_graph,
+        setting.generator, critic, constraint=setting.workload.constraint, **options,
         latent=setting.workload.latent if given is None else lambda batch, device: given.latents(),
     )  # fmt: skip
     return Step(
         lambda: trainer.critic_step(setting.real),
         random=(trainer._steps.latents.stream,),
-        is_graph=cuda_graph and setting.on_gpu,
+        is_graph=options.get("cuda_graph", "auto") is not False and setting.on_gpu,
     )
 
 
+TEXTBOOKS = ("textbook", "textbook-detached")  # which no run leaves out
+BASE = "textbook-detached"  # what ratios are to
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "textbook": textbook,
+    "textbook-detached": partial(textbook, detach=True),
     "foreach": foreach,
     "compiled": compiled,
     "compiled-step": compiled_step,
     "graphed": graphed,
+    "compiled-graphed": compiled_graphed,
+    "compiled-reduce-overhead": compiled_reduce_overhead,
     "fastwgan": partial(_trainer, cuda_graph=False),
     "fastwgan-two-passes": partial(_trainer, cuda_graph=False, own_class=True),
     "fastwgan-graphed": partial(_trainer, cuda_graph=True),
     "fastwgan-compiled": lambda setting: _trainer(setting, cuda_graph=setting.on_gpu, compile=True),
 }
+
+
+def _settings() -> dict[str, dict[str, Any]]:
+    """Return the Trainer's options that a user may choose among for speed, by the name that figures of them have."""
+    choices = {"cuda_graph": ("auto", True, False), "compile": (False, True), "independent_samples": (False, True)}
+    found = {}
+    for values in product(*choices.values()):
+        of = zip(choices.items(), values, strict=True)
+        options = {name: value for (name, (default, *_)), value in of if value != default}
+        found[f"fastwgan({', '.join(f'{name}={value}' for name, value in options.items())})"] = options
+    return found
+
+
+SETTINGS = _settings()
+
+
+def implementation(name: str) -> Implementation:
+    """Return an implementation by its name, or ours with the options of SETTINGS."""
+    return partial(_trainer, **SETTINGS[name]) if name in SETTINGS else IMPLEMENTATIONS[name]
+
+
+def compiles(name: str) -> bool:
+    """Return whether an implementation of this name compiles, which may take minutes."""
+    return "compile" in name

@@ -1,7 +1,7 @@
 """Critic steps of several workloads, set up at once and timed one by one.
 
-Compilers take minutes to a workload, and a GPU that waits for them is idle. So each (workload, precision) gets a
-process of its own, which checks and compiles; only when all are ready, or the time for that is over, is each timed,
+Compilers take minutes to a workload, and a GPU that waits for them is idle. So each (workload, precision, layout) gets
+a process of its own, which checks and compiles; only when all are ready, or the time for that is over, is each timed,
 alone on a GPU whose other processes wait. Set-up times are therefore those of a machine that does as much at once.
 """
 
@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 from benchmarks import steps
+from benchmarks.implementations import TEXTBOOKS, compiles
 from benchmarks.record import prepared
+from benchmarks.steps import Job
 
 __all__ = ["Together"]
 
@@ -25,14 +27,12 @@ SET_UP = 0.65  # of the minutes; the rest is for timing
 END = 0.93  # of the minutes: when all should be timed, as the last ones may go over their time
 MARGIN = 0.15  # of the time for set-up, after which whoever is not ready is left out whole
 
-Job = tuple[str, str]  # workload, precision
-
 
 def end_compilation(schedule: steps.Schedule) -> None:
     """Have an alarm, of which there may be several, end the set-up of an implementation that compiles."""
 
     def over(signum: int, frame: FrameType | None) -> None:
-        if "compiled" in schedule.at:
+        if compiles(schedule.at):
             raise TimeoutError("the time for set-up was over")
 
     signal.signal(signal.SIGALRM, over)
@@ -61,12 +61,12 @@ def work(
         return deadline
 
     try:
-        with prepared(device, compiles=any("compiled" in name for name in implementations)):
-            name, precision = job
-            checked: dict[str, float | str] = dict.fromkeys(["textbook", *implementations], 0.0)
+        with prepared(device, compiles=any(map(compiles, implementations))):
+            name, precision, layout = job
+            checked: dict[str, float | str] = dict.fromkeys([*TEXTBOOKS, *implementations], 0.0)
             if checks:
-                checked = steps.check(name, implementations, device, schedule)
-            pipe.send(steps.critic_step(name, precision, checked, device, schedule, ready))
+                checked = steps.check(name, implementations, device, schedule, layout)
+            pipe.send(steps.critic_step(name, precision, checked, device, schedule, ready, layout=layout))
     except Exception as error:  # whatever it is, the others can still be measured
         pipe.send(steps.message(error))
 
@@ -75,8 +75,9 @@ class Together:
     """The processes of all jobs, from entering this to leaving it.
 
     Args:
-        jobs: (workload, precision). Results are checked in the first precision of a workload, for all.
-        implementations: of :data:`~benchmarks.implementations.IMPLEMENTATIONS`.
+        jobs: (workload, precision, layout). Results are checked in the first precision of a workload and layout, for
+            all.
+        implementations: names, see :func:`benchmarks.implementations.implementation`.
         device: a CPU or a CUDA device.
         rounds: samples of each figure, at most.
         minutes: that all of it should take.
@@ -91,13 +92,13 @@ class Together:
         self._pipes: dict[Job, Connection] = {}
         self._processes = []
         self._failed: dict[Job, str] = {}
-        self._dropped: dict[str, dict[str, str]] = {}  # by workload, as its check found
+        self._dropped: dict[tuple[str, str], dict[str, str]] = {}  # by workload and layout, as its check found
         self._waited = False
-        seen: set[str] = set()
+        seen: set[tuple[str, str]] = set()
         for job in jobs:
             self._pipes[job], theirs = context.Pipe()
-            checks = job[0] not in seen
-            seen.add(job[0])
+            checks = job[::2] not in seen
+            seen.add(job[::2])
             until = self._begun + SET_UP * self._seconds
             args = (theirs, job, list(implementations), checks, device, rounds, until)
             self._processes.append(context.Process(target=work, args=args, daemon=True))
@@ -152,7 +153,7 @@ class Together:
             result = self._hear(job)
         if job in self._failed:
             raise RuntimeError(self._failed[job])
-        for name, why in self._dropped.setdefault(job[0], dict(result["dropped"])).items():
+        for name, why in self._dropped.setdefault(job[::2], dict(result["dropped"])).items():
             if result["implementations"].pop(name, None) is not None:
                 result["dropped"][name] = why
         return result

@@ -11,14 +11,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.implementations import IMPLEMENTATIONS
+from benchmarks.implementations import BASE, IMPLEMENTATIONS, TEXTBOOKS
 from fastwgan.cli.common import Parser
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 RECORDS = ("gpu-steps", "gpu-steps-compiled", "cpu-steps", "cpu-ops")  # that README and the pictures are made from
-CAPTURED = ("graphed", "fastwgan-graphed", "fastwgan-compiled")  # on a GPU: a replayed graph to a step
+CAPTURED = (  # on a GPU: a replayed graph to a step
+    "graphed", "compiled-graphed", "compiled-reduce-overhead", "fastwgan-graphed", "fastwgan-compiled",
+)  # fmt: skip
+MARK, MARKED = "†", "†: networks and data channels last, which was faster than contiguous."
 REASON = 80  # characters of one that something was left out for
 COLUMNS = 5  # of a picture
 SHARE = 0.9  # of the copy bandwidth, wanted of our kernels on arrays several times as large as the cache
@@ -61,10 +64,45 @@ def described(environment: Record) -> str:
     return ", ".join([*parts, e["date"]])
 
 
+def title(result: Record) -> str:
+    """Return what was measured, in a few words."""
+    return f"{result['workload']}, {result['precision']}, batch {result['batch']}"
+
+
+def place(*names: str) -> str:
+    """Return a workload, a precision and a layout in a line, which names a layout that is not the usual one."""
+    return " ".join(name for name in names if name != "contiguous")
+
+
+def faster_layouts(record: Record) -> list[Record]:
+    """Return a result to each workload and precision, with each implementation's figures in its faster layout."""
+    found: dict[tuple[str, str], Record] = {}
+    for result in record["critic_step"]:
+        key = (result["workload"], result["precision"])
+        done = found.setdefault(key, result | {"implementations": {}})["implementations"]
+        for name, figures in result["implementations"].items():
+            if name not in done or figures["step_ms"]["q50"] < done[name]["step_ms"]["q50"]:
+                done[name] = figures | {"layout": result.get("layout", "contiguous")}
+    return list(found.values())
+
+
 def _names(record: Record) -> list[str]:
-    """The implementations beside the textbook that have figures, in the order they are run in."""
+    """The implementations that have figures, in the order they are run in."""
     names = dict.fromkeys(name for result in record["critic_step"] for name in result["implementations"])
-    return sorted(names.keys() - {"textbook"}, key=[*IMPLEMENTATIONS, *names].index)
+    return sorted(names, key=[*IMPLEMENTATIONS, *names].index)
+
+
+def base(record: Record) -> str:
+    """Return what a record's ratios are to: the detached textbook, or the only one that older records have."""
+    return BASE if BASE in _names(record) else "textbook"
+
+
+def _ratio(done: Record, to: str, name: str) -> float | None:
+    """Return how many times as fast an implementation is as another, if both have figures."""
+    if not {to, name} <= done.keys():
+        return None
+    ratio: float = done[to]["step_ms"]["q50"] / done[name]["step_ms"]["q50"]
+    return round(ratio, 3)  # as in a record
 
 
 def table(record: Record) -> str:
@@ -72,11 +110,14 @@ def table(record: Record) -> str:
     rows = gpu_rows(record) if record["environment"]["type"] == "cuda" else cpu_rows(record)
     head, *body = (f"| {' | '.join(row)} |" for row in rows)
     lines = [f"{described(record['environment'])}:", "", head, "|---" * len(rows[0]) + "|", *body]
+    lines += [line for mark in marked(rows) for line in ("", mark)]
     where: dict[tuple[str, str], list[str]] = {}
     for result in record["critic_step"]:
         for name, why in result["dropped"].items():
             short = why if len(why) <= REASON else f"{why[:REASON].rsplit(' ', 1)[0]} ..."
-            where.setdefault((name, short), []).append(f"{result['workload']} {result['precision']}")
+            where.setdefault((name, short), []).append(
+                place(result["workload"], result["precision"], result.get("layout", "contiguous"))
+            )
     names: dict[tuple[str, str], list[str]] = {}
     for (name, why), places in where.items():
         everywhere = len(places) == len(record["critic_step"])
@@ -87,16 +128,15 @@ def table(record: Record) -> str:
 
 
 def cpu_rows(record: Record) -> list[list[str]]:
-    """Return the textbook's milliseconds, and how many times as fast each other implementation is."""
-    names = _names(record)
-    rows = [["critic step", "textbook, ms", *names]]
-    for result in record["critic_step"]:
+    """Return the milliseconds of the textbook that ratios are to, and how many times as fast each other one is."""
+    to = base(record)
+    names = [name for name in _names(record) if name != to]
+    rows = [["critic step", f"{to}, ms", *names]]
+    for result in faster_layouts(record):
         done = result["implementations"]
-        ratios = [done[name]["step_ratio"] if name in done else None for name in names]
-        rows.append([
-            f"{result['workload']}, {result['precision']}, batch {result['batch']}", _ms(done.get("textbook")),
-            *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
-        ])  # fmt: skip
+        ratios = [(name, _ratio(done, to, name)) for name in names]
+        cells = ("-" if ratio is None else f"{ratio:.2f}{_mark(done[name])}" for name, ratio in ratios)
+        rows.append([title(result), _ms(done.get(to)), *cells])
     return rows
 
 
@@ -108,14 +148,44 @@ def gpu_rows(record: Record) -> list[list[str]]:
     present = {name for result in record["critic_step"] for name in result["implementations"]}
     forms = [[name for name in IMPLEMENTATIONS if name in present and (name in CAPTURED) == form] for form in (0, 1)]
     rows = [["critic step, ms", *(cell for names in forms for cell in (*names, "peer / ours"))]]
-    for result in record["critic_step"]:
+    for result in faster_layouts(record):
         done = result["implementations"]
-        row = [f"{result['workload']}, {result['precision']}, batch {result['batch']}"]
+        row = [title(result)]
         for names in forms:
             ratio = advantage({name: done[name]["step_ms"]["q50"] for name in names if name in done})
             row += [*(_ms(done.get(name)) for name in names), "-" if ratio is None else f"{ratio:.2f}"]
         rows.append(row)
     return rows
+
+
+def marked(rows: list[list[str]]) -> list[str]:
+    """Return the meaning of the mark, if a table has it."""
+    return [MARKED] if any(MARK in cell for row in rows for cell in row) else []
+
+
+def quotes(record: Record) -> list[str]:
+    """Return a line for each workload and precision: our best, and plain PyTorch's, each in its faster layout."""
+    found = []
+    for result in faster_layouts(record):
+        ours, peer = (fastest(result, of_ours=of_ours) for of_ours in (True, False))
+        if ours is not None and peer is not None:
+            ratio = f"{peer[0] / ours[0]:.2f} times as fast as the best plain PyTorch"
+            found.append(f"{title(result)}: {told(ours)} is {ratio}, {told(peer)}")
+    return found
+
+
+def fastest(result: Record, *, of_ours: bool) -> tuple[float, str] | None:
+    """Return milliseconds and name of the fastest of ours, or of plain PyTorch's; each in its faster layout already."""
+    sides = [
+        (figures["step_ms"]["q50"], place(name, figures["layout"]))
+        for name, figures in result["implementations"].items() if name.startswith("fastwgan") == of_ours
+    ]  # fmt: skip
+    return min(sides, default=None)
+
+
+def told(one: tuple[float, str]) -> str:
+    """Return milliseconds and a name in words."""
+    return f"{one[1]} ({one[0]:.3g} ms)"
 
 
 def advantage(ms: dict[str, float]) -> float | None:
@@ -126,7 +196,11 @@ def advantage(ms: dict[str, float]) -> float | None:
 
 
 def _ms(figures: Record | None) -> str:
-    return "-" if figures is None else f"{figures['step_ms']['q50']:.3g}"
+    return "-" if figures is None else f"{figures['step_ms']['q50']:.3g}{_mark(figures)}"
+
+
+def _mark(figures: Record) -> str:
+    return MARK if figures["layout"] == "channels_last" else ""
 
 
 def into(readme: str, tables: list[str]) -> str:
@@ -146,14 +220,15 @@ def draw_ratios(record: Record, path: Path) -> None:
     """Bars: the textbook's time over each implementation's, by workload."""
     from matplotlib.figure import Figure
 
-    gpu, names, results = record["environment"]["type"] == "cuda", _names(record), record["critic_step"]
+    gpu, to, results = record["environment"]["type"] == "cuda", base(record), faster_layouts(record)
+    names = [name for name in _names(record) if name != to]
     figure = Figure(figsize=(10, 1.2 + 0.22 * (len(names) + 1) * len(results)), layout="constrained")
     axes = figure.subplots()
     height = 0.8 / max(1, len(names))
     for i, name in enumerate(names):
         places, ratios = [], []
         for j, result in enumerate(results):
-            ratio = result["implementations"].get(name, {}).get("step_ratio")
+            ratio = _ratio(result["implementations"], to, name)
             if ratio is not None:
                 places.append(j + i * height)
                 ratios.append(ratio)
@@ -162,7 +237,7 @@ def draw_ratios(record: Record, path: Path) -> None:
     axes.set_yticks([j + 0.4 - height / 2 for j in range(len(results))])
     axes.set_yticklabels([f"{result['workload']}\n{result['precision']}" for result in results])
     axes.invert_yaxis()
-    axes.set_xlabel(f"textbook's time / its time, one critic step{', calls back to back' if gpu else ''}")
+    axes.set_xlabel(f"{to}'s time / its time, one critic step{', calls back to back' if gpu else ''}")
     axes.set_title(described(record["environment"]), fontsize=7)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(path, dpi=120)
@@ -216,10 +291,11 @@ def shortfalls(record: Record) -> list[str]:
         elif result["bytes"] > 4 * cache and ours["share"] < SHARE:
             best = max((f["share"], name) for name, f in result["implementations"].items())
             found.append(f"{case}: {ours['share']:.0%} of a copy; the best is {best[1]}, {best[0]:.0%}")
-    for result in record.get("critic_step", []):
+    for result in faster_layouts(record) if "critic_step" in record else []:
+        to = base(record)
         done = {name: figures["step_ms"]["q50"] for name, figures in result["implementations"].items()}
         ours = {name: ms for name, ms in done.items() if name.startswith("fastwgan")}
-        peers = {name: ms for name, ms in done.items() if name not in ours and name != "textbook"}
+        peers = {name: ms for name, ms in done.items() if name not in ours and name not in TEXTBOOKS}
         case = f"{result['workload']} {result['precision']}"
         if not ours:
             found.append(f"{case}: no figures of ours: {result['dropped']}")
@@ -229,7 +305,7 @@ def shortfalls(record: Record) -> list[str]:
         network = [f["network_ms"] for f in result["implementations"].values() if f["network_ms"]]
         floor = f"; {figures['device_ms']['q50'] / min(network):.2f} times its networks' time" if network else ""
         targets = next((t for prefix, t in TARGETS.items() if case.startswith(prefix)), (0.0, 1.0))
-        for name, target in zip(("textbook", min(peers, key=lambda n: peers[n], default="")), targets, strict=True):
+        for name, target in zip((to, min(peers, key=lambda n: peers[n], default="")), targets, strict=True):
             if name in done and done[name] / ours[best] < target:
                 ratio = f"{done[name] / ours[best]:.2f} times as fast as {name}, wanted {target:g}"
                 found.append(f"{case}: {best} is {ratio}{floor}")

@@ -7,19 +7,31 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks import ops, parallel, steps
+from benchmarks import ops, parallel, report, steps
+from benchmarks.implementations import BASE, compiles
+from benchmarks.networks import find
 from benchmarks.record import environment, prepared, write
 from benchmarks.workloads import WORKLOADS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["default_workloads", "run_ops", "run_steps"]
+__all__ = ["default_workloads", "layouts_of", "run_ops", "run_steps"]
 
 
 def default_workloads(device: torch.device) -> list[str]:
     """All on a GPU; on a CPU those whose steps take milliseconds."""
     return [name for name in WORKLOADS if device.type == "cuda" or name.startswith(("mlp", "tabular"))]
+
+
+def layouts_of(name: str, given: Sequence[str] | None, device: torch.device) -> list[str]:
+    """Return the layouts that a workload is timed in: of those given, channels_last is for convolutions alone.
+
+    Without any given it is both on a GPU and for a user's networks, else contiguous.
+    """
+    both = device.type == "cuda" or ":" in name
+    chosen = given or (list(steps.LAYOUTS) if both else ["contiguous"])
+    return [layout for layout in chosen if layout == "contiguous" or find(name).convolutional]
 
 
 def _record(device: torch.device, rounds: int, minutes: float) -> dict[str, Any]:
@@ -33,22 +45,27 @@ def _ms(quantiles: dict[str, float]) -> str:
     return f"{quantiles['q50']:.4g}"
 
 
+def _ratio(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"
+
+
 def _step_table(result: dict[str, Any], *, gpu: bool) -> "Table":
     from rich.table import Table
 
-    title = f"{result['workload']}, {result['precision']}, batch {result['batch']}"
-    table = Table("implementation", title=title, title_justify="left")
-    columns = ["ms", "5-95 %", "textbook's / it", "set-up s"]
+    title = report.title(result) + (", channels_last" if result["layout"] == "channels_last" else "")
+    table = Table(title=title, title_justify="left")
+    table.add_column("implementation", overflow="fold")  # a name may be long, and all of it matters
+    columns = ["ms", "5-95 %", f"{BASE}'s / it", "set-up s"]
     if gpu:
-        columns[3:3] = ["device ms", "textbook's / it", "network ms", "host ms", "kernels", "MiB"]
+        columns[3:3] = ["device ms", f"{BASE}'s / it", "network ms", "host ms", "kernels", "MiB"]
     for column in columns:
         table.add_column(column, justify="right")
     for name, figures in result["implementations"].items():
         step = figures["step_ms"]
-        row = [_ms(step), f"{step['q05']:.4g}-{step['q95']:.4g}", f"{figures['step_ratio']:.2f}"]
+        row = [_ms(step), f"{step['q05']:.4g}-{step['q95']:.4g}", _ratio(figures["step_ratio"])]
         if gpu:
             mark = "" if figures["device"] == "replayed" else "*"
-            row += [_ms(figures["device_ms"]) + mark, f"{figures['device_ratio']:.2f}"]
+            row += [_ms(figures["device_ms"]) + mark, _ratio(figures["device_ratio"])]
             row += [str(figures["network_ms"] or "-"), _ms(figures["host_ms"])]
             row += [str(figures["kernels"]), f"{figures['peak_mib']:.0f}"]
         table.add_row(name, *row, f"{figures['setup_s']:.1f}")
@@ -98,51 +115,52 @@ def _go_through(
 
 
 def run_steps(
-    workloads: Sequence[str],
+    jobs: Sequence[steps.Job],
     implementations: Sequence[str],
-    precisions: Sequence[str],
     device: torch.device,
     *,
     rounds: int,
     minutes: float,
     path: Path | None,
 ) -> dict[str, Any]:
-    """Check and time critic steps, print a table for each workload, and return the record.
+    """Check and time critic steps, print a table for each job, and return the record.
 
     On a GPU all are set up at once, see :mod:`benchmarks.parallel`.
 
     Args:
-        workloads, implementations, precisions: names, see :mod:`benchmarks.steps`.
+        jobs: (workload, precision, layout), see :mod:`benchmarks.steps`.
+        implementations: names, see :mod:`benchmarks.implementations`.
         device: a CPU or a CUDA device.
         rounds: samples of each figure, at most.
         minutes: that all of it should take; what is left when they are over is named in the record and not begun.
         path: of the record, written after each workload; None for none.
     """
     gpu = device.type == "cuda"
-    names = [(workload, precision) for workload in workloads for precision in precisions]
-    schedule = steps.Schedule(minutes, len(names), rounds)
+    schedule = steps.Schedule(minutes, len(jobs), rounds)
     record = _record(device, rounds, minutes) | {"critic_step": []}
     table = partial(_step_table, gpu=gpu)
-    checked: dict[str, dict[str, float | str]] = {}
+    checked: dict[tuple[str, str], dict[str, float | str]] = {}
 
-    def measure(job: tuple[str, str]) -> dict[str, Any]:
-        name, precision = job
-        if name not in checked:
-            checked[name] = steps.check(name, implementations, device, schedule)
-        return steps.critic_step(name, precision, checked[name], device, schedule)
+    def measure(job: steps.Job) -> dict[str, Any]:
+        name, precision, layout = job
+        if (name, layout) not in checked:
+            checked[name, layout] = steps.check(name, implementations, device, schedule, layout)
+        return steps.critic_step(name, precision, checked[name, layout], device, schedule, layout=layout)
 
     if gpu:
-        record["settings"]["set_up_at_once"] = len(names)
-        together = parallel.Together(names, implementations, device, rounds=rounds, minutes=minutes)
+        record["settings"]["set_up_at_once"] = len(jobs)
+        together = parallel.Together(jobs, implementations, device, rounds=rounds, minutes=minutes)
         with together:
-            jobs = [(" ".join(job), partial(together.measure, job), table) for job in names]
-            _go_through(jobs, schedule, record, record["critic_step"], path)
+            measured = [(report.place(*job), partial(together.measure, job), table) for job in jobs]
+            _go_through(measured, schedule, record, record["critic_step"], path)
     else:
-        jobs = [(" ".join(job), partial(measure, job), table) for job in names]
-        with prepared(device, compiles=any("compiled" in name for name in implementations)):
-            _go_through(jobs, schedule, record, record["critic_step"], path)
+        measured = [(report.place(*job), partial(measure, job), table) for job in jobs]
+        with prepared(device, compiles=any(map(compiles, implementations))):
+            _go_through(measured, schedule, record, record["critic_step"], path)
     if gpu:
         print("* not by replaying a graph of it, but by calling it again and again; the record says why")
+    for line in report.quotes(record):
+        print(line)
     return record
 
 

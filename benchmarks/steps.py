@@ -15,13 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import timing
-from benchmarks.implementations import IMPLEMENTATIONS, Given, Setting, Step
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.implementations import BASE, TEXTBOOKS, Given, Setting, Step, compiles, implementation
+from benchmarks.networks import find
+from benchmarks.workloads import Workload
 from fastwgan import reference
 
-__all__ = ["PRECISIONS", "Schedule", "check", "critic_step", "distance_allowed", "message", "setting", "weights_after"]
+__all__ = [
+    "LAYOUTS", "PRECISIONS", "Job", "Schedule", "check", "critic_step", "distance_allowed", "message", "setting",
+    "weights_after",
+]  # fmt: skip
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+Job = tuple[str, str, str]  # workload, precision, layout
 CHECKED_STEPS = 8  # enough that a trainer has captured its graph and replayed it
 BACK_TO_BACK, LONG = 10, 20.0  # steps to a sample on a GPU, fewer where they take so many milliseconds
 
@@ -73,15 +79,15 @@ def message(error: BaseException) -> str:
 # Equal results
 
 
-def setting(workload: Workload, device: torch.device, dtype: torch.dtype, *, steps: int = 0) -> Setting:
+def setting(
+    workload: Workload, device: torch.device, dtype: torch.dtype, *, steps: int = 0, layout: str = "contiguous"
+) -> Setting:
     """New networks and data, the same at each call; with latents and eps for so many ``steps``, or fresh ones for 0.
 
     With them given, dropout is off, as its masks are drawn in an order that is each implementation's own.
     """
     torch.manual_seed(0)
-    generator, critic = workload.generator(workload.width), workload.critic(workload.width)
-    # Drawn in float32, so that a wider dtype gets the same numbers.
-    real = torch.rand(workload.batch, *workload.shape) * 2 - 1
+    generator, critic, real = workload.made()
     given = None
     if steps:
         latents = torch.randn(steps, workload.batch, workload.latent)
@@ -90,11 +96,13 @@ def setting(workload: Workload, device: torch.device, dtype: torch.dtype, *, ste
         for module in critic.modules():
             if isinstance(module, nn.Dropout):
                 module.eval()
-    return Setting(workload, generator.to(device, dtype), critic.to(device, dtype), real.to(device, dtype), given)
+    options: Any = {"device": device, "dtype": dtype, "memory_format": LAYOUTS[layout]}
+    real = real.to(device, dtype).contiguous(memory_format=LAYOUTS[layout])
+    return Setting(workload, generator.to(**options), critic.to(**options), real, given, layout)
 
 
 def _weights(made: Setting) -> Tensor:
-    return nn.utils.parameters_to_vector(made.critic.parameters()).detach().double()
+    return torch.cat([p.detach().reshape(-1).double() for p in made.critic.parameters()])  # in one order in any layout
 
 
 @contextmanager
@@ -110,12 +118,25 @@ def _no_tf32() -> Iterator[None]:
             torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def weights_after(name: str, workload: Workload, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """(the critic's weights in float64 after the steps of a check, seconds that making and taking them took)."""
-    made = setting(workload, device, dtype, steps=CHECKED_STEPS)
+@contextmanager
+def _products_in(precision: str) -> Iterator[None]:
+    """Let float32 products round as a precision has it; any but TF32 leaves PyTorch's setting as it is."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else before)
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def weights_after(
+    name: str, workload: Workload, device: torch.device, dtype: torch.dtype, layout: str = "contiguous"
+) -> tuple[Tensor, float]:
+    """Return the critic's weights in float64 after the steps of a check, and the seconds that all of it took."""
+    made = setting(workload, device, dtype, steps=CHECKED_STEPS, layout=layout)
     begun = time.perf_counter()
     with _no_tf32():
-        step = IMPLEMENTATIONS[name](made)
+        step = implementation(name)(made)
         for _ in range(CHECKED_STEPS):
             step.take()
         timing.wait(device)
@@ -134,38 +155,39 @@ def distance_allowed(workload: Workload, device: torch.device) -> tuple[Tensor, 
 
 
 def check(
-    name: str, implementations: Sequence[str], device: torch.device, schedule: Schedule
+    name: str, implementations: Sequence[str], device: torch.device, schedule: Schedule, layout: str = "contiguous"
 ) -> dict[str, float | str]:
-    """Whether each implementation comes to the textbook's weights, in float32 without TF32.
+    """Return whether each implementation comes to the textbook's weights, in float32 without TF32.
 
     Args:
-        name: of :data:`~benchmarks.workloads.WORKLOADS`.
-        implementations: of :data:`~benchmarks.implementations.IMPLEMENTATIONS`; the textbook's is always there.
+        name: of a workload, see :func:`benchmarks.networks.find`.
+        implementations: names, see :func:`benchmarks.implementations.implementation`; the textbooks are always there.
         device: a CPU or a CUDA device.
-        schedule: the textbook alone is looked at when its time is over.
+        schedule: the textbooks alone are looked at when its time is over.
+        layout: of :data:`LAYOUTS`.
 
     Returns:
         By implementation, the seconds that it took to make and to take the first steps, or why it is left out.
     """
-    workload = WORKLOADS[name]
+    workload = find(name)
     found: dict[str, float | str] = {}
     torch.compiler.reset()  # it allows a function only so many forms
     exact, allowed = distance_allowed(workload, device)
-    others = (i for i in IMPLEMENTATIONS if i in implementations and i != "textbook")
-    for implementation in ["textbook", *sorted(others, key=lambda i: "compiled" in i)]:  # these may take minutes
-        if schedule.over and implementation != "textbook":
-            found[implementation] = "left out for time"
+    others = (i for i in dict.fromkeys(implementations) if i not in TEXTBOOKS)
+    for which in [*TEXTBOOKS, *sorted(others, key=compiles)]:
+        if schedule.over and which not in TEXTBOOKS:
+            found[which] = "left out for time"
             continue
         try:
-            with schedule.setting_up(implementation):
-                weights, seconds = weights_after(implementation, workload, device, torch.float32)
+            with schedule.setting_up(which):
+                weights, seconds = weights_after(which, workload, device, torch.float32, layout)
         except Exception as error:  # whatever it is, the others can still be measured
-            found[implementation] = message(error)
+            found[which] = message(error)
             continue
         distance = float((weights - exact).norm())
-        found[implementation] = seconds
+        found[which] = seconds
         if not distance <= allowed:
-            found[implementation] = (
+            found[which] = (
                 f"its weights after {CHECKED_STEPS} steps are {distance:.3g} from the float64 textbook's, "
                 f"where {allowed:.3g} is allowed"
             )
@@ -210,76 +232,87 @@ def _time(steps: dict[str, Step], device: torch.device, rounds: int, deadline: f
 
 def critic_step(
     name: str, precision: str, checked: Mapping[str, float | str], device: torch.device, schedule: Schedule,
-    ready: Callable[[], float] | None = None,
+    ready: Callable[[], float] | None = None, *, layout: str = "contiguous",
 ) -> dict[str, Any]:  # fmt: skip
     """Time one workload.
 
     Args:
-        name: of :data:`~benchmarks.workloads.WORKLOADS`.
-        precision: "float32" or "bfloat16", of networks and data wholly.
+        name: of a workload, see :func:`benchmarks.networks.find`.
+        precision: "float32" or "bfloat16", of networks and data wholly; or "tf32", which is float32 with products
+            after ``torch.set_float32_matmul_precision("high")``.
         checked: what :func:`check` found of the workload.
         device: a CPU or a CUDA device.
         schedule: how long it may take.
         ready: called when all is set up and before the times; returns when they have to be taken.
+        layout: of :data:`LAYOUTS`, of networks and data.
 
     Returns:
-        ``{"workload", "precision", "batch", "implementations": {name: figures}, "dropped": {name: error}}``.
+        ``{"workload", "precision", "layout", "batch", "implementations": {name: figures}, "dropped": {name: error}}``.
     """
-    workload, dtype = WORKLOADS[name], PRECISIONS[precision]
+    with _products_in(precision):
+        figures, dropped = _figures(find(name), precision, checked, device, schedule, ready, layout)
+    _compare(figures)
+    return {
+        "workload": name, "precision": precision, "layout": layout, "batch": find(name).batch,
+        "implementations": figures, "dropped": dropped,
+    }  # fmt: skip
+
+
+def _figures(
+    workload: Workload, precision: str, checked: Mapping[str, float | str], device: torch.device, schedule: Schedule,
+    ready: Callable[[], float] | None, layout: str,
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:  # fmt: skip
+    """Return the figures of each implementation, and why others have none."""
     deadline = schedule.next_deadline()
-    dropped = {implementation: found for implementation, found in checked.items() if isinstance(found, str)}
+    dropped = {which: found for which, found in checked.items() if isinstance(found, str)}
     steps: dict[str, Step] = {}
     figures: dict[str, dict[str, Any]] = {}
     torch.compiler.reset()  # it allows a function only so many forms
-    for implementation, found in checked.items():
+    for which, found in checked.items():
         if isinstance(found, str):
             continue
-        if schedule.over and "compiled" in implementation:
-            dropped[implementation] = "left out for time"
+        if schedule.over and compiles(which):
+            dropped[which] = "left out for time"
             continue
         try:
             gc.collect()
             peak = timing.Peak(device)
             begun = time.perf_counter()
-            with schedule.setting_up(implementation):
-                step = IMPLEMENTATIONS[implementation](setting(workload, device, dtype))
+            with schedule.setting_up(which):
+                step = implementation(which)(setting(workload, device, PRECISIONS[precision], layout=layout))
                 for _ in range(CHECKED_STEPS):
                     step.take()
                 timing.wait(device)
             seconds = time.perf_counter() - begun
-            figures[implementation] = {
+            figures[which] = {
                 "kernels": timing.kernels(step.take, device),
                 "peak_mib": peak.mebibytes(),
                 # The compilers remember what they made for the check, which was in float32.
-                "setup_s": found if dtype == torch.float32 else seconds,
+                "setup_s": found if precision == "float32" else seconds,
             }
-            steps[implementation] = step
+            steps[which] = step
         except Exception as error:  # whatever it is, the others can still be measured
-            dropped[implementation] = message(error)
+            dropped[which] = message(error)
     if ready is not None:
         deadline = ready()
-    for implementation, step in steps.items():  # now that the GPU is this process's alone
+    for which, step in steps.items():  # now that the GPU is this process's alone
         network: float | None = None
         try:
             network = None if step.is_graph else timing.network_time(step.take, device)
         except Exception as error:  # the profiler's: the times do not need it
-            figures[implementation]["network"] = message(error)
-        figures[implementation]["network_ms"] = network
-    for implementation, times in _time(steps, device, schedule.rounds, deadline).items():
-        figures[implementation] = times | figures[implementation]
-    _compare(figures)
-    return {
-        "workload": name, "precision": precision, "batch": workload.batch, "implementations": figures,
-        "dropped": dropped,
-    }  # fmt: skip
+            figures[which]["network"] = message(error)
+        figures[which]["network_ms"] = network
+    for which, times in _time(steps, device, schedule.rounds, deadline).items():
+        figures[which] = times | figures[which]
+    return figures, dropped
 
 
 def _compare(figures: dict[str, dict[str, Any]]) -> None:
-    """Add ratios to the textbook, above 1 where it is slower; and take the steps themselves out of the set-up."""
+    """Add ratios to the detached textbook, above 1 where it is slower; and take the steps out of the set-up."""
     for result in figures.values():
         ordinary = CHECKED_STEPS * result["step_ms"]["q50"] / 1e3
         result["setup_s"] = round(max(0.0, result["setup_s"] - ordinary), 2)
         for figure in ("step_ms", "device_ms"):
-            textbook = figures.get("textbook", {}).get(figure)
-            ratio = round(textbook["q50"] / result[figure]["q50"], 3) if textbook else None
+            base = figures.get(BASE, {}).get(figure)
+            ratio = round(base["q50"] / result[figure]["q50"], 3) if base else None
             result[figure.replace("_ms", "_ratio")] = ratio

@@ -66,7 +66,12 @@ def steps(record: Record) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     dropped = {f"  {name}: {why}" for result in record["critic_step"] for name, why in result["dropped"].items()}
-    return [*table, *sorted(dropped)[:3], *(f"  left out: {why}" for why in record["left_out"][:3])]
+    return [
+        *table,
+        *report.marked(rows),
+        *sorted(dropped)[:3],
+        *(f"  left out: {why}" for why in record["left_out"][:3]),
+    ]
 
 
 def profile(record: Record) -> list[str]:

@@ -5,12 +5,15 @@ them. Each comes in a clipped and a penalised form. Data alone; nothing runs on 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastwgan import models
 from fastwgan.constraints import GradientPenalty, WeightClip
 
-__all__ = ["WORKLOADS", "Workload", "patch_critic"]
+__all__ = ["WORKLOADS", "Networks", "Workload", "patch_critic"]
+
+Networks = tuple[nn.Module, nn.Module, Tensor]  # generator, critic, a real batch
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Workload:
         constraint: on the critic.
         batch: real samples in a critic step.
         width: the paper's; a test that wants less passes its own to ``generator`` and ``critic``.
+        networks: makes both and a real batch in one call, as a user's function does.
     """
 
     generator: Callable[[int], nn.Module]
@@ -33,6 +37,23 @@ class Workload:
     constraint: WeightClip | GradientPenalty
     batch: int = 64
     width: int = 64
+    networks: Callable[[], Networks] | None = None
+
+    def made(self) -> Networks:
+        """Return the generator, the critic and a real batch, all of torch's random numbers."""
+        if self.networks is not None:
+            return self.networks()
+        generator, critic = self.generator(self.width), self.critic(self.width)
+        # Drawn in float32, so that a wider dtype gets the same numbers.
+        return generator, critic, torch.rand(self.batch, *self.shape) * 2 - 1
+
+    @property
+    def convolutional(self) -> bool:
+        """Return whether it has images, and convolutions of them: whether it may lie in memory channels last."""
+        if len(self.shape) != 3:
+            return False
+        networks = self.made()[:2]
+        return any(isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)) for network in networks for m in network.modules())
 
 
 def _mlp(constraint: WeightClip | GradientPenalty) -> Workload:

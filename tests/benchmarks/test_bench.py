@@ -19,11 +19,11 @@ from cases import tiny
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import ops, parallel, report, steps, timing, tune
-from benchmarks.implementations import IMPLEMENTATIONS, Setting, Step, foreach, textbook
+from benchmarks import ops, parallel, report, steps, summary, timing, tune
+from benchmarks.implementations import IMPLEMENTATIONS, TEXTBOOKS, Setting, Step, _captured, foreach, textbook
 from benchmarks.op_cases import OPS, Case
 from benchmarks.record import environment
-from benchmarks.run import _step_table
+from benchmarks.run import _step_table, layouts_of
 from benchmarks.steps import Schedule
 from benchmarks.workloads import WORKLOADS, Workload
 from fastwgan import GradientPenalty, WeightClip
@@ -51,25 +51,26 @@ def test_command_end_to_end(tmp_path):
     )  # fmt: skip
     assert "mlp-penalty, float32, batch 64" in run.stdout
     assert "dropped: graphed: RuntimeError: a CUDA graph needs a GPU" in run.stdout
+    assert "mlp-clip, float32, batch 64: fastwgan (" in run.stdout.splitlines()[-1]
     record = json.loads(path.read_text())
     environment = record["environment"]
     assert environment["torch"] == torch.__version__
     assert {"device", "driver", "cuda", "triton", "python", "commit", "date", "tf32", "threads"} <= environment.keys()
     assert record["settings"] == {"rounds": 6, "minutes": 8.0}
     assert record["left_out"] == []
-    assert [(r["workload"], r["precision"]) for r in record["critic_step"]] == [
-        ("mlp-penalty", "float32"), ("mlp-clip", "float32"),
+    assert [(r["workload"], r["precision"], r["layout"]) for r in record["critic_step"]] == [
+        ("mlp-penalty", "float32", "contiguous"), ("mlp-clip", "float32", "contiguous"),
     ]  # fmt: skip
     for result in record["critic_step"]:
-        assert list(result["implementations"]) == ["textbook", "foreach", "fastwgan"]
+        assert list(result["implementations"]) == ["textbook", "textbook-detached", "foreach", "fastwgan"]
         assert list(result["dropped"]) == ["graphed"]
         for figures in result["implementations"].values():
             step = figures["step_ms"]
             assert list(step) == QUANTILES
             assert step["samples"] == 6
             assert 0 < step["q05"] <= step["q50"] <= step["q95"]
-            textbook = result["implementations"]["textbook"]["step_ms"]["q50"]
-            assert figures["step_ratio"] == pytest.approx(textbook / step["q50"], abs=1e-3)
+            detached = result["implementations"]["textbook-detached"]["step_ms"]["q50"]
+            assert figures["step_ratio"] == pytest.approx(detached / step["q50"], abs=1e-3)
             assert figures["device_ms"] is figures["host_ms"] is figures["kernels"] is figures["peak_mib"] is None
 
 
@@ -77,6 +78,12 @@ BAD = [
     (["steps", "--workload", "mnist"], "argument --workload: invalid choice: 'mnist'"),
     (["steps", "--implementation", "magic"], "argument --implementation: invalid choice: 'magic'"),
     (["steps", "--precision", "float16"], "argument --precision: invalid choice: 'float16'"),
+    (["steps", "--layout", "rows"], "argument --layout: invalid choice: 'rows'"),
+    (
+        ["steps", "--workload", "mlp-clip", "--layout", "channels_last", "--device", "cpu"],
+        "--layout: expected contiguous for mlp-clip, got channels_last",
+    ),
+    (["steps", "--workload", "mlp-clip", "--networks", "a:b"], "argument --networks: not allowed with argument --work"),
     (["ops", "--workload", "mlp-clip"], "unrecognized arguments: --workload mlp-clip"),
     (["gpu", "kernel"], "argument call: invalid choice: 'kernel'"),
     (["tune", "--out", "x", "--kernels", "sort"], "argument --kernels: invalid choice: 'sort'"),
@@ -120,9 +127,10 @@ def test_ctrl_c_ends_it_with_a_word(monkeypatch, capsys):
 # The check
 
 
-def step(name, precision="float32", rounds=5, minutes=1.0, implementations=("foreach",)):
+def step(name, precision="float32", rounds=5, minutes=1.0, implementations=("foreach",), layout="contiguous"):
     schedule = Schedule(minutes, 1, rounds)
-    return steps.critic_step(name, precision, steps.check(name, implementations, CPU, schedule), CPU, schedule)
+    checked = steps.check(name, implementations, CPU, schedule, layout)
+    return steps.critic_step(name, precision, checked, CPU, schedule, layout=layout)
 
 
 class _OneEps(Setting):
@@ -155,7 +163,7 @@ def test_all_that_is_right_is_kept():
     for name in ("tiny-clip", "tiny-penalty"):
         result = step(name, implementations=("foreach", "fastwgan"))
         assert result["dropped"] == {}
-        assert list(result["implementations"]) == ["textbook", "foreach", "fastwgan"]
+        assert list(result["implementations"]) == [*TEXTBOOKS, "foreach", "fastwgan"]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +179,7 @@ def test_all_that_is_right_is_kept():
 def test_planted_faults_are_dropped_with_their_error(workload, fault, monkeypatch):
     monkeypatch.setitem(IMPLEMENTATIONS, "foreach", partial(faulty, fault))
     result = step(workload)
-    assert list(result["implementations"]) == ["textbook"]
+    assert list(result["implementations"]) == [*TEXTBOOKS]
     assert "from the float64 textbook's" in result["dropped"]["foreach"]
 
 
@@ -195,7 +203,129 @@ def test_nan_is_dropped(monkeypatch):
 
 def test_bfloat16_is_timed_and_checked_in_float32():
     result = step("tiny-penalty", "bfloat16")
-    assert list(result["implementations"]) == ["textbook", "foreach"]
+    assert list(result["implementations"]) == [*TEXTBOOKS, "foreach"]
+
+
+def test_tf32_is_a_precision_of_its_own_and_is_put_back(monkeypatch):
+    seen = []
+
+    def watched(setting):
+        seen.append((torch.get_float32_matmul_precision(), setting.real.dtype))
+        return foreach(setting)
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "foreach", watched)
+    for precision in ("tf32", "float32"):
+        result = step("tiny-penalty", precision)
+        assert result["precision"] == precision
+        assert result["dropped"] == {}
+    assert seen == [(how, torch.float32) for how in ("highest", "high", "highest", "highest")], "a check, then times"
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_textbooks_differ_in_the_generators_graph_alone():
+    """Generator weights get gradients from the authors' form; both come to the same critic, bit for bit."""
+    critics = []
+    for name, has_graph in (("textbook", True), ("textbook-detached", False)):
+        made = steps.setting(WORKLOADS["tiny-penalty"], CPU, torch.float32, steps=3)
+        taken = IMPLEMENTATIONS[name](made)
+        for _ in range(3):
+            taken.take()
+        assert any(p.grad is not None for p in made.generator.parameters()) == has_graph
+        critics.append(steps._weights(made))
+    assert torch.equal(*critics)
+
+
+def images(constraint):
+    """Return a workload of convolutions that takes no time."""
+    return Workload(
+        generator=lambda width: nn.Sequential(
+            nn.Linear(8, 16 * width), nn.Unflatten(1, (width, 4, 4)), nn.ConvTranspose2d(width, 3, 4, 2, 1), nn.Tanh()
+        ),
+        critic=lambda width: nn.Sequential(
+            nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(width, 1, 4), nn.Flatten(0)
+        ),
+        latent=8, shape=(3, 8, 8), constraint=constraint, batch=6, width=16,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("constraint", [WeightClip(), GradientPenalty()], ids=["clip", "penalty"])
+def test_both_layouts_come_to_the_same(constraint, monkeypatch):
+    monkeypatch.setitem(WORKLOADS, "tiny-images", images(constraint))
+    result = step("tiny-images", implementations=("foreach", "fastwgan"), layout="channels_last")
+    assert result["dropped"] == {}
+    assert result["layout"] == "channels_last"
+    made = steps.setting(WORKLOADS["tiny-images"], CPU, torch.float32, layout="channels_last")
+    assert made.real.is_contiguous(memory_format=torch.channels_last)
+    assert made.fakes().is_contiguous(memory_format=torch.channels_last)
+    assert made.critic[0].weight.is_contiguous(memory_format=torch.channels_last)
+    contiguous = steps.setting(WORKLOADS["tiny-images"], CPU, torch.float32)
+    assert contiguous.real.is_contiguous()
+    assert torch.equal(made.real, contiguous.real)
+
+
+def test_ours_is_told_of_channels_last_alone(monkeypatch):
+    options = []
+
+    def trainer(*args, **given):
+        options.append(given.get("memory_format", "not given"))
+        raise RuntimeError("that will do")
+
+    monkeypatch.setattr("benchmarks.implementations.Trainer", trainer)
+    monkeypatch.setitem(WORKLOADS, "tiny-images", images(WeightClip()))
+    for layout in steps.LAYOUTS:
+        assert "that will do" in step("tiny-images", implementations=["fastwgan"], layout=layout)["dropped"]["fastwgan"]
+    assert options == ["not given", torch.channels_last]
+
+
+def test_layouts_by_default():
+    gpu = torch.device("cuda")
+    assert layouts_of("dcgan-clip", None, CPU) == ["contiguous"]
+    assert layouts_of("dcgan-clip", None, gpu) == ["contiguous", "channels_last"]
+    assert layouts_of("mlp-clip", None, gpu) == layouts_of("mlp-clip", [*steps.LAYOUTS], gpu) == ["contiguous"]
+    assert layouts_of("dcgan-clip", ["channels_last"], CPU) == ["channels_last"]
+
+
+@pytest.mark.parametrize("name", ["graphed", "compiled-graphed", "compiled-reduce-overhead"])
+def test_a_cpu_has_no_cuda_graphs(name):
+    with pytest.raises(RuntimeError, match="^a CUDA graph needs a GPU$"):
+        IMPLEMENTATIONS[name](steps.setting(WORKLOADS["tiny-clip"], CPU, torch.float32))
+
+
+def test_a_step_is_warmed_up_captured_and_replayed(monkeypatch):
+    """Stand-ins for a GPU tell what is called when, and on which stream."""
+    calls, capture = [], []
+
+    @contextmanager
+    def capturing(graph, stream):
+        capture.append(graph)
+        calls.append("begin")
+        yield
+        calls.append("end")
+
+    side = mock.MagicMock()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: calls.append("replay")))
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    taken = _captured(lambda: calls.append("step"), lambda: calls.append("prepare"))
+    assert taken.is_graph
+    for _ in range(6):
+        taken.take()
+    assert calls == [*3 * ["prepare", "step"], "prepare", "begin", "step", "end", "replay", "replay", "replay"]
+    assert side.wait_stream.call_count == 3
+    assert len(capture) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("layout", steps.LAYOUTS)
+@pytest.mark.parametrize("constraint", [WeightClip(), GradientPenalty()], ids=["clip", "penalty"])
+def test_peers_that_replay_graphs_take_the_same_step(constraint, layout, monkeypatch):
+    monkeypatch.setitem(WORKLOADS, "tiny-images", images(constraint))
+    names = ["graphed", "compiled-graphed", "compiled-reduce-overhead"]
+    checked = steps.check("tiny-images", names, torch.device("cuda", 0), Schedule(10.0, 1, 5), layout)
+    assert {name: why for name, why in checked.items() if isinstance(why, str)} == {}
 
 
 def test_time_that_is_over_is_said():
@@ -214,7 +344,7 @@ def test_compiled_peers_take_the_same_step(name, monkeypatch):
     monkeypatch.setitem(WORKLOADS, name, narrow)
     result = step(name, minutes=60.0, implementations=("compiled", "compiled-step"))
     assert result["dropped"] == {}
-    assert list(result["implementations"]) == ["textbook", "compiled", "compiled-step"]
+    assert list(result["implementations"]) == [*TEXTBOOKS, "compiled", "compiled-step"]
 
 
 @pytest.mark.parametrize("name", [name for name in WORKLOADS if not name.startswith("tiny")])
@@ -242,7 +372,7 @@ def test_figures_of_a_gpu(monkeypatch):
     monkeypatch.setattr(timing, "host_time", lambda call, *_: 0.5)
     gpu = SimpleNamespace(type="cuda")
     made = {
-        "textbook": Step(lambda: None),
+        "textbook-detached": Step(lambda: None),
         "fastwgan": Step(lambda: 1, random=(torch.Generator(),)),
         "graphed": Step(lambda: 2, is_graph=True),
     }
@@ -250,13 +380,21 @@ def test_figures_of_a_gpu(monkeypatch):
     for result in figures.values():
         result.update(kernels=9, network_ms=0.4, peak_mib=1.0, setup_s=2.0)
     steps._compare(figures)
-    assert figures["textbook"]["device"] == "replayed"
+    assert figures["textbook-detached"]["device"] == "replayed"
     assert figures["fastwgan"]["device"] == "not captured: RuntimeError: it waits"
     assert figures["fastwgan"]["device_ms"] == figures["fastwgan"]["step_ms"]
     assert figures["graphed"]["device"] == "replays its own graph"
     assert all(result["host_ms"]["q50"] == 0.5 for result in figures.values())
-    result = {"workload": "w", "precision": "float32", "batch": 1, "implementations": figures, "dropped": {}}
-    assert _step_table(result, gpu=True).row_count == 3
+    result = {"workload": "w", "precision": "float32", "layout": "channels_last", "batch": 1}
+    result |= {"implementations": figures, "dropped": {}}
+    table = _step_table(result, gpu=True)
+    assert table.row_count == 3
+    assert table.title == "w, float32, batch 1, channels_last"
+    assert [column.header for column in table.columns].count("textbook-detached's / it") == 2
+    del figures["textbook-detached"]
+    steps._compare(figures)
+    assert figures["fastwgan"]["step_ratio"] is figures["fastwgan"]["device_ratio"] is None
+    assert _step_table(result, gpu=True).row_count == 2
 
 
 def test_a_compilation_is_ended_when_the_time_for_set_up_is_over(monkeypatch):
@@ -279,28 +417,28 @@ def test_a_compilation_is_ended_when_the_time_for_set_up_is_over(monkeypatch):
     assert result["dropped"] == {
         "compiled": "TimeoutError: the time for set-up was over", "compiled-step": "left out for time",
     }  # fmt: skip
-    assert list(result["implementations"]) == ["textbook", "foreach"]
+    assert list(result["implementations"]) == [*TEXTBOOKS, "foreach"]
 
 
 def test_set_up_at_once_and_timed_one_by_one(monkeypatch):
     """As on a GPU: a process to each job, the second precision by the first one's check, and one that does not come."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("TRITON_INTERPRET")
-    jobs = [("mlp-clip", "float32"), ("mlp-clip", "bfloat16"), ("no such", "float32")]
+    jobs = [(*job, "contiguous") for job in (("mlp-clip", "float32"), ("mlp-clip", "bfloat16"), ("none", "float32"))]
     with parallel.Together(jobs, ["foreach", "graphed"], CPU, rounds=5, minutes=1.0) as together:
         results = [together.measure(job) for job in jobs[:2]]
-        with pytest.raises(RuntimeError, match="^KeyError: 'no such'"):
+        with pytest.raises(RuntimeError, match="^KeyError: 'none'"):
             together.measure(jobs[2])
-    for result, (name, precision) in zip(results, jobs[:2], strict=True):
-        assert (result["workload"], result["precision"]) == (name, precision)
-        assert list(result["implementations"]) == ["textbook", "foreach"]
+    for result, job in zip(results, jobs[:2], strict=True):
+        assert (result["workload"], result["precision"], result["layout"]) == job
+        assert list(result["implementations"]) == [*TEXTBOOKS, "foreach"]
         assert result["dropped"] == {"graphed": "RuntimeError: a CUDA graph needs a GPU"}
         assert result["implementations"]["foreach"]["step_ms"]["samples"] >= 5
     assert not any(process.is_alive() for process in together._processes)
 
 
 def test_who_is_not_ready_in_time_is_left_out():
-    job = ("mlp-clip", "float32")
+    job = ("mlp-clip", "float32", "contiguous")
     together = parallel.Together([job], ["foreach"], CPU, rounds=5, minutes=0.001)
     with together, pytest.raises(RuntimeError, match="^not set up in time"):
         together.measure(job)
@@ -377,8 +515,8 @@ def sampled(monkeypatch):
     def on_cpu(builders, case, device):
         return {name: watched(build) for name, build in builders(case, CPU).items()}
 
-    def setting(workload, device, dtype, *, steps=0):
-        return make_setting(workload, CPU, dtype, steps=steps)
+    def setting(workload, device, dtype, *, steps=0, layout="contiguous"):
+        return make_setting(workload, CPU, dtype, steps=steps, layout=layout)
 
     make_setting = steps.setting
     stand_ins = {
@@ -600,6 +738,38 @@ def test_both_forms_of_a_gpus_steps_are_compared_each_with_its_own():
     assert row == ["mlp-clip, float32, batch 64", "6.5", "4", "8", "0.50", "2", "4", "0.50"]
     done["fastwgan-compiled"] = figures(1.0, 6.5, gpu=True)
     assert report.gpu_rows(record)[1][-2:] == ["1", "2.00"]
+
+
+def test_ratios_are_to_the_detached_textbook_where_a_record_has_it():
+    record = steps_record()
+    done = record["critic_step"][0]["implementations"]
+    assert report.base(record) == "textbook"
+    done["textbook-detached"] = figures(5.0, 1.0)
+    assert report.base(record) == "textbook-detached"
+    head, row = report.cpu_rows(record)
+    assert head == ["critic step", "textbook-detached, ms", "textbook", "foreach", "fastwgan"]
+    assert row == ["mlp-clip, float32, batch 64", "5", "0.77", "1.25", "0.62"]
+    record = steps_record(gpu=True)
+    record["critic_step"][0]["implementations"]["textbook-detached"] = figures(5.0, 1.0, gpu=True)
+    assert report.shortfalls(record)[0].startswith("mlp-clip float32: fastwgan is 0.62 times as fast as textbook-det")
+
+
+def test_each_implementation_is_quoted_in_its_faster_layout():
+    record = steps_record(gpu=True)
+    contiguous = record["critic_step"][0]
+    done = {"foreach": figures(3.0, 1.0, gpu=True), "fastwgan": figures(9.0, 1.0, gpu=True)}
+    channels_last = contiguous | {"layout": "channels_last", "implementations": done, "dropped": {"compiled": "time"}}
+    record["critic_step"] = [contiguous | {"layout": "contiguous", "dropped": {}}, channels_last]
+    assert report.gpu_rows(record)[1] == ["mlp-clip, float32, batch 64", "6.5", "3†", "8", "0.38", "-"]
+    assert report.quotes(record) == [
+        "mlp-clip, float32, batch 64: fastwgan (8 ms) is 0.38 times as fast as the best plain PyTorch, "
+        "foreach channels_last (3 ms)"
+    ]
+    text = report.table(record)
+    assert "\n\n†: networks and data channels last" in text
+    assert "Left out (mlp-clip float32 channels_last): compiled: time" in text
+    assert report.MARKED in summary.steps(record)
+    assert "†" not in report.table(steps_record(gpu=True))
 
 
 def test_reasons_are_told_once_for_all_that_they_hold_for():
