@@ -22,6 +22,9 @@ class Settled(NamedTuple):
     saturation: Tensor | None = None  # the share of weights on their bound, 0-d
 
 
+NOTHING = Settled()
+
+
 class Replayed:
     """The results of the steps in a graph, which are taken apart when one is read.
 
@@ -44,17 +47,11 @@ class Replayed:
 Found = Settled | tuple[Replayed, int]  # the latter is a step's number there
 
 
-def _settled(found: Found | None) -> Settled:
-    if found is None:
-        return Settled()
-    return found if isinstance(found, Settled) else found[0].step(found[1])
-
-
 def _entry(name: str, i: int) -> Tensor | None:
     """Return a property that gives an entry of a critic step's results, or None. It is typed as what it gives."""
 
     def entry(metrics: "Metrics") -> Any:
-        entries = getattr(metrics._critic, name)
+        entries = getattr(metrics._settled(0), name)
         return None if entries is None else entries[i]
 
     return property(entry)  # type: ignore[return-value]
@@ -86,30 +83,27 @@ class Metrics:
     real_score, fake_score, wasserstein, _loss = (_entry("scores", i) for i in range(len(SCORES)))
     penalty, gradient_norm, gradient_norm_min, gradient_norm_max = (_entry("penalty", i) for i in range(len(PENALTY)))
 
-    def __init__(self, critic: Found | None = None, generator: Found | None = None, *, weight: float = 0.0) -> None:
-        self._found, self._found_of_generator, self._weight = critic, generator, weight
+    def __init__(self, critic: Found = NOTHING, generator: Found = NOTHING, *, weight: float = 0.0) -> None:
+        self._found, self._weight = [critic, generator], weight
 
-    @property
-    def _critic(self) -> Settled:
-        self._found = _settled(self._found)
-        return self._found
-
-    @property
-    def _generator(self) -> Settled:
-        self._found_of_generator = _settled(self._found_of_generator)
-        return self._found_of_generator
+    def _settled(self, i: int) -> Settled:
+        """Return what the critic's step measured, or with 1 the generator's."""
+        found = self._found[i]
+        if not isinstance(found, Settled):
+            self._found[i] = found = found[0].step(found[1])
+        return found
 
     def include(self, other: "Metrics") -> None:
         """Take in what the generator step behind this critic step measured."""
-        self._found_of_generator = other._found_of_generator
+        self._found[1] = other._found[1]
 
     @property
     def saturation(self) -> Tensor | None:
-        return self._critic.saturation
+        return self._settled(0).saturation
 
     @property
     def generator_loss(self) -> Tensor | None:
-        loss = self._generator.scores
+        loss = self._settled(1).scores
         return None if loss is None else loss[0]
 
     @property
@@ -120,7 +114,7 @@ class Metrics:
 
     @property
     def nonfinite(self) -> Tensor | None:
-        counts = [x for x in (self._critic.nonfinite, self._generator.nonfinite) if x is not None]
+        counts = [x for x in (self._settled(0).nonfinite, self._settled(1).nonfinite) if x is not None]
         return sum(counts[1:], counts[0]) if counts else None
 
     def as_dict(self) -> dict[str, float]:
@@ -129,7 +123,7 @@ class Metrics:
 
     def _parts(self) -> list[tuple[Tensor, tuple[str, ...]]]:
         """Return the tensors that there are, each with the names of its entries."""
-        critic, generator = self._critic, self._generator
+        critic, generator = self._settled(0), self._settled(1)
         parts = [(critic.scores, SCORES), (critic.penalty, PENALTY), (critic.saturation, ("saturation",))]
         parts += [(generator.scores, ("generator_loss",))]
         parts += [(each.nonfinite, ("nonfinite",)) for each in (critic, generator)]

@@ -241,7 +241,7 @@ class Trainer:
         self._critic_steps_due = 0
         if self.generator_scheduler is not None:
             self.generator_scheduler.step()
-        return Metrics(None, found)
+        return Metrics(generator=found)
 
     def step(self, real: Tensor, *cond: Any) -> Metrics:
         """Take a critic step, and then a generator step if ``n_critic`` critic steps have been taken since the last.

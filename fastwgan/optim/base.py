@@ -3,8 +3,6 @@
 import copy
 import math
 from collections.abc import Callable, Hashable, Iterable
-from contextlib import nullcontext
-from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any, Literal, NamedTuple, overload
@@ -15,7 +13,7 @@ from torch.optim import Optimizer
 
 from fastwgan import checks, reference
 from fastwgan.backend import Backend, check_backend, kernels, resolve
-from fastwgan.ops.layout import is_dense, laid_out, written
+from fastwgan.ops.layout import is_dense, laid_out
 from fastwgan.ops.weights import Share, combine_shares, saturation
 
 Options = dict[str, Any]  # of a parameter group, or what a parameter has for state
@@ -37,20 +35,18 @@ class Together(NamedTuple):
     bounded: frozenset[int] | set[int] = frozenset()  # ids of the parameters that have it
 
 
-@dataclass
-class _Launch:
+class _Launch(NamedTuple):
     """A launch of the update: its parameters, of one device, dtype and variant of the algorithm, and their numbers."""
 
     key: _Key
     backend: Literal["triton", "torch"]
     params: list[Tensor]
-    groups: list[Options]  # of each
     rows: list[int]  # of each in ``hyper``, which has one for each group
     hyper: tuple[tuple[float, ...], ...]
     by_group: list[tuple[Options, float | None, list[Tensor]]]  # group, bound, parameters
     clamped: int  # weights that have a bound
-    plain: bool = False  # whether all arrays are there, and lie in memory as their parameter does; then
-    columns: list[list[Tensor]] = field(default_factory=list)  # the state, and the counts of steps
+    straight: bool  # whether parameters are dense, and gradients lie in memory as they do
+    columns: list[list[Tensor]]  # the state, and the counts of steps
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -327,35 +323,26 @@ class Gated(Optimizer):
             checks.bound("clip", bound, p.dtype)
 
     def _launch(self, key: _Key, members: list[_Member], together: Together) -> _Launch:
-        """Return the launch of a key's parameters."""
-        hyper, groups = self._hyper(key, together), dict[int, tuple[Options, float | None, list[Tensor]]]()
-        rows = {group: row for row, group in enumerate(hyper)}
+        """Return the launch of a key's parameters, with their state: made, if need be, and laid out as they are."""
+        hyper, by_group = self._hyper(key, together), dict[int, tuple[Options, float | None, list[Tensor]]]()
+        backend, names, averages = resolve(self.backend, key[0]), self._used_states(members[0][1]), together.averages
+        straight = True
         for p, group, bound in members:
-            groups.setdefault(id(group), (group, bound, []))[2].append(p)
-        launch = _Launch(
-            key, resolve(self.backend, key[0]), [p for p, *_ in members], [group for _, group, _ in members],
-            [rows[id(group)] for _, group, _ in members], tuple(hyper.values()), [*groups.values()],
-            sum(p.numel() for p, _, bound in members if bound is not None),
+            if backend == "triton" and kernels.arrival.capturing(key[0]) and not self.state[p]:
+                raise RuntimeError(kernels.table.NOT_WARM)  # a replay would make the state anew
+            state, like, grad = self._ensure_state(p, group), p if is_dense(p) else p.detach().contiguous(), p.grad
+            assert grad is not None
+            straight = straight and like is p and not grad.is_neg() and laid_out(grad, p) is grad
+            state.update({name: laid_out(state[name], like) for name in names if name is not None})
+            if key[-1] and averages:
+                averages[p] = laid_out(averages[p], like)
+            by_group.setdefault(id(group), (group, bound, []))[2].append(p)
+        params, states, rows = [p for p, *_ in members], [self.state[p] for p, *_ in members], [*hyper]
+        return _Launch(
+            key, backend, params, [rows.index(id(group)) for _, group, _ in members], tuple(hyper.values()),
+            [*by_group.values()], sum(p.numel() for p, _, bound in members if bound is not None), straight,
+            [[] if name is None else [state[name] for state in states] for name in (*names, "step")],
         )  # fmt: skip
-        launch.plain = all(self._is_plain(p, group, together.averages or {}) for p, group, _ in members)
-        if launch.plain:
-            launch.columns = self._columns(launch)
-        return launch
-
-    def _is_plain(self, p: Tensor, group: Options, averages: dict[Tensor, Tensor]) -> bool:
-        """Return whether p's state is there, and its arrays lie in memory as p does, as a kernel wants them."""
-        state, names = self.state.get(p, {}), [name for name in self._used_states(group) if name is not None]
-        if not {"step", *names} <= state.keys() or p.grad is None or p.grad.is_neg() or not is_dense(p):
-            return False
-        arrays = [p.grad, *(state[name] for name in names), *([averages[p]] if p in averages else [])]
-        right = all(state[name].dtype == p.dtype and state[name].device == p.device for name in names)
-        return right and state["step"].device == p.device and all(laid_out(x, p) is x for x in arrays)
-
-    def _columns(self, launch: _Launch) -> list[list[Tensor]]:
-        """Return the state tensors of a launch's parameters, a list for each that the algorithm has, and the steps."""
-        names = self._used_states(launch.groups[0])  # the same for all, as they are of one variant
-        states = [self.state[p] for p in launch.params]
-        return [[] if name is None else [state[name] for state in states] for name in (*names, "step")]
 
     def _step_torch(self, launch: _Launch, gate: Tensor | None, together: Together) -> None:
         skip, factor = (0.0, 1.0) if gate is None else gate.tolist()  # on a GPU this waits, as PyTorch's optimizers do
@@ -368,8 +355,7 @@ class Gated(Optimizer):
             for p, grad in zip(launch.params, torch._foreach_mul([*map(_grad, launch.params)], factor), strict=True):
                 p.grad = grad
         for group, _, params in launch.by_group:
-            states = [self.state[p] if launch.plain else self._ensure_state(p, group) for p in params]
-            self._step_group(params, states, group, finite=together.gate is not None)
+            self._step_group(params, [self.state[p] for p in params], group, finite=together.gate is not None)
         for _, bound, params in launch.by_group:  # after all updates, of which two may be of one memory
             if bound is not None:
                 reference.clip_weights_(params, bound)
@@ -379,44 +365,30 @@ class Gated(Optimizer):
             reference.average_([averages[p] for p in kept], kept, together.decay)
 
     def _step_triton(self, launch: _Launch, gate: Tensor | None, together: Together) -> None:
-        key, given, averages = launch.key, launch.params, together.averages or {}
-        device, dtype, momentum, centered, averaged = key
+        (device, dtype, momentum, centered, averaged), given = launch.key, launch.params
         places = [*map(Tensor.data_ptr, given)]
-        if places != self._apart.get(key):
+        if places != self._apart.get(launch.key):
             checks.refuse_overlap(given)
-            self._apart[key] = places
+            self._apart[launch.key] = places
         if gate is not None:  # a GradScaler has one, on one of the devices
             gate = gate.to(device, non_blocking=True)
-        with nullcontext(given) if launch.plain else written(given) as params:
-            grads, columns = [*map(_grad, given)], launch.columns
-            if not launch.plain:
-                grads, columns = self._laid_out(launch, params, averages if averaged else None)
-            if key not in self._updates:
-                self._updates[key] = kernels.update.Update(device, dtype)
-            share = self._updates[key].launch(
-                self._algorithm, params, grads, columns[:-1], columns[-1], launch.hyper, launch.rows, gate=gate,
-                averages=[averages[p] for p in given] if averaged else None, momentum=momentum, centered=centered,
-            )  # fmt: skip
-        if launch.plain:
-            torch.autograd.graph.increment_version(given)
+        works, grads = given, [*map(_grad, given)]
+        if not launch.straight:
+            works = [p if is_dense(p) else p.detach().contiguous() for p in given]
+            grads = [laid_out(grad.resolve_neg(), work) for grad, work in zip(grads, works, strict=True)]
+        if launch.key not in self._updates:
+            self._updates[launch.key] = kernels.update.Update(device, dtype)
+        averages = [*map(together.averages.get, given)] if averaged and together.averages else None
+        share = self._updates[launch.key].launch(
+            self._algorithm, works, grads, launch.columns[:-1], launch.columns[-1], launch.hyper, launch.rows,
+            gate=gate, averages=averages, momentum=momentum, centered=centered,
+        )  # fmt: skip
+        torch.autograd.graph.increment_version(given)
+        for p, work in () if launch.straight else zip(given, works, strict=True):
+            if work is not p:
+                p.detach().copy_(work)
         if share is not None:
             self._shares.append((share, launch.clamped))
-
-    def _laid_out(
-        self, launch: _Launch, params: list[Tensor], averages: dict[Tensor, Tensor] | None
-    ) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """Return gradients and state that lie in memory as ``params`` do, which stand for the launch's."""
-        grads = []
-        for p, group, work in zip(launch.params, launch.groups, params, strict=True):
-            if kernels.arrival.capturing(p.device) and not self.state[p]:
-                raise RuntimeError(kernels.table.NOT_WARM)  # a replay would make the state anew
-            state, names = self._ensure_state(p, group), self._used_states(group)
-            assert p.grad is not None
-            grads.append(laid_out(p.grad.resolve_neg(), work))
-            state.update({name: laid_out(state[name], work) for name in names if name is not None})
-            if averages is not None:
-                averages[p] = laid_out(averages[p], work)
-        return grads, self._columns(launch)
 
     def _hyper(self, key: _Key, together: Together) -> dict[int, tuple[float, ...]]:
         """Return the kernel's numbers of each group of a launch's variant, by its id."""

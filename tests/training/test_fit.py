@@ -572,6 +572,7 @@ def test_advice_names_the_step_within_an_iteration(graphed, works):
         done = trainer._critic_step_done
 
         def spoiled(found, weight):
+            found = found if isinstance(found, Settled) else found[0].step(found[1])
             scores = torch.full_like(found.scores, math.nan) if trainer.critic_iterations >= 40 else found.scores
             return done(found._replace(scores=scores), weight)
 
