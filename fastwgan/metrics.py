@@ -22,29 +22,30 @@ class Settled(NamedTuple):
     saturation: Tensor | None = None  # the share of weights on their bound, 0-d
 
 
-NOTHING = Settled()
+Like = Sequence[tuple[torch.Size, torch.dtype] | None]
 
 
-class Replayed:
-    """The results of the steps in a graph, which are taken apart when one is read.
+class Results:
+    """The results of the steps of a graph or of one step, each a Settled; ``packed`` ones are unpacked when one is read.
 
-    ``packed`` has all of them one after the other, and ``like`` the shape and dtype of each, or None.
+    Of these ``like`` has the shape and dtype of each entry, or None.
     """
 
-    def __init__(self, packed: Tensor, like: Sequence[tuple[torch.Size, torch.dtype] | None]) -> None:
-        self._packed, self._like, self._parts = packed, like, list[Tensor | None]()
+    def __init__(self, entries: Sequence[Tensor | None] = (), packed: Tensor | None = None, like: Like = ()) -> None:
+        self._entries, self._packed, self._like = entries, packed, like
 
     def step(self, i: int) -> Settled:
         """Return the results of step ``i``."""
-        if not self._parts:
-            parts = torch.split(self._packed, [like[0].numel() if like else 0 for like in self._like])
+        if self._packed is not None:
+            parts = torch.split(self._packed, [each[0].numel() if each else 0 for each in self._like])
             pairs = zip(parts, self._like, strict=True)
-            self._parts = [x.view(like[0]).to(like[1]) if like else None for x, like in pairs]
+            self._entries, self._packed = [x.view(each[0]).to(each[1]) if each else None for x, each in pairs], None
         width = len(Settled._fields)
-        return Settled._make(self._parts[width * i : width * (i + 1)])
+        return Settled._make(self._entries[width * i : width * (i + 1)])
 
 
-Found = Settled | tuple[Replayed, int]  # the latter is a step's number there
+Found = tuple[Results, int]  # the latter is a step's number there
+NOTHING: Found = (Results([None] * len(Settled._fields)), 0)
 
 
 def _entry(name: str, i: int) -> Tensor | None:
@@ -88,10 +89,8 @@ class Metrics:
 
     def _settled(self, i: int) -> Settled:
         """Return what the critic's step measured, or with 1 the generator's."""
-        found = self._found[i]
-        if not isinstance(found, Settled):
-            self._found[i] = found = found[0].step(found[1])
-        return found
+        results, step = self._found[i]
+        return results.step(step)
 
     def include(self, other: "Metrics") -> None:
         """Take in what the generator step behind this critic step measured."""

@@ -205,7 +205,7 @@ class Trainer:
 
     def _critic_step(self, real: Tensor, cond: tuple[Any, ...]) -> Metrics:
         weight = self.constraint.penalty_weight(self.critic_iterations)
-        metrics = self._critic_step_done(self._steps.take_critic_step(weight, real, cond), weight)
+        metrics = self._critic_step_done((self._steps.take_critic_step(weight, real, cond), 0), weight)
         self._steps.critic.guard.watch(self.last_checkpoint)
         return metrics
 
@@ -232,7 +232,7 @@ class Trainer:
         checks.count("batch_size", batch_size)
         if batch_size % self.pack:
             raise ValueError(f"batch_size: expected a multiple of pack={self.pack}, got {batch_size}")
-        metrics = self._generator_step_done(self._steps.take_generator_step(batch_size, cond))
+        metrics = self._generator_step_done((self._steps.take_generator_step(batch_size, cond), 0))
         self._steps.generator.guard.watch(self.last_checkpoint)
         return metrics
 
@@ -281,8 +281,8 @@ class Trainer:
         if found is None:
             self._steps.generator.follow()  # before the critic is changed
             return [self.step(*part) for part in parts]
-        metrics = [self._critic_step_done(each, weight) for each, weight in zip(found, weights, strict=False)]
-        metrics[-1].include(self._generator_step_done(found[-1]))
+        metrics = [self._critic_step_done((found, i), weight) for i, weight in enumerate(weights)]
+        metrics[-1].include(self._generator_step_done((found, left)))
         self._watch()
         return metrics
 

@@ -20,7 +20,7 @@ from fastwgan.engine import structure
 from fastwgan.engine.player import Player
 from fastwgan.engine.ranks import Ranks
 from fastwgan.engine.settings import Settings
-from fastwgan.metrics import Replayed
+from fastwgan.metrics import Results
 from fastwgan.optim.adopt import has_hooks
 
 Outputs = tuple[Tensor | None, ...]
@@ -148,9 +148,9 @@ class _Graph:
         self._like = [None if x is None else (x.shape, x.dtype) for x in outputs]
         self._packed = torch.cat([x.detach().reshape(-1) for x in outputs if x is not None])
 
-    def outputs(self) -> Replayed:
+    def outputs(self) -> Results:
         """Return a copy of what the last replay left."""
-        return Replayed(self._packed.clone(), self._like)
+        return Results(packed=self._packed.clone(), like=self._like)
 
 
 def _problem_of(player: Player, settings: Settings, device: torch.device) -> str | None:
@@ -193,20 +193,20 @@ class Graphs:
     def __init__(
         self, device: torch.device, generators: Sequence[torch.Generator], players: Sequence[Player], settings: Settings
     ) -> None:
-        self._device, self._players, self._settings = device, players, settings
+        self._device, self._generators, self._players, self._settings = device, generators, players, settings
         self._required = settings.cuda_graph is True
         self._capture = Capture(device, generators)
         self._versions: list[int] = []  # of the players, which the graphs are of
         self._graphs: dict[Hashable, _Graph] = {}
         self._problem: str | None = None  # with steps as they are
         self._refused = self._foreign = self._unfit = False
-        self._changes = self._looks = 0
+        self._changes = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Graphs, (self._device, self._generators, self._players, self._settings)  # a copy makes its own graphs
 
     def _follow_changes(self) -> None:
         """Make all graphs anew when something that they depend on has changed."""
-        self._looks += 1
-        if self._foreign and self._looks % RESTLESS:
-            return  # nothing is captured: whether the networks are known again can wait
         for player in self._players:
             player.look()
         if self._versions == (versions := [player.version for player in self._players]):
@@ -236,7 +236,7 @@ class Graphs:
         self._graphs.clear()
         self._capture.pool = None  # the memory of graphs which are gone cannot be captured into
 
-    def run(self, work: Work, *args: Any) -> Outputs | Replayed:
+    def run(self, work: Work, *args: Any) -> Results:
         """Return ``work(*args)``, replayed where its like has been captured.
 
         ``work`` is a function of tensors and hashable constants, of the networks and of the optimizers. With an
@@ -265,7 +265,7 @@ class Graphs:
             outputs, problem = self._capture.warm_up(lambda: work(*graph.args))
             if graph.runs == WARM_UP:  # the first runs may look and wait, later ones not
                 self._problem = problem
-            return outputs
+            return Results(outputs)
         if graph.replay is None:
             try:
                 graph.replay = self._capture.capture(lambda: graph.pack(work(*graph.args)))
@@ -284,13 +284,12 @@ class Graphs:
     @property
     def serving(self) -> bool:
         """Return whether steps are captured, as far as the last one showed."""
-        hooked = any(has_hooks(player.optimizer) for player in self._players)
-        return not (self._refused or self._foreign or self._unfit or hooked)
+        return not (self._refused or self._foreign or self._unfit)
 
-    def run_uncaptured(self, work: Work, *args: Any) -> Outputs:
+    def run_uncaptured(self, work: Work, *args: Any) -> Results:
         """Return ``work(*args)``, run as it is on the stream of the captures."""
         with self._capture.on_stream():
-            return work(*args)
+            return Results(work(*args))
 
     def _graph(self, key: Hashable, args: tuple[Any, ...]) -> _Graph | None:
         """Return the graph for inputs like these, a new one if need be; None where there are too many."""

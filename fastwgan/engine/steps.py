@@ -15,7 +15,7 @@ from fastwgan.engine.player import Player
 from fastwgan.engine.ranks import Ranks
 from fastwgan.engine.settings import Settings
 from fastwgan.engine.structure import Sharing
-from fastwgan.metrics import Found, Replayed, Settled
+from fastwgan.metrics import Results, Settled
 
 MOST_CAPTURED = 8  # critic steps in a graph of a whole iteration, which bounds the time that its capture takes
 
@@ -42,35 +42,26 @@ class Steps:
         self._sample_dtype = next(p.dtype for p in critic.parameters() if p.is_floating_point())
         self.graphs = graphs.made(settings, device, self.latents.stream, self.players, ranks)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"graphs": self.graphs is not None}  # a copy makes its own
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        given = (self._settings, self._device, self.latents.stream, self.players, self._ranks)
-        self.graphs = graphs.made(*given) if state["graphs"] else None
-
     # What a trainer calls
 
-    def take_critic_step(self, weight: float, real: Tensor, cond: Part) -> Found:
+    def take_critic_step(self, weight: float, real: Tensor, cond: Part) -> Results:
         """Return the results of a critic step whose penalty has a weight, or none at 0."""
         z = self.latents.given(real.shape[0]) if callable(self.latents.latent) else None
         numbers = self._constraint.random_numbers(real.shape[0], self._pack) if weight else 0
         found = self._run(self._critic_step, weight, numbers, real, z, *cond)
         self._count(numbers, real)
-        return (found, 0) if isinstance(found, Replayed) else Settled._make(found)
+        return found
 
-    def take_generator_step(self, batch: int, cond: Part) -> Found:
+    def take_generator_step(self, batch: int, cond: Part) -> Results:
         """Return the results of a generator step."""
         z = self.latents.given(batch) if callable(self.latents.latent) else None
-        found = self._run(self._generator_step, batch, self._sample_dtype, z, *cond)
-        return (found, 0) if isinstance(found, Replayed) else Settled._make(found)
+        return self._run(self._generator_step, batch, self._sample_dtype, z, *cond)
 
     def takes_whole(self, n: int) -> bool:
         """Return whether an iteration of ``n`` critic steps, on batches alike, can be one graph."""
         return bool(self.graphs and self.graphs.serving) and not callable(self.latents.latent) and n <= MOST_CAPTURED
 
-    def take_iteration(self, weights: tuple[float, ...], parts: list[Part]) -> list[Found] | None:
+    def take_iteration(self, weights: tuple[float, ...], parts: list[Part]) -> Results | None:
         """Return the results of an iteration's steps, as one graph; None, with nothing done, where that cannot be."""
         uneven = len({(real.shape, real.dtype) for real, *_ in parts}) > 1  # then one may not fit, and the others do
         if uneven or not self.takes_whole(len(parts)):
@@ -79,12 +70,9 @@ class Steps:
         numbers = tuple([self._constraint.random_numbers(real.shape[0], self._pack) if w else 0 for w in weights])
         found = self._run(self._iteration, weights, numbers, sizes, *chain.from_iterable(parts))
         self._count(sum(numbers), real)
-        if isinstance(found, Replayed):
-            return [(found, i) for i in range(len(parts) + 1)]
-        outputs = iter(found)
-        return [Settled._make(islice(outputs, len(Settled._fields))) for _ in range(len(parts) + 1)]
+        return found
 
-    def _run(self, work: graphs.Work, *args: Any) -> graphs.Outputs | Replayed:
+    def _run(self, work: graphs.Work, *args: Any) -> Results:
         """Return what a step gives, replayed from a graph where there is one."""
         self._ranks.check_current()
         if self._ranks.world > 1:
@@ -97,7 +85,7 @@ class Steps:
         before = self.latents.position()
         try:
             if self.graphs is None:
-                return work(*args)
+                return Results(work(*args))
             self.latents.place_on_device()
             return self.graphs.run(work, *args)
         except BaseException as error:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fastwgan import GradientPenalty, RMSprop, Trainer, WeightClip, checkpoint, data, models
 from fastwgan.engine import graphs
-from fastwgan.metrics import Metrics, Settled
+from fastwgan.metrics import Metrics, Results, Settled
 from fastwgan.training.fit import fit
 from fastwgan.training.health import HealthWarning
 
@@ -225,7 +225,7 @@ def test_no_step_waits_for_the_device(trainer, monkeypatch):
 
     def step(*_):
         trainer.critic_iterations += 1
-        return Metrics(Settled(torch.ones(4)))
+        return Metrics((Results(Settled(torch.ones(4))), 0))
 
     trainer.step = step
     fit(trainer, [torch.randn(4, 10)], 240, log_every=1000)
@@ -238,7 +238,7 @@ def test_skipped_steps_are_counted(trainer, tmp_path):
     def step(*_):
         trainer.critic_iterations += 1
         nonfinite = torch.tensor(next(numbers))
-        return Metrics(Settled(torch.full((4,), math.nan if nonfinite else 2.0), nonfinite=nonfinite))
+        return Metrics((Results(Settled(torch.full((4,), math.nan if nonfinite else 2.0), nonfinite=nonfinite)), 0))
 
     trainer.step = step
     fit(trainer, [torch.randn(4, 10)], 5, out=tmp_path, log_every=3)
@@ -269,7 +269,7 @@ def test_a_missing_package_shows_before_anything_is_written(option, package, tra
 def test_advice_is_a_warning(trainer, tmp_path):
     def step(*_):
         trainer.critic_iterations += 1
-        return Metrics(Settled(torch.full((4,), math.nan)))
+        return Metrics((Results(Settled(torch.full((4,), math.nan))), 0))
 
     trainer.step = step
     with pytest.warns(HealthWarning, match="^step 50: 10 of 10 steps") as caught:
@@ -572,9 +572,9 @@ def test_advice_names_the_step_within_an_iteration(graphed, works):
         done = trainer._critic_step_done
 
         def spoiled(found, weight):
-            found = found if isinstance(found, Settled) else found[0].step(found[1])
+            found = found[0].step(found[1])
             scores = torch.full_like(found.scores, math.nan) if trainer.critic_iterations >= 40 else found.scores
-            return done(found._replace(scores=scores), weight)
+            return done((Results(found._replace(scores=scores)), 0), weight)
 
         trainer._critic_step_done = spoiled
         with warnings.catch_warnings(record=True) as caught:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastwgan import metrics
-from fastwgan.metrics import Metrics, Settled
+from fastwgan.metrics import Metrics, Results, Settled
 from fastwgan.training.logs import COLUMNS, CSVLog, Interval, Progress, TensorBoardLog
 
 
@@ -50,13 +50,13 @@ def test_an_interval_reads_seldom_and_holds_little(monkeypatch):
     assert not interval
     told = []
     for i in range(250):
-        told += interval.add(Metrics(Settled(torch.full((4,), float(i)))), last=i == 249)
+        told += interval.add(Metrics((Results(Settled(torch.full((4,), float(i)))), 0)), last=i == 249)
     assert reads == [100, 100, 50]
     assert [step["wasserstein"] for step in told] == list(range(250))
     assert interval
     assert interval.end()["wasserstein"] == 249 / 2
     assert not interval
-    interval.add(Metrics(Settled(torch.ones(4))), last=True)
+    interval.add(Metrics((Results(Settled(torch.ones(4))), 0)), last=True)
     assert interval.end()["wasserstein"] == 1  # none of the interval before
 
 
