@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastwgan import checks
 from fastwgan.backend import Backend, Resolved, resolve
+from fastwgan.metrics import Lazy
 from fastwgan.ops.samples import interpolates, perturb
 from fastwgan.ops.weights import Share, clip_and_count_, combine_shares, project_and_count_
 from fastwgan.optim import Adam, Gated, RMSprop
@@ -87,7 +88,7 @@ class Constraint:
 
     def apply_(
         self, held: Sequence[Tensor], done: Collection[int], shares: list[Share], gate: Tensor, backend: Backend
-    ) -> Tensor | None:
+    ) -> Lazy | None:
         """Bound parameters in place, but those whose ids are in ``done``, unless the gate says no.
 
         Return the share on the bound, 0-d, of them all; ``shares`` are of those done. None where there are none.
@@ -157,7 +158,7 @@ class WeightClip(Clip):
 
     def apply_(
         self, held: Sequence[Tensor], done: Collection[int], shares: list[Share], gate: Tensor, backend: Backend
-    ) -> Tensor | None:
+    ) -> Lazy | None:
         rest = [p for p in held if id(p) not in done]
         clamped = clip_and_count_(rest, self.bound, backend, gate) if rest else None
         combined = combine_shares(shares if clamped is None else [*shares, clamped])
@@ -199,7 +200,7 @@ class NormClip(Clip):
 
     def apply_(
         self, held: Sequence[Tensor], done: Collection[int], shares: list[Share], gate: Tensor, backend: Backend
-    ) -> Tensor | None:
+    ) -> Lazy | None:
         projected = project_and_count_(held, self.bound, self.per, backend, gate)
         return None if projected is None else projected[0]
 

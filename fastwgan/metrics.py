@@ -1,6 +1,6 @@
 """The numbers that a step measured."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,46 +13,50 @@ SCORES = ("real_score", "fake_score", "wasserstein", "critic_loss")
 PENALTY = ("penalty", "gradient_norm", "gradient_norm_min", "gradient_norm_max")
 
 
+Lazy = Tensor | Callable[[], Tensor]  # a tensor, or what makes it when it is read, and then gives the same again
+
+
 class Settled(NamedTuple):
     """The results of a step that is done, on the device."""
 
-    scores: Tensor | None = None  # [mean real, mean fake, their difference, loss] of a critic, [loss] of a generator
-    penalty: Tensor | None = None  # [mean penalty; mean, least and greatest norm]
-    nonfinite: Tensor | None = None  # how many elements of the gradients were not finite, 0-d
-    saturation: Tensor | None = None  # the share of weights on their bound, 0-d
-
-
-Like = Sequence[tuple[torch.Size, torch.dtype] | None]
+    scores: Lazy  # [mean real, mean fake, their difference, loss] of a critic, [loss] of a generator
+    penalty: Lazy | None = None  # [mean penalty; mean, least and greatest norm]
+    nonfinite: Lazy | None = None  # how many elements of the gradients were not finite, 0-d
+    saturation: Lazy | None = None  # the share of weights on their bound, 0-d
 
 
 class Results:
-    """The results of the steps of a graph or of one step, each a Settled; ``packed`` ones are unpacked when one is read.
+    """The results of a step, or of the steps of a graph, one after the other; ``packed`` until one is read.
 
-    Of these ``like`` has the shape and dtype of each entry, or None.
+    Of packed ones ``like`` has the shapes and dtypes, or None.
     """
 
-    def __init__(self, entries: Sequence[Tensor | None] = (), packed: Tensor | None = None, like: Like = ()) -> None:
+    def __init__(
+        self, entries: Sequence[Lazy | None] = (), packed: Tensor | None = None,
+        like: Sequence[tuple[torch.Size, torch.dtype] | None] = (),
+    ) -> None:  # fmt: skip
         self._entries, self._packed, self._like = entries, packed, like
 
-    def step(self, i: int) -> Settled:
-        """Return the results of step ``i``."""
+    def read(self, step: int, name: str) -> Tensor | None:
+        """Return an entry of the results of a step, by its name in Settled."""
         if self._packed is not None:
             parts = torch.split(self._packed, [each[0].numel() if each else 0 for each in self._like])
             pairs = zip(parts, self._like, strict=True)
             self._entries, self._packed = [x.view(each[0]).to(each[1]) if each else None for x, each in pairs], None
-        width = len(Settled._fields)
-        return Settled._make(self._entries[width * i : width * (i + 1)])
+        fields = Settled._fields
+        x = self._entries[len(fields) * step + fields.index(name)]
+        return x() if callable(x) else x
 
 
 Found = tuple[Results, int]  # the latter is a step's number there
-NOTHING: Found = (Results([None] * len(Settled._fields)), 0)
+CRITIC, GENERATOR = range(2)
 
 
-def _entry(name: str, i: int) -> Tensor | None:
-    """Return a property that gives an entry of a critic step's results, or None. It is typed as what it gives."""
+def _entry(name: str, i: Any, player: int = CRITIC) -> Tensor | None:
+    """Return a property that gives an entry of a step's results, or None. It is typed as what it gives."""
 
     def entry(metrics: "Metrics") -> Any:
-        entries = getattr(metrics._settled(0), name)
+        entries = metrics._read(name, player)
         return None if entries is None else entries[i]
 
     return property(entry)  # type: ignore[return-value]
@@ -70,7 +74,8 @@ class Metrics:
         real_score, fake_score: mean(D(real)), mean(D(fake)).
         gradient_norm, gradient_norm_min, gradient_norm_max: mean, least and greatest norm, over the samples, of the
             critic's input gradient; None where penalty is.
-        saturation: share of the clamped weights that lie on their bound; under NormClip, of the rows whose norm was the
+        saturation: share of the clamped weights that lie on their bound, on a CPU counted when it is read, at the
+            latest as the next critic step begins; under NormClip, of the rows whose norm was the
             bound or more before the projection; None under GradientPenalty.
         generator_loss: -mean(D(G(z))), or what ``blend`` makes of it; None when no generator step was due.
         nonfinite: how many elements of the gradients were infinite or NaN. Unless it is 0, the update was skipped.
@@ -84,26 +89,18 @@ class Metrics:
     real_score, fake_score, wasserstein, _loss = (_entry("scores", i) for i in range(len(SCORES)))
     penalty, gradient_norm, gradient_norm_min, gradient_norm_max = (_entry("penalty", i) for i in range(len(PENALTY)))
 
-    def __init__(self, critic: Found = NOTHING, generator: Found = NOTHING, *, weight: float = 0.0) -> None:
+    saturation, generator_loss = _entry("saturation", ()), _entry("scores", 0, GENERATOR)
+
+    def __init__(self, critic: Found | None = None, generator: Found | None = None, *, weight: float = 0.0) -> None:
         self._found, self._weight = [critic, generator], weight
 
-    def _settled(self, i: int) -> Settled:
-        """Return what the critic's step measured, or with 1 the generator's."""
-        results, step = self._found[i]
-        return results.step(step)
+    def _read(self, name: str, player: int) -> Tensor | None:
+        found = self._found[player]
+        return None if found is None else found[0].read(found[1], name)
 
     def include(self, other: "Metrics") -> None:
         """Take in what the generator step behind this critic step measured."""
-        self._found[1] = other._found[1]
-
-    @property
-    def saturation(self) -> Tensor | None:
-        return self._settled(0).saturation
-
-    @property
-    def generator_loss(self) -> Tensor | None:
-        loss = self._settled(1).scores
-        return None if loss is None else loss[0]
+        self._found[GENERATOR] = other._found[GENERATOR]
 
     @property
     def critic_loss(self) -> Tensor | None:
@@ -113,7 +110,7 @@ class Metrics:
 
     @property
     def nonfinite(self) -> Tensor | None:
-        counts = [x for x in (self._settled(0).nonfinite, self._settled(1).nonfinite) if x is not None]
+        counts = [x for player in (CRITIC, GENERATOR) if (x := self._read("nonfinite", player)) is not None]
         return sum(counts[1:], counts[0]) if counts else None
 
     def as_dict(self) -> dict[str, float]:
@@ -122,11 +119,11 @@ class Metrics:
 
     def _parts(self) -> list[tuple[Tensor, tuple[str, ...]]]:
         """Return the tensors that there are, each with the names of its entries."""
-        critic, generator = self._settled(0), self._settled(1)
-        parts = [(critic.scores, SCORES), (critic.penalty, PENALTY), (critic.saturation, ("saturation",))]
-        parts += [(generator.scores, ("generator_loss",))]
-        parts += [(each.nonfinite, ("nonfinite",)) for each in (critic, generator)]
-        return [(x, names) for x, names in parts if x is not None]
+        parts = [("scores", CRITIC, SCORES), ("penalty", CRITIC, PENALTY), ("saturation", CRITIC, ("saturation",))]
+        parts += [("scores", GENERATOR, ("generator_loss",))]
+        parts += [("nonfinite", player, ("nonfinite",)) for player in (CRITIC, GENERATOR)]
+        found = [(self._read(name, player), names) for name, player, names in parts]
+        return [(x, names) for x, names in found if x is not None]
 
     def _values(self, numbers: Iterator[float]) -> dict[str, float]:
         """Return by name what the parts were, read from the device."""

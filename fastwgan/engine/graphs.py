@@ -20,10 +20,10 @@ from fastwgan.engine import structure
 from fastwgan.engine.player import Player
 from fastwgan.engine.ranks import Ranks
 from fastwgan.engine.settings import Settings
-from fastwgan.metrics import Results
+from fastwgan.metrics import Lazy, Results
 from fastwgan.optim.adopt import has_hooks
 
-Outputs = tuple[Tensor | None, ...]
+Outputs = tuple[Lazy | None, ...]
 Work = Callable[..., Outputs]
 
 WARM_UP = 3  # runs of a step before its capture: they compile kernels, make state, and show what waits for the device
@@ -145,8 +145,9 @@ class _Graph:
 
     def pack(self, outputs: Outputs) -> None:
         """Have all outputs in one tensor, so that one launch copies them."""
-        self._like = [None if x is None else (x.shape, x.dtype) for x in outputs]
-        self._packed = torch.cat([x.detach().reshape(-1) for x in outputs if x is not None])
+        tensors = [x() if callable(x) else x for x in outputs]
+        self._like = [None if x is None else (x.shape, x.dtype) for x in tensors]
+        self._packed = torch.cat([x.detach().reshape(-1) for x in tensors if x is not None])
 
     def outputs(self) -> Results:
         """Return a copy of what the last replay left."""

@@ -7,6 +7,7 @@ guard's as well, as it goes by the same verdict.
 
 import math
 from collections.abc import Sequence
+from functools import cache, partial
 from operator import attrgetter
 from typing import Any, NoReturn
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from fastwgan import reference
 from fastwgan.backend import Resolved, kernels
+from fastwgan.metrics import Lazy
 from fastwgan.ops.layout import is_dense
 from fastwgan.reference import TALLY, Tally
 
@@ -22,6 +24,11 @@ FIRST_SCALE = 65536.0  # GradScaler's
 READ_EVERY = 32  # steps on a GPU between two readings of the tally, each of which is a copy
 PATIENCE = 20  # steps in a row that a loss scale may take to come down
 _layout = attrgetter("layout")
+
+
+def _statistics(*scores: Tensor) -> Tensor:
+    means = reference.score_statistics(scores[0], scores[-1])
+    return means if len(scores) == 2 else -means[:1]
 
 
 class Guard:
@@ -65,9 +72,7 @@ class Guard:
         gradients = [p.grad for p in parameters if p.grad is not None and p.numel()]
         return [g._values().contiguous() if g.is_sparse else g for g in gradients]
 
-    def check(
-        self, parameters: Sequence[nn.Parameter], scores: tuple[Tensor, ...] = ()
-    ) -> tuple[Tensor | None, Tensor]:
+    def check(self, parameters: Sequence[nn.Parameter], scores: tuple[Tensor, ...] = ()) -> tuple[Lazy | None, Tensor]:
         """Look at all gradients, and set the gate; return (statistics of scores, how many elements were not finite).
 
         ``scores`` are (real, fake) or (fake,), whose statistics the same launch takes, or none: [mean real, mean fake,
@@ -86,8 +91,7 @@ class Guard:
             tally[Tally.STEPS] += 1
         else:
             reference.guard_(gradients, self._tally, self.gate, self._scale)
-        means = reference.score_statistics(scores[0], scores[-1]) if scores else None
-        return -means[:1] if means is not None and len(scores) == 1 else means, self._tally[Tally.NONFINITE].clone()
+        return cache(partial(_statistics, *scores)) if scores else None, self._tally[Tally.NONFINITE].clone()
 
     def watch(self, checkpoint: str | None, *, wait: bool = False) -> None:
         """Raise FloatingPointError if too many steps in a row were left out, as far as the host knows by now.

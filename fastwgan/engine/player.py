@@ -5,9 +5,10 @@ each step looks at its parameters anew.
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from fastwgan.engine.guard import PATIENCE, Guard
 from fastwgan.engine.ranks import Ranks, refuse_uneven
 from fastwgan.engine.settings import Settings, check_optimizer
 from fastwgan.engine.watch import Watch
-from fastwgan.metrics import Settled
+from fastwgan.metrics import Lazy, Settled
 from fastwgan.ops.scores import score_statistics
 from fastwgan.ops.weights import Share
 from fastwgan.optim import Gated
@@ -56,6 +57,7 @@ class Player:
         self._watch: Watch | None = None
         self.trained: list[nn.Parameter] = []
         self._averaged = 0  # parameters that have running averages
+        self._unread: ref[Callable[[], Tensor]] | None = None  # the last step's share of weights on their bound
         self.version = 0  # how many changes of the network or the optimizer have been seen
         self._followed = False  # whether the last of them has been taken up
         self._left: dict[Any, Any] = {}  # states of parameters that have left, until a step is taken without them
@@ -88,7 +90,7 @@ class Player:
             if p._backward_hooks or p._post_accumulate_grad_hooks
         ]
         of_steps = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
-        return self.__dict__ | {"hooks": (*of_steps, hooked), "_watch": None}
+        return self.__dict__ | {"hooks": (*of_steps, hooked), "_watch": None, "_unread": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         before, after, hooked = state.pop("hooks")
@@ -182,9 +184,19 @@ class Player:
         """Take up changes of the network, and drop all gradients; return the parameters to be trained."""
         watch = self.look()
         trained = watch.trained if self._followed else self.follow()
+        if self._unread is not None:
+            self._read_saturation()
         for p in self._dropped:  # some may have left the network
             p.grad = None
         return trained
+
+    def _read_saturation(self) -> None:
+        """Count the weights on their bound for whoever still holds the last step's metrics, before they change."""
+        if self.gated is not None:
+            self.gated.shares = []  # only others may hold it now
+        if self._unread is not None and (saturation := self._unread()) is not None:
+            saturation()
+        self._unread = None
 
     def _held_by_optimizer(self) -> set[int]:
         return {id(p) for group in self.optimizer.param_groups for p in group["params"]}
@@ -231,7 +243,7 @@ class Player:
 
     def _measured(
         self, scores: tuple[Tensor, ...], known: Tensor | None, penalty: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    ) -> tuple[Lazy, Tensor | None, Tensor]:
         """Return (score statistics, penalty statistics, nonfinite) of all ranks, and set the guard's gate."""
         guard = self.guard
         guard.dense = self.gated is not None or self._ranks.world > 1
@@ -262,7 +274,7 @@ class Player:
         _, nonfinite = guard.check(self._parameters)
         return own.mean(0), penalty, nonfinite
 
-    def _updated(self) -> Tensor | None:
+    def _updated(self) -> Lazy | None:
         """Update, bound and average the weights, unless the gate says no; return the share on their bound, or None."""
         shares, bounded, averaged = list[Share](), set[int](), set[Tensor]()
         if self.gated is not None:
@@ -289,7 +301,9 @@ class Player:
                 del self.averages[gone]
         if self._constraint is None:
             return None
-        return self._constraint.apply_(self._held, bounded, shares, self.guard.gate, self._backend)
+        saturation = self._constraint.apply_(self._held, bounded, shares, self.guard.gate, self._backend)
+        self._unread = ref(saturation) if callable(saturation) else None
+        return saturation
 
     def refresh(self) -> None:
         """Have a step that a CUDA graph replays use the optimizer's present numbers."""
@@ -324,6 +338,7 @@ class Player:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up states of the parts; without averages among them these begin with the weights."""
+        self._read_saturation()
         self.module.load_state_dict(state["module"])
         self._follow([*self.module.parameters()])
         self._watch = None

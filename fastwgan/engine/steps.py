@@ -15,7 +15,7 @@ from fastwgan.engine.player import Player
 from fastwgan.engine.ranks import Ranks
 from fastwgan.engine.settings import Settings
 from fastwgan.engine.structure import Sharing
-from fastwgan.metrics import Results, Settled
+from fastwgan.metrics import Lazy, Results, Settled
 
 MOST_CAPTURED = 8  # critic steps in a graph of a whole iteration, which bounds the time that its capture takes
 
@@ -134,7 +134,7 @@ class Steps:
         """Return the results of an iteration's critic steps, and behind them of its generator step."""
         rest = iter(flat)
         parts = [tuple(islice(rest, size)) for size in sizes]
-        outputs: list[Tensor | None] = []
+        outputs: list[Lazy | None] = []
         self.generator.follow()  # before the critic is changed
         for weight, own, (real, *cond) in zip(weights, numbers, parts, strict=True):
             outputs += self._critic_step(weight, own, real, None, *cond)

@@ -1,6 +1,6 @@
 """Bounds on weights, in place."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
 from math import nan
 
@@ -9,23 +9,33 @@ from torch import Tensor
 
 from fastwgan import checks, reference
 from fastwgan.backend import Backend, kernels, resolve, wide
+from fastwgan.metrics import Lazy
 from fastwgan.ops.layout import is_dense, lies_in_rows, written
 
-Share = tuple[Tensor, int]  # the share of some weights, or rows of them, that lie on their bound; of how many
+Share = tuple[Lazy, int]  # the share of some weights, or rows of them, that lie on their bound; of how many
 
 FEW = 2**14  # elements: a call on fewer takes longer than they do
 
 
-def combine_shares(shares: list[Share]) -> Share | None:
+def read(x: Lazy) -> Tensor:
+    """Return a lazy tensor's value."""
+    return x() if callable(x) else x
+
+
+def combine_shares(shares: Sequence[Share]) -> Share | None:
     """Return the shares of several sets of weights as the share of them all; None of none."""
     if len(shares) <= 1:
         return shares[0] if shares else None
     total = sum(n for _, n in shares)
-    parts = [share.double() * (n / total) for share, n in shares]
-    return sum((part.to(parts[0].device) for part in parts[1:]), parts[0]), total
+
+    def combined() -> Tensor:
+        parts = [read(share).double() * (n / total) for share, n in shares]
+        return sum((part.to(parts[0].device) for part in parts[1:]), parts[0])
+
+    return (cache(combined) if any(callable(share) for share, _ in shares) else combined()), total
 
 
-def saturation(params: list[Tensor], bound: float) -> Share:
+def saturation(params: list[Tensor], bound: float) -> tuple[Tensor, int]:
     """Return what :func:`fastwgan.reference.saturation` does, of weights of one dtype, in fewer and shorter calls."""
     limit = checks.bound("bound", bound, params[0].dtype)
     arrays = [p.detach().to(wide(p.dtype)).reshape(-1) for p in params]

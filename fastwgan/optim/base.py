@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Hashable, Iterable
+from functools import cache
 from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any, Literal, NamedTuple, overload
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 from fastwgan import checks, reference
 from fastwgan.backend import Backend, check_backend, kernels, resolve
 from fastwgan.ops.layout import is_dense, laid_out
-from fastwgan.ops.weights import Share, combine_shares, saturation
+from fastwgan.ops.weights import Share, combine_shares, read, saturation
 
 Options = dict[str, Any]  # of a parameter group, or what a parameter has for state
 Params = Iterable[Tensor] | Iterable[Options] | Iterable[tuple[str, Tensor]]
@@ -73,7 +74,7 @@ class Gated(Optimizer):
 
     _updates: dict[_Key, Any]  # launchers, whose tables a CUDA graph may read
     _apart: dict[_Key, list[int]]  # where parameters lie that are known not to overlap
-    _shares: list[Share]  # of weights on their bound, after the last step
+    shares: list[Share]  # of weights on their bound, after the last step
     _plan: list[_Launch]  # of the last step, which serves for as long as
     _planned_for: Any  # is what it was, and
     _planned_with: Together  # the same
@@ -82,7 +83,7 @@ class Gated(Optimizer):
 
     def __new__(cls, *_: Any, **__: Any) -> "Gated":
         self = super().__new__(cls)
-        self._updates, self._apart, self._shares = {}, {}, []  # a copy, or one that was pickled, has its own
+        self._updates, self._apart, self.shares = {}, {}, []  # a copy, or one that was pickled, has its own
         self._plan, self._planned_for, self._planned_with = [], None, self._together
         self._bounded, self._sent = set(), None
         return self
@@ -231,7 +232,7 @@ class Gated(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        together, self._sent, self._shares = self._together, None, []
+        together, self._sent, self.shares = self._together, None, []
         seen = self._seen(together)
         if seen is None or together is not self._planned_with or not _equal(seen, self._planned_for):
             self._planned_for = None  # until all is known to be right
@@ -284,16 +285,16 @@ class Gated(Optimizer):
             self.step()  # which schedulers and users wrap, and which calls the hooks
         finally:
             del self._together
-        return self._shares, self._bounded
+        return self.shares, self._bounded
 
     @property
     def saturation(self) -> Tensor | None:
-        """Return the share of clamped weights that lay on their bound after the last step, 0-d; None of none.
+        """Return the share of clamped weights that lie on their bound after the last step, 0-d; None of none.
 
         Of the last call of :meth:`step`, that is: a CUDA graph's replays make no call.
         """
-        combined = combine_shares(self._shares)
-        return None if combined is None else combined[0]
+        combined = combine_shares(self.shares)
+        return None if combined is None else read(combined[0])
 
     def _bound(self, group: Options, together: Together) -> float | None:
         """Return the bound of a group's weights: the trainer's, where all of them have it, or the group's own."""
@@ -349,7 +350,7 @@ class Gated(Optimizer):
         if skip:
             if launch.clamped:
                 nan = launch.params[0].new_tensor(math.nan, dtype=torch.float32)
-                self._shares.append((nan, launch.clamped))
+                self.shares.append((nan, launch.clamped))
             return
         if factor != 1:  # not in place, as two gradients may share memory
             for p, grad in zip(launch.params, torch._foreach_mul([*map(_grad, launch.params)], factor), strict=True):
@@ -359,7 +360,8 @@ class Gated(Optimizer):
         for _, bound, params in launch.by_group:  # after all updates, of which two may be of one memory
             if bound is not None:
                 reference.clip_weights_(params, bound)
-                self._shares.append(saturation(params, bound))
+                count = sum(map(Tensor.numel, params))
+                self.shares.append((cache(lambda given=params, bound=bound: saturation(given, bound)[0]), count))
         if averages := together.averages:
             kept = [p for p in launch.params if p in averages]
             reference.average_([averages[p] for p in kept], kept, together.decay)
@@ -388,7 +390,7 @@ class Gated(Optimizer):
             if work is not p:
                 p.detach().copy_(work)
         if share is not None:
-            self._shares.append((share, launch.clamped))
+            self.shares.append((share, launch.clamped))
 
     def _hyper(self, key: _Key, together: Together) -> dict[int, tuple[float, ...]]:
         """Return the kernel's numbers of each group of a launch's variant, by its id."""

@@ -19,6 +19,7 @@ from torch import nn
 
 from fastwgan import GradientPenalty, RMSprop, Trainer, WeightClip, models
 from fastwgan.engine import graphs, structure
+from fastwgan.metrics import Results
 
 CUDA = torch.device("cuda", 0)
 
@@ -134,7 +135,7 @@ def test_an_iteration_is_one_graph(constraint, kind, graphed, monkeypatch):
             return samples(z)
 
         if cuda_graph and not replays:
-            trainer._steps.graphs.run = lambda work, *args: work(*args)
+            trainer._steps.graphs.run = lambda work, *args: Results(work(*args))
         metrics, captured = [], Recorded.made
         data = batches(graphed, (10,), 16)
         for i in range(0, 16, 2):

@@ -15,6 +15,7 @@ from torch import nn
 from benchmarks.implementations import textbook_critic_step
 from fastwgan import Adam, GradientPenalty, RMSprop, Trainer, WeightClip, models, reference, warmup_schedule
 from fastwgan import metrics as metrics_module
+from fastwgan.optim import base
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -337,6 +338,31 @@ def test_metrics_are_device_tensors_of_their_own_step(device):
     assert before["critic_loss"] == -before["wasserstein"]
     assert before["wasserstein"] == pytest.approx(before["real_score"] - before["fake_score"], abs=1e-6)
     assert "wasserstein=" in repr(second)
+
+
+def test_statistics_that_nobody_reads_are_not_computed(monkeypatch):
+    """Those that are read later are their own step's: the weights on the bound are counted before they change."""
+    counted, means = [], []
+    saturation, statistics = base.saturation, reference.score_statistics
+    monkeypatch.setattr(base, "saturation", lambda *args: counted.append(1) or saturation(*args))
+    monkeypatch.setattr(reference, "score_statistics", lambda *args: means.append(1) or statistics(*args))
+    torch.manual_seed(0)
+    trainer = Trainer(nn.Linear(4, 2), nn.Linear(2, 1), latent=4, constraint=WeightClip(0.02), backend="torch")
+    state = trainer.state_dict()
+    for _ in range(3):
+        trainer.critic_step(torch.randn(8, 2))
+    assert (counted, means) == ([], [])
+    shares, held = [], []
+    for _ in range(6):
+        held.append(trainer.critic_step(torch.randn(8, 2)))
+        shares.append((weights(trainer.critic).abs() >= 0.02).float().mean())
+    trainer.load_state_dict(state)
+    assert len(counted) == 6
+    assert means == []
+    assert [metrics.saturation for metrics in held] == shares
+    assert len({float(share) for share in shares}) > 1
+    assert len(counted) == 6
+    assert all(metrics.wasserstein is not None for metrics in held)
 
 
 def test_saturation_is_the_share_on_the_bound(device):

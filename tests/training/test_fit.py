@@ -572,9 +572,11 @@ def test_advice_names_the_step_within_an_iteration(graphed, works):
         done = trainer._critic_step_done
 
         def spoiled(found, weight):
-            found = found[0].step(found[1])
-            scores = torch.full_like(found.scores, math.nan) if trainer.critic_iterations >= 40 else found.scores
-            return done((Results(found._replace(scores=scores)), 0), weight)
+            results, step = found
+            settled = Settled(*(results.read(step, name) for name in Settled._fields))
+            if trainer.critic_iterations >= 40:
+                settled = settled._replace(scores=torch.full_like(settled.scores, math.nan))
+            return done((Results(settled), 0), weight)
 
         trainer._critic_step_done = spoiled
         with warnings.catch_warnings(record=True) as caught:
