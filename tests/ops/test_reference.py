@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fastwgan import reference
+from fastwgan.functional import interpolate
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,15 @@ def test_philox_gives_the_published_words(counter, key, expected, array):
     """Known answers of Random123, the cipher's own library."""
     words = reference.philox([array([word]) for word in counter], key)
     assert tuple(word.item() for word in words) == expected
+
+
+@pytest.mark.parametrize("offset", [0, 1000, 1023, 1024, 2**40 + 1023, 2**62 - 1, 2**62, 2**63 - 2])
+@pytest.mark.parametrize("n", [1, 2, 64, 1024, 1025])
+def test_numbers_made_many_at_once_are_the_same(offset, n):
+    real, fake = torch.ones(n, 1), torch.zeros(n, 1)
+    for seed in (0, 2**62):
+        eps = interpolate(real, fake, seed=seed, offset=offset, backend="torch")
+        assert torch.equal(eps[:, 0], reference.uniform(seed, offset, n))
 
 
 def test_uniform_lies_in_the_unit_interval_and_is_uniform():
