@@ -54,12 +54,10 @@ class Player:
         self._constraint = constraint if constraint is not None and constraint.bounds_weights else None
         self._held: list[nn.Parameter] = []
         self._excluded: set[nn.Parameter] = set()
-        self._watch: Watch | None = None
-        self.trained: list[nn.Parameter] = []
         self._averaged = 0  # parameters that have running averages
         self._unread: ref[Callable[[], Tensor]] | None = None  # the last step's share of weights on their bound
-        self.version = 0  # how many changes of the network or the optimizer have been seen
-        self._followed = False  # whether the last of them has been taken up
+        self._watch: Watch | None = None
+        self.version, self._followed = 0, 0  # how many changes have been seen, and the last that was taken up
         self._left: dict[Any, Any] = {}  # states of parameters that have left, until a step is taken without them
         # What all ranks have the same of.
         self._shared: set[Any] = set() if ranks.world == 1 else {*module.modules(), *module.parameters()}
@@ -125,8 +123,6 @@ class Player:
 
     def share(self) -> None:
         """Give all ranks what the first one has in layers that have come since the last call."""
-        if self._ranks.world == 1:
-            return
         parameters, modules = list(self.module.parameters()), list(self.module.modules())
         before, self._shared = self._shared, {*modules, *parameters}
         new = [p for p in parameters if p not in before]
@@ -142,7 +138,6 @@ class Player:
         if self._watch is None or not self._watch.same():
             self._watch = Watch(self.module, self.optimizer)
             self.version += 1
-            self._followed = False
         return self._watch
 
     def follow(self) -> list[nn.Parameter]:
@@ -151,21 +146,20 @@ class Player:
         Raise ValueError if there are none, or if the optimizer lacks some that came later.
         """
         watch = self.look()
-        if self._followed:
-            return self.trained
+        if self._followed == self.version:
+            return watch.trained
         if not watch.trained:
             raise ValueError(f"{self.name}: expected trainable parameters, got none")
         if not self._default:
             self._refuse_unknown(watch.trained)
         self._follow(watch.parameters)
         of_groups = (p for group in self.optimizer.param_groups for p in group["params"])
-        self.trained, self._parameters = watch.trained, watch.parameters
         self._dropped = list({id(p): p for p in (*watch.parameters, *of_groups)}.values())
         together = Together(gate=self.guard.gate, averages=self.averages, decay=self.ema or 0.0)
         self._together = together if self._constraint is None else self._constraint.fuse_into(together, self._held)
         self._watch = Watch(self.module, self.optimizer)  # anew, as the optimizer's groups may have followed
-        self._followed = True
-        return self.trained
+        self._followed = self.version
+        return self._watch.trained
 
     def _refuse_unknown(self, trained: list[nn.Parameter]) -> None:
         """Raise ValueError if the user's optimizer lacks parameters that are trained since it was given."""
@@ -183,7 +177,7 @@ class Player:
     def prepare(self) -> list[nn.Parameter]:
         """Take up changes of the network, and drop all gradients; return the parameters to be trained."""
         watch = self.look()
-        trained = watch.trained if self._followed else self.follow()
+        trained = watch.trained if self._followed == self.version else self.follow()
         if self._unread is not None:
             self._read_saturation()
         for p in self._dropped:  # some may have left the network
@@ -238,20 +232,20 @@ class Player:
 
     def settle(self, found: Passed) -> Settled:
         """Finish a step whose gradients are there: add up the ranks, set the guard's gate, update, bound, average."""
-        scores, penalty, nonfinite = self._measured(*found)
-        return Settled(scores, penalty, nonfinite, self._updated())
+        assert self._watch is not None
+        scores, penalty, nonfinite = self._measured(self._watch, *found)
+        return Settled(scores, penalty, nonfinite, self._updated(self._watch.trained))
 
     def _measured(
-        self, scores: tuple[Tensor, ...], known: Tensor | None, penalty: Tensor | None
+        self, watch: Watch, scores: tuple[Tensor, ...], known: Tensor | None, penalty: Tensor | None
     ) -> tuple[Lazy, Tensor | None, Tensor]:
         """Return (score statistics, penalty statistics, nonfinite) of all ranks, and set the guard's gate."""
         guard = self.guard
         guard.dense = self.gated is not None or self._ranks.world > 1
-        trained = self.trained
         if self._ranks.world == 1:
-            statistics, nonfinite = guard.check(self._parameters, scores if known is None else ())
+            statistics, nonfinite = guard.check(watch.parameters, scores if known is None else ())
             return known if statistics is None else statistics, penalty, nonfinite  # type: ignore[return-value]
-        own = known
+        trained, own = watch.trained, known
         if own is None:
             own = score_statistics(scores[0], scores[-1], self._backend)
             own = own if len(scores) == 2 else -own[:1]
@@ -261,7 +255,7 @@ class Player:
             trained[i].grad = torch.zeros_like(trained[i])
             used[i] = 0
         parts = (own.new_full((1,), scores[-1].numel()), used, own, *([] if penalty is None else [penalty]))
-        gradients = guard.gradients(self._parameters)
+        gradients = guard.gradients(watch.parameters)
         table = self._ranks.sum_(gradients, torch.cat(parts))
         sizes, counts, own, *rest = torch.split(table, [len(part) for part in parts], dim=1)
         refuse_uneven("real" if len(scores) == 2 else "batch_size", sizes, gradients)
@@ -271,10 +265,10 @@ class Player:
         if rest:
             means, least, greatest = rest[0][:, :2].mean(0), rest[0][:, 2].amin(), rest[0][:, 3].amax()
             penalty = torch.cat((means, least[None], greatest[None]))
-        _, nonfinite = guard.check(self._parameters)
+        _, nonfinite = guard.check(watch.parameters)
         return own.mean(0), penalty, nonfinite
 
-    def _updated(self) -> Lazy | None:
+    def _updated(self, trained: list[nn.Parameter]) -> Lazy | None:
         """Update, bound and average the weights, unless the gate says no; return the share on their bound, or None."""
         shares, bounded, averaged = list[Share](), set[int](), set[Tensor]()
         if self.gated is not None:
@@ -287,7 +281,7 @@ class Player:
                 MarksStepTaken(self.optimizer)()
             else:
                 if factor != 1:  # not in place, as two gradients may share memory
-                    for p in self.trained:
+                    for p in trained:
                         p.grad = None if p.grad is None else p.grad * factor
                 self.optimizer.step()
         for weight, average in self.averages.items():

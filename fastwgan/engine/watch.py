@@ -17,14 +17,12 @@ from torch.optim import Optimizer
 from fastwgan.optim import Gated
 
 flat = chain.from_iterable
-PARTS = ("_modules", "_parameters", "_buffers")
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_parts, _hooks, _dicts = attrgetter(*PARTS), attrgetter(*HOOKS), attrgetter(*PARTS, *HOOKS)
+_parts = attrgetter("_modules", "_parameters", "_buffers")
+_hooks = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _hooks_of_tensor = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
 _requires_grad = attrgetter("requires_grad")
-_code = attrgetter("__call__", "_call_impl", "forward")
-_code_of_convolution = attrgetter("_conv_forward")
-_params = itemgetter("params")
+_params: Any = itemgetter("params")
+_code, _code_of_convolution = attrgetter("__call__", "_call_impl", "forward"), attrgetter("_conv_forward")
 EVERY_MODULES = frozenset(vars(nn.Module()))  # attributes, of which those that count are looked at by name
 
 
@@ -37,32 +35,26 @@ def _containers(x: Any, found: dict[int, Any]) -> None:
 
 
 class Watch:
-    """A network and its optimizer as they were when this was made.
-
-    Attributes:
-        parameters: all of the network's.
-        trained: those that are to get gradients.
-    """
+    """A network and its optimizer as they were when this was made: all ``parameters``, and those ``trained``."""
 
     def __init__(self, module: nn.Module, optimizer: Optimizer) -> None:
-        self.parameters = [*module.parameters()]
+        self.parameters, self._modules, self._optimizer = [*module.parameters()], [*module.modules()], optimizer
         self.trained = [p for p in self.parameters if p.requires_grad]
-        self._modules, self._optimizer = [*module.modules()], optimizer
         self._tensors = [x for x in (*self.parameters, *module.buffers()) if x.layout == torch.strided]
         self._part_dicts: list[dict[str, Any]] = [*flat(map(_parts, self._modules))]
         self._kept = [*flat(map(dict.values, self._part_dicts))]  # while these live, no other object has one's id
         self._kinds = [*{type(m): None for m in self._modules}]
         self._convolutions = [kind for kind in self._kinds if hasattr(kind, "_conv_forward")]
-        self._hook_dicts = [*flat(map(_hooks, self._modules))]
+        self._hook_dicts: list[Any] = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
+        self._hook_dicts += flat(map(_hooks, self._modules))
         self._hook_dicts += [hooks for hooks in flat(map(_hooks_of_tensor, self._tensors)) if hooks is not None]
-        self._hook_dicts += [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
         found: dict[int, Any] = {}
         for name, x in flat(vars(m).items() for m in self._modules):
             if name not in EVERY_MODULES:
                 _containers(x, found)
         self._dicts = [x for x in found.values() if isinstance(x, dict)]
         self._sequences = [x for x in found.values() if not isinstance(x, dict)]
-        self._numbers: list[Any] = []
+        self._numbers: Any = None
         self._variants: Any = None
         self._state = self._now()
 
@@ -74,19 +66,19 @@ class Watch:
             return False
 
     def _now(self) -> tuple[Any, ...]:
-        modules, tensors, optimizer = self._modules, self._tensors, self._optimizer
-        attributes, groups = [*map(vars, modules)], optimizer.param_groups
-        if isinstance(optimizer, Gated):  # whose kernel a graph keeps, with the addresses of its state
-            tensors = [*tensors, *flat(map(dict.values, optimizer.state.values()))]
+        modules, tensors, groups = self._modules, self._tensors, self._optimizer.param_groups
+        attributes = [*map(vars, modules)]
+        if isinstance(self._optimizer, Gated):  # whose kernel a graph keeps, with the addresses of its state
+            tensors = [*tensors, *flat(map(dict.values, self._optimizer.state.values()))]
             if self._numbers != (numbers := [*flat(map(dict.values, groups))]):
-                self._numbers, self._variants = numbers, optimizer.variants()
+                self._numbers, self._variants = numbers, self._optimizer.variants()
         return (
             [*flat(attributes)], [*flat(map(dict.values, attributes))],
             [*map(list, self._sequences)], [*map(list, map(dict.items, self._dicts))],
-            [*map(id, flat(map(_dicts, modules)))], [*map(id, flat(map(dict.values, self._part_dicts)))],
+            [*map(id, flat(map(_parts, modules)))], [*map(id, flat(map(dict.values, self._part_dicts)))],
             [*map(type, modules)], [*map(_code, self._kinds)], [*map(_code_of_convolution, self._convolutions)],
-            [*map(id, flat(map(_hooks_of_tensor, self._tensors)))], [*flat(self._hook_dicts)],
-            _has_any_global_hook(),  # type: ignore[no-untyped-call]
-            [*map(Tensor.data_ptr, tensors)], [*map(_requires_grad, self._tensors)],
+            [*map(id, flat(map(_hooks, modules)))], [*map(id, flat(map(_hooks_of_tensor, self._tensors)))],
+            [*flat(self._hook_dicts)], [*map(_requires_grad, self._tensors)], [*map(Tensor.data_ptr, tensors)],
             [*map(id, groups)], [*map(id, flat(map(_params, groups)))], self._variants,
+            _has_any_global_hook(),  # type: ignore[no-untyped-call]
         )  # fmt: skip

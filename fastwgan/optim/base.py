@@ -249,17 +249,15 @@ class Gated(Optimizer):
 
     def _seen(self, together: Together) -> Any:
         """Return what a plan depends on: groups, tensors, and how they lie in memory; None where that is unusual."""
-        params = [*flat(map(_params, self.param_groups))]
-        grads, states = [*map(_grad, params)], [*map(self.state.get, params)]
-        arrays = [*params, *[x for x in grads if x is not None], *flat([s.values() for s in states if s])]
-        if averages := together.averages:
-            arrays += [average for average in map(averages.get, params) if average is not None]
-        kinds = [*map(_kind, arrays)]
+        params, numbers = [*flat(map(_params, self.param_groups))], [*flat(map(dict.values, self.param_groups))]
+        grads, averages = [*map(_grad, params)], together.averages
+        states = [*flat([state.values() for state in map(self.state.get, params) if state])]
+        others = [*grads, *(map(averages.get, params) if averages else ())]
+        arrays = [*params, *states, *[x for x in others if x is not None]]
         if any(map(Tensor.is_neg, arrays)) or {*map(_layout, arrays)} != {torch.strided}:
             return None
-        numbers, given = [*flat(map(dict.values, self.param_groups))], [x is None for x in grads]
-        shapes, owners = [*map(Tensor.stride, arrays)], [*map(id, flat([s.values() for s in states if s]))]
-        return self.backend, numbers, [*map(id, params)], given, kinds, shapes, owners
+        owners, missing = [*map(id, params), *map(id, states)], [x is None for x in others]
+        return self.backend, numbers, owners, missing, [*map(_kind, arrays)], [*map(Tensor.stride, arrays)]
 
     def _planned(self, together: Together) -> list[_Launch]:
         """Return the launches of a step; raise if one cannot be done."""
