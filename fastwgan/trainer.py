@@ -32,6 +32,14 @@ from fastwgan.training.fit import fit
 __all__ = ["Trainer", "warmup_schedule"]
 
 
+def _optimizer(name: str) -> Any:
+    return property(
+        lambda trainer: getattr(trainer._steps, name).optimizer,
+        lambda trainer, optimizer: getattr(trainer._steps, name).assign(optimizer),
+        doc=f"The {name}'s optimizer: ours in place of a plain torch RMSprop or Adam. Another may be assigned.",
+    )
+
+
 class Trainer:
     """Train a generator and a critic by WGAN or WGAN-GP.
 
@@ -151,23 +159,7 @@ class Trainer:
             f"{self._steps.sharing})"
         )
 
-    @property
-    def critic_optimizer(self) -> torch.optim.Optimizer:
-        """Return the critic's optimizer: ours in place of a plain torch RMSprop or Adam."""
-        return self._steps.critic.optimizer
-
-    @critic_optimizer.setter
-    def critic_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        self._steps.critic.assign(optimizer)
-
-    @property
-    def generator_optimizer(self) -> torch.optim.Optimizer:
-        """Return the generator's optimizer: ours in place of a plain torch RMSprop or Adam."""
-        return self._steps.generator.optimizer
-
-    @generator_optimizer.setter
-    def generator_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        self._steps.generator.assign(optimizer)
+    critic_optimizer, generator_optimizer = _optimizer("critic"), _optimizer("generator")
 
     @property
     def latent(self) -> Latent:

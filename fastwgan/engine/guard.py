@@ -18,16 +18,18 @@ from fastwgan import reference
 from fastwgan.backend import Resolved, kernels
 from fastwgan.metrics import Lazy
 from fastwgan.ops.layout import is_dense
+from fastwgan.ops.scores import score_statistics
 from fastwgan.reference import TALLY, Tally
 
 FIRST_SCALE = 65536.0  # GradScaler's
 READ_EVERY = 32  # steps on a GPU between two readings of the tally, each of which is a copy
 PATIENCE = 20  # steps in a row that a loss scale may take to come down
-_layout = attrgetter("layout")
+_layout, _grad = attrgetter("layout"), attrgetter("grad")
 
 
-def _statistics(*scores: Tensor) -> Tensor:
-    means = reference.score_statistics(scores[0], scores[-1])
+def statistics(scores: tuple[Tensor, ...], backend: Resolved) -> Tensor:
+    """Return what :meth:`Guard.check` does of scores."""
+    means = score_statistics(scores[0], scores[-1], backend)
     return means if len(scores) == 2 else -means[:1]
 
 
@@ -56,12 +58,13 @@ class Guard:
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """Return the last backward pass's gradients, each in memory of its own (compiled passes expand some)."""
-        gradients = [p.grad for p in parameters if p.grad is not None and p.numel()]
+        used = [p for p in parameters if p.grad is not None and p.numel()]
+        gradients: list[Any] = [*map(_grad, used)]
         if not gradients:
             raise ValueError(f"{self._name}: expected gradients of its parameters, got none")
         if {*map(_layout, gradients)} == {torch.strided} and all(map(Tensor.is_contiguous, gradients)):
             return gradients
-        for p in [p for p in parameters if p.grad is not None and p.numel()]:
+        for p in used:
             assert p.grad is not None
             if p.grad.layout != torch.strided:
                 if self.dense:
@@ -69,8 +72,7 @@ class Guard:
                     raise TypeError(f"{self._name}: expected dense gradients, got {p.grad.layout} for {name}")
             elif not is_dense(p.grad):
                 p.grad = p.grad.contiguous()
-        gradients = [p.grad for p in parameters if p.grad is not None and p.numel()]
-        return [g._values().contiguous() if g.is_sparse else g for g in gradients]
+        return [g._values().contiguous() if g.is_sparse else g for g in map(_grad, used)]
 
     def check(self, parameters: Sequence[nn.Parameter], scores: tuple[Tensor, ...] = ()) -> tuple[Lazy | None, Tensor]:
         """Look at all gradients, and set the gate; return (statistics of scores, how many elements were not finite).
@@ -91,7 +93,9 @@ class Guard:
             tally[Tally.STEPS] += 1
         else:
             reference.guard_(gradients, self._tally, self.gate, self._scale)
-        return cache(partial(_statistics, *scores)) if scores else None, self._tally[Tally.NONFINITE].clone()
+        return cache(partial(statistics, scores, self._backend)) if scores else None, self._tally[
+            Tally.NONFINITE
+        ].clone()
 
     def watch(self, checkpoint: str | None, *, wait: bool = False) -> None:
         """Raise FloatingPointError if too many steps in a row were left out, as far as the host knows by now.

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from fastwgan.backend import DTYPES, resolve, wide
 from fastwgan.constraints import Constraint
 from fastwgan.engine.eager import Passed
-from fastwgan.engine.guard import PATIENCE, Guard
+from fastwgan.engine.guard import PATIENCE, Guard, statistics
 from fastwgan.engine.ranks import Ranks, refuse_uneven
 from fastwgan.engine.settings import Settings, check_optimizer
 from fastwgan.engine.watch import Watch
 from fastwgan.metrics import Lazy, Settled
-from fastwgan.ops.scores import score_statistics
 from fastwgan.ops.weights import Share
 from fastwgan.optim import Gated
 from fastwgan.optim.adopt import MarksStepTaken, adopt, follow_loads
@@ -243,12 +242,9 @@ class Player:
         guard = self.guard
         guard.dense = self.gated is not None or self._ranks.world > 1
         if self._ranks.world == 1:
-            statistics, nonfinite = guard.check(watch.parameters, scores if known is None else ())
-            return known if statistics is None else statistics, penalty, nonfinite  # type: ignore[return-value]
-        trained, own = watch.trained, known
-        if own is None:
-            own = score_statistics(scores[0], scores[-1], self._backend)
-            own = own if len(scores) == 2 else -own[:1]
+            found, nonfinite = guard.check(watch.parameters, scores if known is None else ())
+            return known if found is None else found, penalty, nonfinite  # type: ignore[return-value]
+        trained, own = watch.trained, statistics(scores, self._backend) if known is None else known
         used = own.new_ones(len(trained))
         without = [i for i, p in enumerate(trained) if p.grad is None]
         for i in without:  # another rank may have used it

@@ -38,7 +38,7 @@ class Steps:
         self.critic = Player("critic", critic, critic_optimizer, settings, ranks, constraint=settings.constraint)
         self.generator = Player("generator", generator, generator_optimizer, settings, ranks, ema=settings.ema)
         self.players = (self.generator, self.critic)
-        # The dtype of real samples, as last seen; or as the critic will most likely have them.
+        # The dtype in which the critic gets real samples: the last ones', or most likely the first ones'.
         self._sample_dtype = next(p.dtype for p in critic.parameters() if p.is_floating_point())
         self.graphs = graphs.made(settings, device, self.latents.stream, self.players, ranks)
 
@@ -138,9 +138,8 @@ class Steps:
         self.generator.follow()  # before the critic is changed
         for weight, own, (real, *cond) in zip(weights, numbers, parts, strict=True):
             outputs += self._critic_step(weight, own, real, None, *cond)
-        real, *cond = parts[-1]
-        dtype = real.dtype if self._settings.amp is None else torch.float32
-        return *outputs, *self._generator_step(real.shape[0], dtype, None, *cond)
+            self._count(0, real)
+        return *outputs, *self._generator_step(real.shape[0], self._sample_dtype, None, *cond)
 
     # State
 

@@ -71,7 +71,8 @@ class Watch:
         if isinstance(self._optimizer, Gated):  # whose kernel a graph keeps, with the addresses of its state
             tensors = [*tensors, *flat(map(dict.values, self._optimizer.state.values()))]
             if self._numbers != (numbers := [*flat(map(dict.values, groups))]):
-                self._numbers, self._variants = numbers, self._optimizer.variants()
+                self._numbers = numbers
+                self._variants = [(*Gated.variant(group), group.get("clip") is None) for group in groups]
         return (
             [*flat(attributes)], [*flat(map(dict.values, attributes))],
             [*map(list, self._sequences)], [*map(list, map(dict.items, self._dicts))],

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import chain
 from operator import attrgetter, itemgetter
@@ -205,7 +205,7 @@ class Gated(Optimizer):
                     raise ValueError(f"state_dict: {name} of parameter {i}: expected shape {shape}, got {came}")
 
     @staticmethod
-    def _variant(group: Options) -> tuple[bool, bool]:
+    def variant(group: Options) -> tuple[bool, bool]:
         """Return what makes another kernel of the algorithm: (has momentum, centered)."""
         return group.get("momentum", 0) > 0, bool(group.get("centered", False))
 
@@ -265,7 +265,7 @@ class Gated(Optimizer):
         averages, self._bounded = together.averages or {}, set[int]()
         for group in self.param_groups:
             self._check_group(group)
-            variant, bound = self._variant(group), self._bound(group, together)
+            variant, bound = self.variant(group), self._bound(group, together)
             used = [p for p in group["params"] if p.grad is not None]
             if bound is not None and together.bound is not None:
                 self._bounded.update(map(id, used))
@@ -394,7 +394,7 @@ class Gated(Optimizer):
         """Return the kernel's numbers of each group of a launch's variant, by its id."""
         rows: dict[int, tuple[float, ...]] = {}
         # Groups without gradients are among them, so that a group's place never changes: a captured graph relies on it.
-        for group in [group for group in self.param_groups if self._variant(group) == key[2:4]]:
+        for group in [group for group in self.param_groups if self.variant(group) == key[2:4]]:
             # The bound as this dtype holds it, so that weights on it are counted.
             bound = self._bound(group, together)
             none = bound is None or bound > torch.finfo(key[1]).max
@@ -417,7 +417,3 @@ class Gated(Optimizer):
         for key, update in self._updates.items():
             update.set_hyper(tuple(self._hyper(key, together).values()))
         self._sent = numbers, together
-
-    def variants(self) -> Hashable:
-        """Return what chooses the kernel that updates each group, which a captured graph keeps."""
-        return tuple((*self._variant(group), group.get("clip") is None) for group in self.param_groups)
