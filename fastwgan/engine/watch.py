@@ -6,7 +6,7 @@ long as a :class:`Watch` finds no change.
 """
 
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
@@ -34,6 +34,11 @@ def _containers(x: Any, found: dict[int, Any]) -> None:
             _containers(part, found)
 
 
+def _alike(a: Any, b: Any) -> bool:
+    """Return whether an attribute has the same value. Tensors, which are read on the device, have to be the same."""
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b))
+
+
 class Watch:
     """A network and its optimizer as they were when this was made: all ``parameters``, and those ``trained``."""
 
@@ -54,6 +59,7 @@ class Watch:
                 _containers(x, found)
         self._dicts = [x for x in found.values() if isinstance(x, dict)]
         self._sequences = [x for x in found.values() if not isinstance(x, dict)]
+        self._values = [*flat(map(dict.values, map(vars, self._modules)))]
         self._numbers: Any = None
         self._variants: Any = None
         self._state = self._now()
@@ -61,21 +67,21 @@ class Watch:
     def same(self) -> bool:
         """Return whether all is as it was."""
         try:
-            return self._now() == self._state
-        except (RuntimeError, ValueError):  # a tensor or an array in another's place has no single answer
+            values = [*flat(map(dict.values, map(vars, self._modules)))]
+            unchanged = all(map(is_, values, self._values)) or all(map(_alike, values, self._values))
+            return self._now() == self._state and unchanged
+        except (RuntimeError, ValueError):  # arrays have no single answer
             return False
 
     def _now(self) -> tuple[Any, ...]:
         modules, tensors, groups = self._modules, self._tensors, self._optimizer.param_groups
-        attributes = [*map(vars, modules)]
         if isinstance(self._optimizer, Gated):  # whose kernel a graph keeps, with the addresses of its state
             tensors = [*tensors, *flat(map(dict.values, self._optimizer.state.values()))]
             if self._numbers != (numbers := [*flat(map(dict.values, groups))]):
                 self._numbers = numbers
                 self._variants = [(*Gated.variant(group), group.get("clip") is None) for group in groups]
         return (
-            [*flat(attributes)], [*flat(map(dict.values, attributes))],
-            [*map(list, self._sequences)], [*map(list, map(dict.items, self._dicts))],
+            [*flat(map(vars, modules))], [*map(list, self._sequences)], [*map(list, map(dict.items, self._dicts))],
             [*map(id, flat(map(_parts, modules)))], [*map(id, flat(map(dict.values, self._part_dicts)))],
             [*map(type, modules)], [*map(_code, self._kinds)], [*map(_code_of_convolution, self._convolutions)],
             [*map(id, flat(map(_hooks, modules)))], [*map(id, flat(map(_hooks_of_tensor, self._tensors)))],

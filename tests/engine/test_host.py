@@ -6,7 +6,9 @@ import pstats
 import sys
 
 import pytest
+import torch
 from graphed_trainers import Recorded, batches, made
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastwgan
@@ -117,7 +119,7 @@ def test_python_calls_and_operations_of_an_iteration_grow_with_its_batches_alone
         found.append(of_a_replay(trainer, lambda trainer=trainer, data=data: trainer.iteration(data)))
         assert found[-1][1] == [*COPIES[:1] * n, *COPIES[1:]]
     (one, _), (two, _), (three, _) = found
-    assert one <= 150
+    assert one <= 155
     assert three - two == two - one <= 30
 
 
@@ -133,3 +135,26 @@ def test_a_replay_with_a_schedule_sends_its_numbers_and_no_more(graphed):
 
     _, operations = of_a_replay(trainer, step)
     assert operations == [COPIES[0], *COPIES]
+
+
+class Stashes(nn.Module):
+    """Keeps a number of its last forward pass, which lies on the device."""
+
+    last = None
+
+    def forward(self, x):
+        self.last = x.mean()
+        return x
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_tensors_among_attributes_are_not_read_to_find_changes(cuda_graph, graphed, monkeypatch):
+    critic = nn.Sequential(nn.Linear(10, 4), Stashes(), nn.Linear(4, 1)).to(graphed)
+    trainer = Trainer(
+        nn.Linear(6, 10).to(graphed), critic, latent=6, backend="triton", cuda_graph=cuda_graph, n_critic=1000
+    )
+    read = []
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda x: read.append(x) or True)
+    for real in batches(graphed, (10,), 4):
+        trainer.critic_step(real)
+    assert read == []
