@@ -175,17 +175,13 @@ def layers(module: nn.Module, ndim: int) -> tuple[nn.Module, ...] | None:
     The batch's dimension is one of these. The layers are in the order of their use; of an unknown network None.
     """
     found: list[nn.Module] = []
-    return tuple(found) if _doubt(module, ndim, found) is None else None
+    return tuple(found) if doubt(module, ndim, found) is None else None
 
 
-def doubt(module: nn.Module, ndim: int) -> str | None:
-    """Return why :func:`layers` does not know a network, or None where it does."""
-    return _doubt(module, ndim, [])
-
-
-def _doubt(module: nn.Module, ndim: int, found: list[nn.Module]) -> str | None:
+def doubt(module: nn.Module, ndim: int, found: list[nn.Module] | None = None) -> str | None:
+    """Return why :func:`layers` does not know a network, or None where it does; collect the layers in ``found``."""
     try:
-        _output_rank(module, ndim, found)
+        _output_rank(module, ndim, [] if found is None else found)
     except _UnknownError as error:
         return " ".join(map(str, error.args))
     return "there are hooks on all modules" if hooked_everywhere() else None
@@ -213,11 +209,10 @@ def foreign(module: nn.Module) -> str | None:
 
 def may_write(module: nn.Module) -> bool:
     """Return whether a network's forward pass may write to its input."""
-    for m in module.modules():
-        kind: Any = type(m)
-        if not _is_ours(kind) or not _untouched(m) or getattr(m, "inplace", False):
-            return True
-    return hooked_everywhere()
+    modules: Any = module.modules()
+    return hooked_everywhere() or any(
+        not _is_ours(type(m)) or not _untouched(m) or getattr(m, "inplace", False) for m in modules
+    )
 
 
 class Sharing:
