@@ -75,11 +75,10 @@ def score_statistics(real_scores: Tensor, fake_scores: Tensor, *, blend: float =
     wasserstein = real - fake
     loss = -wasserstein
     if blend or drift:
-        wide_real, wide_fake = _wide(real_scores), _wide(fake_scores)
-        on_real = _blended(-wide_real, blend)
+        on_real = _blended(-_wide(real_scores), blend)
         if drift:
-            on_real = on_real + drift * wide_real.square()
-        loss = _blended(wide_fake, blend).mean() + on_real.mean()
+            on_real = on_real + drift * _wide(real_scores).square()
+        loss = _blended(_wide(fake_scores), blend).mean() + on_real.mean()
     return torch.stack((real, fake, wasserstein, loss))
 
 
@@ -188,10 +187,9 @@ def penalty_cotangent(gradients: Tensor, *, kind: str, target: float, weight: fl
     g = _wide(gradients)
     squares, norms = _norms(g)
     mean = _phi(squares, norms, kind, target).mean()
-    slopes = _phi(squares, norms, kind, target, slope=True)
-    scale = _per_sample(slopes * (weight / len(norms)), gradients)
+    scale = _phi(squares, norms, kind, target, slope=True) * (weight / len(norms))
     statistics = torch.stack((mean, norms.mean(), norms.amin(), norms.amax()))
-    return statistics, (scale * g).to(gradients.dtype)
+    return statistics, (_per_sample(scale, g) * g).to(gradients.dtype)
 
 
 @torch.no_grad()
