@@ -88,11 +88,6 @@ class Mirror:
         return self._tensors[-1]
 
 
-def _owners(chunks: tuple[int, ...]) -> torch.Tensor:
-    indices = torch.arange(len(chunks), dtype=torch.int32, device="cpu")
-    return indices.repeat_interleave(torch.tensor(chunks, device="cpu"))
-
-
 class Tables:
     """Device tables of one launcher, cached by content."""
 
@@ -138,7 +133,9 @@ class Tables:
                 first += chunks[i]
             owners = self._owners.get(chunks)
             if owners is None:
-                owners = self._table(_owners(chunks), device, capture=capture)
+                numbers = torch.arange(len(chunks), dtype=torch.int32, device="cpu")
+                host = numbers.repeat_interleave(torch.tensor(chunks, device="cpu"))
+                owners = self._table(host, device, capture=capture)
             found = self._table(torch.tensor(rows, dtype=torch.int64, device="cpu"), device, capture=capture), owners
         if capture:
             self._captured += found
