@@ -202,16 +202,15 @@ def foreign(module: nn.Module) -> str | None:
         ours = all(_home(f).startswith(("torch", "fastwgan.")) for f in functions)
         if not ours or not _untouched(m) or _CODE.get(kind) not in (None, class_code(kind)):
             return f"{kind.__name__} with hooks or patched, or with functions of its own"
-    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters()):
-        return "hooks on its parameters"
-    return None
+    hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters())
+    return "hooks on its parameters" if hooked else None
 
 
 def may_write(module: nn.Module) -> bool:
     """Return whether a network's forward pass may write to its input."""
-    modules: Any = module.modules()
     return hooked_everywhere() or any(
-        not _is_ours(type(m)) or not _untouched(m) or getattr(m, "inplace", False) for m in modules
+        not _is_ours(type(m)) or not _untouched(m) or getattr(m, "inplace", False)  # type: ignore[arg-type]
+        for m in module.modules()
     )
 
 
@@ -225,8 +224,7 @@ class Sharing:
         self.together: bool | None = None
         self._seen = 0, 0  # the critic's version and the samples' rank, for which it is known
         self._layers: tuple[nn.Module, ...] | None = None
-        self._writes = False
-        self._conditional = False
+        self._writes = self._conditional = False
 
     def batch(self, real: Tensor, fake: Tensor, cond: tuple[Any, ...], version: int) -> tuple[Tensor, ...]:
         """Return both as one batch for one pass, or as two; copies where a pass may write to the caller's samples.
