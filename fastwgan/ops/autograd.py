@@ -39,8 +39,7 @@ class OpWithSlopes(Op):
 def apply(op: type[Op], *args: Any) -> Tensor:
     """Return an op's output, the first if it has several."""
     output = op.apply(*args)  # type: ignore[no-untyped-call]
-    first: Tensor = output[0] if isinstance(output, tuple) else output
-    return first
+    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
 def differentiable(*tensors: Tensor) -> bool:

@@ -113,8 +113,7 @@ def traced_input_gradient(
     """Return d sum(forward(x, buffers)) / dx, [N, ...], inside torch.compile; it is computed times ``scale``, if any.
 
     Dynamo traces torch.func.grad, and the compiler then differentiates the result as it does any function. What
-    ``forward`` writes to must be an argument of the function that is differentiated: so the buffers are. Those that it
-    rebinds are rebound in ``buffers``.
+    ``forward`` writes to must be an argument of the function that is differentiated: so ``buffers`` are, and updated.
     """
 
     def total(x: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -137,8 +136,7 @@ def gradient_penalty(
 ) -> Tensor:  # fmt: skip
     """Return WGAN-GP's term of the critic's loss: weight * penalty(d critic / dx) at random interpolates x.
 
-    It is a 0-d tensor, float32 or wider. The graph reaches the critic's parameters, not ``real`` or ``fake``, and is
-    built even under ``torch.no_grad``.
+    It is 0-d, float32 or wider, with a graph, even in ``no_grad``, to the critic's parameters, not to the samples.
     Source: WGAN-GP, arXiv 1704.00028, Algorithm 1, lines 6 and 7.
 
     Args:
@@ -174,5 +172,4 @@ def gradient_penalty(
         x = interpolate(real.detach(), fake.detach(), seed=seed, offset=offset, backend=backend)
         if not torch.compiler.is_compiling():
             x.requires_grad_()
-        g = input_gradient(critic, x, args)
-        return weight * penalty(g, kind=kind, target=target, backend=backend)
+        return weight * penalty(input_gradient(critic, x, args), kind=kind, target=target, backend=backend)

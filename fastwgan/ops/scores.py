@@ -61,12 +61,11 @@ class _WassersteinLoss(Op):
         return kernels.scores.mean_scores("labels", y_true, y_pred)[0]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y_true, y_pred = ctx.saved_tensors
         grad = grad / y_pred.numel()  # float32 or wider, as 1 / N may be too small for float16
         others = zip(ctx.needs_input_grad, (y_pred, y_true), strict=True)  # which are of one dtype
-        of_true, of_pred = ((grad * x.to(grad.dtype)).to(x.dtype) if needed else None for needed, x in others)
-        return of_true, of_pred
+        return tuple((grad * x.to(grad.dtype)).to(x.dtype) if needed else None for needed, x in others)
 
 
 class _HingeCriticLoss(Op):
