@@ -2,8 +2,7 @@
 
 WGAN is Arjovsky, Chintala and Bottou, arXiv 1701.07875; WGAN-GP is Gulrajani, Ahmed, Arjovsky, Dumoulin and
 Courville, arXiv 1704.00028. Any floating dtype goes in. Half precision is computed in float32: tensors come out in
-their own dtype, losses and statistics in float32, as float16 cannot hold each of them. Arguments are not checked here
-but in :mod:`fastwgan.functional`.
+their own dtype, losses and statistics in float32, as float16 cannot hold them all. Nothing here checks arguments.
 """
 
 import math
@@ -186,9 +185,8 @@ def penalty_cotangent(gradients: Tensor, *, kind: str, target: float, weight: fl
     """
     g = _wide(gradients)
     squares, norms = _norms(g)
-    mean = _phi(squares, norms, kind, target).mean()
     scale = _phi(squares, norms, kind, target, slope=True) * (weight / len(norms))
-    statistics = torch.stack((mean, norms.mean(), norms.amin(), norms.amax()))
+    statistics = torch.stack((_phi(squares, norms, kind, target).mean(), norms.mean(), norms.amin(), norms.amax()))
     return statistics, (_per_sample(scale, g) * g).to(gradients.dtype)
 
 
