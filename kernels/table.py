@@ -18,8 +18,7 @@ import triton.language as tl
 
 from .arrival import capturing
 
-# The columns of an address row (int64). STEP is 0 where an algorithm has no step count, STATE* and AVERAGE where it is
-# unused.
+# The columns of an address row (int64). STEP is 0 where an algorithm counts no steps, STATE* and AVERAGE where unused.
 PARAM, GRAD, STATE0, STATE1, STATE2, AVERAGE, STEP, NUMEL, FIRST_CHUNK, HYPER_ROW, ALIGNED = map(
     tl.constexpr, range(11)
 )
@@ -131,8 +130,7 @@ class Tables:
                 aligned = all(pointer % 16 == 0 for pointer in pointers)
                 rows.append((*pointers, (counts or none)[i], numels[i], first, hyper_rows[i], int(aligned)))
                 first += chunks[i]
-            owners = self._owners.get(chunks)
-            if owners is None:
+            if (owners := self._owners.get(chunks)) is None:
                 numbers = torch.arange(len(chunks), dtype=torch.int32, device="cpu")
                 host = numbers.repeat_interleave(torch.tensor(chunks, device="cpu"))
                 owners = self._table(host, device, capture=capture)
