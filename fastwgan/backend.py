@@ -52,9 +52,8 @@ def triton_problem(device: torch.device) -> str | None:
         return f"Triton cannot be imported ({_import_problem})"
     if kernels.INTERPRETED:
         return None if device.type == "cpu" else "TRITON_INTERPRET=1 runs kernels on CPU tensors only"
-    if device.type == "cuda":
-        return None
-    return f"Triton needs a GPU tensor, or TRITON_INTERPRET=1 for a CPU one; the device is {device}"
+    needs = f"Triton needs a GPU tensor, or TRITON_INTERPRET=1 for a CPU one; the device is {device}"
+    return None if device.type == "cuda" else needs
 
 
 def resolve(backend: str, device: torch.device) -> Resolved:

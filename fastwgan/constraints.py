@@ -16,7 +16,7 @@ from fastwgan import checks
 from fastwgan.backend import Backend, Resolved, resolve
 from fastwgan.metrics import Lazy
 from fastwgan.ops.samples import interpolates, perturb
-from fastwgan.ops.weights import Share, clip_and_count_, combine_shares, project_and_count_
+from fastwgan.ops.weights import Share, combine_shares, project_and_count_
 from fastwgan.optim import Adam, Gated, RMSprop
 from fastwgan.optim.base import Together
 
@@ -160,7 +160,7 @@ class WeightClip(Clip):
         self, held: Sequence[Tensor], done: Collection[int], shares: list[Share], gate: Tensor, backend: Backend
     ) -> Lazy | None:
         rest = [p for p in held if id(p) not in done]
-        clamped = clip_and_count_(rest, self.bound, backend, gate) if rest else None
+        clamped = project_and_count_(rest, self.bound, "weight", backend, gate) if rest else None
         combined = combine_shares(shares if clamped is None else [*shares, clamped])
         return None if combined is None else combined[0]
 

@@ -2,8 +2,7 @@
 
 WGAN is Arjovsky, Chintala and Bottou, arXiv 1701.07875; WGAN-GP is Gulrajani, Ahmed, Arjovsky, Dumoulin and
 Courville, arXiv 1704.00028. Any floating dtype goes in. Half precision is computed in float32: tensors come out in
-their own dtype, losses and statistics in float32, as float16 cannot hold each of them. Arguments are not checked here
-but in :mod:`fastwgan.functional`.
+their own dtype, losses and statistics in float32, as float16 cannot hold them all. Nothing here checks arguments.
 """
 
 import math
@@ -75,11 +74,10 @@ def score_statistics(real_scores: Tensor, fake_scores: Tensor, *, blend: float =
     wasserstein = real - fake
     loss = -wasserstein
     if blend or drift:
-        wide_real, wide_fake = _wide(real_scores), _wide(fake_scores)
-        on_real = _blended(-wide_real, blend)
+        on_real = _blended(-_wide(real_scores), blend)
         if drift:
-            on_real = on_real + drift * wide_real.square()
-        loss = _blended(wide_fake, blend).mean() + on_real.mean()
+            on_real = on_real + drift * _wide(real_scores).square()
+        loss = _blended(_wide(fake_scores), blend).mean() + on_real.mean()
     return torch.stack((real, fake, wasserstein, loss))
 
 
@@ -187,11 +185,9 @@ def penalty_cotangent(gradients: Tensor, *, kind: str, target: float, weight: fl
     """
     g = _wide(gradients)
     squares, norms = _norms(g)
-    mean = _phi(squares, norms, kind, target).mean()
-    slopes = _phi(squares, norms, kind, target, slope=True)
-    scale = _per_sample(slopes * (weight / len(norms)), gradients)
-    statistics = torch.stack((mean, norms.mean(), norms.amin(), norms.amax()))
-    return statistics, (scale * g).to(gradients.dtype)
+    scale = _phi(squares, norms, kind, target, slope=True) * (weight / len(norms))
+    statistics = torch.stack((_phi(squares, norms, kind, target).mean(), norms.mean(), norms.amin(), norms.amax()))
+    return statistics, (_per_sample(scale, g) * g).to(gradients.dtype)
 
 
 @torch.no_grad()

@@ -25,13 +25,10 @@ BLOCK = 4096  # of a gradient; small networks want many programs
 LARGE_BLOCK = 16384  # where a launch has LARGE elements or more
 LARGE = 2**25  # beyond an H200's cache, as are the 2^27 that were measured
 SCORES_BLOCK = 1024
-# The tally (int64): how many elements of the last step were not finite; the first tensor that had one, as of the last
-# step with any; steps left out in a row up to now, and in all; steps looked at; the last one left out; the longest row.
-# Then two numbers that are zero between launches. The package knows these places as fastwgan.reference.Tally.
+# The tally (int64), as fastwgan.reference.Tally describes it. Then two numbers that are zero between launches.
 NONFINITE, FIRST, IN_A_ROW, SKIPPED, STEPS, LAST, LONGEST, COUNT, REACHED = map(tl.constexpr, range(9))
 TALLY = 9
-# The gate (float32), which all launches after this one obey: 1 to leave the step out, else 0; what gradients are to be
-# multiplied by.
+# The gate (float32), which all launches after this one obey: 1 to leave the step out, else 0; the gradients' factor.
 # The loss scale (float32): the scale; how many steps in a row it has served.
 GROWTH_INTERVAL = tl.constexpr(2000)
 LEAST_SCALE, MOST_SCALE = tl.constexpr(1.0), tl.constexpr(2.0**24)  # beyond these it is not the scale that is wrong

@@ -113,18 +113,16 @@ def objective(
     """
     with torch.cuda.device_of(a):
         a = a.resolve_neg().contiguous()
-        b = None if b is None else b.resolve_neg().contiguous()
-        b_numel = 0 if b is None else b.numel()
-        acc = accumulator(a.dtype)
-        loss = torch.empty((), dtype=acc, device=a.device)
-        stats = torch.empty(1 if b is None else 4, dtype=acc, device=a.device)
-        partial = torch.empty(4, MAX_PROGRAMS, dtype=acc, device=a.device)
+        critic, b = b is not None, a if b is None else b.resolve_neg().contiguous()
+        b_numel = b.numel() if critic else 0
+        acc, shapes = accumulator(a.dtype), ((), 4 if critic else 1, (4, MAX_PROGRAMS))
+        loss, stats, partial = (torch.empty(shape, dtype=acc, device=a.device) for shape in shapes)
         out = torch.empty(0 if slopes is None else a.numel() + b_numel, dtype=slopes or a.dtype, device=a.device)
         programs = min(triton.cdiv(max(a.numel(), b_numel), BLOCK), MAX_PROGRAMS)
         _objective_kernel[(programs,)](
-            a, a if b is None else b, out if slopes is not None else a, loss, stats, partial,
+            a, b, out if slopes is not None else a, loss, stats, partial,
             stats if scale is None else scale, zero(a.device), a.numel(), b_numel,
-            CRITIC=b is not None, BLEND=blend, DRIFT=drift, WEIGHT=weight, SCALED=scale is not None,
+            CRITIC=critic, BLEND=blend, DRIFT=drift, WEIGHT=weight, SCALED=scale is not None,
             SLOPES=slopes is not None, BLOCK=BLOCK, MAX_PROGRAMS=MAX_PROGRAMS,
             num_warps=8 if acc == torch.float64 else 4, enable_fp_fusion=True,
         )  # fmt: skip

@@ -122,16 +122,13 @@ def gradient_penalty(
         batch, size = g.shape[0], g[0].numel()
         acc = accumulator(g.dtype)
         v = g.new_empty(0) if cotangent is None else torch.empty_like(g, dtype=cotangent)
-        loss = torch.empty((), dtype=acc, device=g.device)
-        stats = torch.empty(4, dtype=acc, device=g.device)
-        norms = torch.empty(batch, dtype=acc, device=g.device)
+        loss, stats, norms = (torch.empty(shape, dtype=acc, device=g.device) for shape in ((), 4, batch))
         one_block = size <= MAX_BLOCK
         block = triton.next_power_of_2(size) if one_block else LOOP_BLOCK
         warps = min(max(block * acc.itemsize // 2048, 4), 16)  # 64 bytes of the accumulator per thread
         _penalty_kernel[(batch,)](
             g, g if cotangent is None else v, loss, stats, norms, zero(g.device), batch, size,
             KIND=kind, TARGET=target, WEIGHT=weight, COTANGENT=cotangent is not None, ONE_BLOCK=one_block,
-            BLOCK=block, num_warps=warps if one_block else MOST_WARPS,
-            enable_fp_fusion=True,
+            BLOCK=block, num_warps=warps if one_block else MOST_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return loss, stats, v

@@ -135,8 +135,7 @@ class Project:
     ) -> torch.Tensor:
         """Launch once, in place; return the share of rows on their bound (0-d float32; NaN if nothing was done).
 
-        No tensor is empty. Each is dense, with rows of its ``sizes`` elements one after the other. ``gate`` is
-        guard.py's; None is 0.
+        No tensor is empty; each has dense rows of its ``sizes`` elements, in order. ``gate`` is guard.py's; None is 0.
         """
         with torch.cuda.device_of(params[0]):
             block = min(max(triton.next_power_of_2(max(sizes)), MIN_BLOCK), MAX_BLOCK)

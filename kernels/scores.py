@@ -105,10 +105,8 @@ def mean_scores(form: str, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tens
     """Launch once; return (loss [], second loss [], stats [4]), of which a form fills what the table above says."""
     with torch.cuda.device_of(a):
         a, b = a.resolve_neg().contiguous(), b.resolve_neg().contiguous()
-        acc = accumulator(a.dtype)
-        loss, second, stats, partial = (
-            torch.empty(shape, dtype=acc, device=a.device) for shape in ((), (), 4, (2, MAX_PROGRAMS))
-        )
+        acc, shapes = accumulator(a.dtype), ((), (), 4, (2, MAX_PROGRAMS))
+        loss, second, stats, partial = (torch.empty(shape, dtype=acc, device=a.device) for shape in shapes)
         programs = min(triton.cdiv(max(a.numel(), b.numel()), BLOCK), MAX_PROGRAMS)
         warps = min(BLOCK * a.itemsize // 512, 8)  # 16 bytes per thread; more warps than 8 were not measured
         _scores_kernel[(programs,)](

@@ -18,8 +18,7 @@ import triton.language as tl
 
 from .arrival import capturing
 
-# The columns of an address row (int64). STEP is 0 where an algorithm has no step count, STATE* and AVERAGE where it is
-# unused.
+# The columns of an address row (int64). STEP is 0 where an algorithm counts no steps, STATE* and AVERAGE where unused.
 PARAM, GRAD, STATE0, STATE1, STATE2, AVERAGE, STEP, NUMEL, FIRST_CHUNK, HYPER_ROW, ALIGNED = map(
     tl.constexpr, range(11)
 )
@@ -88,11 +87,6 @@ class Mirror:
         return self._tensors[-1]
 
 
-def _owners(chunks: tuple[int, ...]) -> torch.Tensor:
-    indices = torch.arange(len(chunks), dtype=torch.int32, device="cpu")
-    return indices.repeat_interleave(torch.tensor(chunks, device="cpu"))
-
-
 class Tables:
     """Device tables of one launcher, cached by content."""
 
@@ -136,9 +130,10 @@ class Tables:
                 aligned = all(pointer % 16 == 0 for pointer in pointers)
                 rows.append((*pointers, (counts or none)[i], numels[i], first, hyper_rows[i], int(aligned)))
                 first += chunks[i]
-            owners = self._owners.get(chunks)
-            if owners is None:
-                owners = self._table(_owners(chunks), device, capture=capture)
+            if (owners := self._owners.get(chunks)) is None:
+                numbers = torch.arange(len(chunks), dtype=torch.int32, device="cpu")
+                host = numbers.repeat_interleave(torch.tensor(chunks, device="cpu"))
+                owners = self._table(host, device, capture=capture)
             found = self._table(torch.tensor(rows, dtype=torch.int64, device="cpu"), device, capture=capture), owners
         if capture:
             self._captured += found

@@ -175,17 +175,13 @@ def layers(module: nn.Module, ndim: int) -> tuple[nn.Module, ...] | None:
     The batch's dimension is one of these. The layers are in the order of their use; of an unknown network None.
     """
     found: list[nn.Module] = []
-    return tuple(found) if _doubt(module, ndim, found) is None else None
+    return tuple(found) if doubt(module, ndim, found) is None else None
 
 
-def doubt(module: nn.Module, ndim: int) -> str | None:
-    """Return why :func:`layers` does not know a network, or None where it does."""
-    return _doubt(module, ndim, [])
-
-
-def _doubt(module: nn.Module, ndim: int, found: list[nn.Module]) -> str | None:
+def doubt(module: nn.Module, ndim: int, found: list[nn.Module] | None = None) -> str | None:
+    """Return why :func:`layers` does not know a network, or None where it does; collect the layers in ``found``."""
     try:
-        _output_rank(module, ndim, found)
+        _output_rank(module, ndim, [] if found is None else found)
     except _UnknownError as error:
         return " ".join(map(str, error.args))
     return "there are hooks on all modules" if hooked_everywhere() else None
@@ -206,18 +202,16 @@ def foreign(module: nn.Module) -> str | None:
         ours = all(_home(f).startswith(("torch", "fastwgan.")) for f in functions)
         if not ours or not _untouched(m) or _CODE.get(kind) not in (None, class_code(kind)):
             return f"{kind.__name__} with hooks or patched, or with functions of its own"
-    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters()):
-        return "hooks on its parameters"
-    return None
+    hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters())
+    return "hooks on its parameters" if hooked else None
 
 
 def may_write(module: nn.Module) -> bool:
     """Return whether a network's forward pass may write to its input."""
-    for m in module.modules():
-        kind: Any = type(m)
-        if not _is_ours(kind) or not _untouched(m) or getattr(m, "inplace", False):
-            return True
-    return hooked_everywhere()
+    return hooked_everywhere() or any(
+        not _is_ours(type(m)) or not _untouched(m) or getattr(m, "inplace", False)  # type: ignore[arg-type]
+        for m in module.modules()
+    )
 
 
 class Sharing:
@@ -230,8 +224,7 @@ class Sharing:
         self.together: bool | None = None
         self._seen = 0, 0  # the critic's version and the samples' rank, for which it is known
         self._layers: tuple[nn.Module, ...] | None = None
-        self._writes = False
-        self._conditional = False
+        self._writes = self._conditional = False
 
     def batch(self, real: Tensor, fake: Tensor, cond: tuple[Any, ...], version: int) -> tuple[Tensor, ...]:
         """Return both as one batch for one pass, or as two; copies where a pass may write to the caller's samples.

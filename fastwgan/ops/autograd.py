@@ -25,11 +25,21 @@ class Op(torch.autograd.Function):
         return torch.stack(elements), 0
 
 
+class OpWithSlopes(Op):
+    """A differentiable launch whose second output is there for the backward pass, and has no gradient of its own."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.options = [x for x in inputs if not isinstance(x, Tensor)]
+        ctx.save_for_backward(*[x for x in inputs if isinstance(x, Tensor)], output[1])
+
+
 def apply(op: type[Op], *args: Any) -> Tensor:
     """Return an op's output, the first if it has several."""
     output = op.apply(*args)  # type: ignore[no-untyped-call]
-    first: Tensor = output[0] if isinstance(output, tuple) else output
-    return first
+    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
 def differentiable(*tensors: Tensor) -> bool:

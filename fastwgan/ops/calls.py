@@ -27,8 +27,7 @@ def call_module(
     for name in rest:
         rest[name] = state[name]
     for name, m, own_name in empty:
-        x = m._buffers[own_name]
-        if x is not None and name not in state:
+        if (x := m._buffers[own_name]) is not None and name not in state:
             rest[name] = x
             m._buffers[own_name] = None
     return output

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastwgan import checks, reference
 from fastwgan.backend import Backend, Resolved, kernels, resolve, wide
-from fastwgan.ops.autograd import Op, apply, differentiable, recompute
+from fastwgan.ops.autograd import OpWithSlopes, apply, differentiable, recompute
 from fastwgan.ops.calls import call_module, changed_tensors, empty_buffers, rebind_buffers
 from fastwgan.ops.rectifiers import LinearPieces
 from fastwgan.ops.samples import interpolate
@@ -18,7 +18,7 @@ WRITES = "critic: expected a forward pass that writes to neither its input nor i
 NO_DEPENDENCE = "critic: expected scores that depend on its input, got scores that do not"
 
 
-class _Penalty(Op):
+class _Penalty(OpWithSlopes):
     @staticmethod
     def forward(gradients: Tensor, kind: str, target: float, differentiable: bool) -> tuple[Tensor, Tensor]:
         # Wide, as the gradient that comes in may be large (a loss scale) where the cotangent is small.
@@ -27,20 +27,13 @@ class _Penalty(Op):
         return loss, cotangent
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        gradients, ctx.kind, ctx.target, _ = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gradients, output[1])
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None]:
         if grad is None:
             return None, None, None, None
         gradients, cotangent = ctx.saved_tensors
         if recompute(cotangent):
-            x = gradients.to(wide(gradients.dtype))
-            cotangent = reference.penalty_cotangent(x, kind=ctx.kind, target=ctx.target)[1]
+            x, (kind, target, _) = gradients.to(wide(gradients.dtype)), ctx.options
+            cotangent = reference.penalty_cotangent(x, kind=kind, target=target)[1]
         return (grad * cotangent).to(gradients.dtype), None, None, None
 
 
@@ -120,8 +113,7 @@ def traced_input_gradient(
     """Return d sum(forward(x, buffers)) / dx, [N, ...], inside torch.compile; it is computed times ``scale``, if any.
 
     Dynamo traces torch.func.grad, and the compiler then differentiates the result as it does any function. What
-    ``forward`` writes to must be an argument of the function that is differentiated: so the buffers are. Those that it
-    rebinds are rebound in ``buffers``.
+    ``forward`` writes to must be an argument of the function that is differentiated: so ``buffers`` are, and updated.
     """
 
     def total(x: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -144,8 +136,7 @@ def gradient_penalty(
 ) -> Tensor:  # fmt: skip
     """Return WGAN-GP's term of the critic's loss: weight * penalty(d critic / dx) at random interpolates x.
 
-    It is a 0-d tensor, float32 or wider. The graph reaches the critic's parameters, not ``real`` or ``fake``, and is
-    built even under ``torch.no_grad``.
+    It is 0-d, float32 or wider, with a graph, even in ``no_grad``, to the critic's parameters, not to the samples.
     Source: WGAN-GP, arXiv 1704.00028, Algorithm 1, lines 6 and 7.
 
     Args:
@@ -181,5 +172,4 @@ def gradient_penalty(
         x = interpolate(real.detach(), fake.detach(), seed=seed, offset=offset, backend=backend)
         if not torch.compiler.is_compiling():
             x.requires_grad_()
-        g = input_gradient(critic, x, args)
-        return weight * penalty(g, kind=kind, target=target, backend=backend)
+        return weight * penalty(input_gradient(critic, x, args), kind=kind, target=target, backend=backend)

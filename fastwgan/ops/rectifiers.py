@@ -55,12 +55,11 @@ _OURS: dict[Any, Any] = {
 def through(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
     """Return the output of layers, one after the other, with the rectifiers above in place of PyTorch's."""
     for m in layers:
-        kind = type(m)
         if isinstance(m, nn.ReLU) and not m.inplace:
             x = _Rectify.apply(x, None, False)  # type: ignore[no-untyped-call]
         elif isinstance(m, nn.LeakyReLU) and not m.inplace and m.negative_slope >= 0:
             x = _Rectify.apply(x, float(m.negative_slope), False)  # type: ignore[no-untyped-call]
-        elif kind in (nn.ReLU, nn.LeakyReLU) or not kind.__module__.startswith("torch.nn."):
+        elif isinstance(m, (nn.ReLU, nn.LeakyReLU)) or not type(m).__module__.startswith("torch.nn."):
             with LinearPieces():
                 x = m(x)
         else:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastwgan import checks, reference
 from fastwgan.backend import Backend, Resolved, kernels, resolve
-from fastwgan.ops.autograd import Op, apply
+from fastwgan.ops.autograd import Op, OpWithSlopes, apply
 
 
 class _Perturb(Op):
@@ -68,38 +68,26 @@ AT_ONCE = 1024  # numbers of a stream that are made together on a CPU, where a c
 
 
 @lru_cache(4)
-def _numbers(seed: int, block: int) -> Tensor:
+def _uniform(seed: int, block: int) -> Tensor:
+    """Return :func:`fastwgan.reference.uniform`'s numbers of a block of AT_ONCE, by NumPy."""
     index = np.arange(block * AT_ONCE, (block + 1) * AT_ONCE, dtype=np.int64)
     return torch.from_numpy(reference.words(seed, index, 0, reference.STREAM)[0] >> 8).float() * 2.0**-24
 
 
-def _uniform(seed: int, offset: int | Tensor, n: int, device: torch.device) -> Tensor:
-    """Return :func:`fastwgan.reference.uniform`'s numbers; on a CPU by NumPy, many at once."""
-    few = n <= AT_ONCE and not isinstance(offset, Tensor) and offset < 2**62
-    if device.type != "cpu" or not few or torch.compiler.is_compiling():
-        return reference.uniform(seed, offset, n, device)
-    first, start = divmod(int(offset), AT_ONCE)
-    blocks = [_numbers(seed, first + i) for i in range(1 + (start + n > AT_ONCE))]
-    return (torch.cat(blocks) if len(blocks) > 1 else blocks[0])[start : start + n]
-
-
-class _Interpolate(Op):
+class _Interpolate(OpWithSlopes):
     @staticmethod
     def forward(real: Tensor, fake: Tensor, seed: int, offset: int | Tensor) -> tuple[Tensor, Tensor]:
         return kernels.interpolate.interpolate(real, fake, seed, offset)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[1])
+        OpWithSlopes.setup_context(ctx, (), output)  # a backward pass needs no samples
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None, None]:
         if grad is None:
             return None, None, None, None
-        (eps,) = ctx.saved_tensors
-        eps = eps.view(-1, *[1] * (grad.dim() - 1))
+        eps = ctx.saved_tensors[0].view(-1, *[1] * (grad.dim() - 1))
         real_grad = (grad * eps).to(grad.dtype) if ctx.needs_input_grad[0] else None
         fake_grad = (grad * (1 - eps)).to(grad.dtype) if ctx.needs_input_grad[1] else None
         return real_grad, fake_grad, None, None
@@ -133,5 +121,10 @@ def interpolates(real: Tensor, fake: Tensor, seed: int, offset: int | Tensor, ba
     """Return :func:`interpolate` of samples that match, with no graph from a launch. For the trainer."""
     if backend == "triton":
         return kernels.interpolate.interpolate(real, fake, seed, offset)[0]
-    eps = _uniform(seed, offset, fake.shape[0], fake.device)
+    eps, n = None, len(fake)
+    on_cpu = fake.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and n <= AT_ONCE and not isinstance(offset, Tensor) and offset < 2**62:
+        first, start = divmod(offset, AT_ONCE)
+        blocks = [_uniform(seed, first + i) for i in range(1 + (start + n > AT_ONCE))]
+        eps = (torch.cat(blocks) if len(blocks) > 1 else blocks[0])[start : start + n]
     return reference.interpolate(real, fake, seed=seed, offset=offset, eps=eps)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastwgan import checks, reference
 from fastwgan.backend import Backend, Resolved, kernels, resolve, wide
-from fastwgan.ops.autograd import Op, apply, differentiable, recompute
+from fastwgan.ops.autograd import Op, OpWithSlopes, apply, differentiable, recompute
 
 
 def _slopes(scores: list[Tensor], blend: float, drift: float, weight: float | Tensor) -> list[Tensor]:
@@ -34,7 +34,7 @@ class _LinearLoss(Op):
         return a, b[0] if b else None
 
 
-class _BlendedLoss(Op):
+class _BlendedLoss(OpWithSlopes):
     """The loss on scores ``a`` and, for the critic, ``b``: shapes of both, flat in the kernel."""
 
     @staticmethod
@@ -44,19 +44,13 @@ class _BlendedLoss(Op):
         return loss, slopes
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        a, b, ctx.blend, ctx.drift, _ = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(a, b, output[1])
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None, None, None, None
-        *scores, slopes = [x for x in ctx.saved_tensors if x is not None]
+        *scores, slopes = ctx.saved_tensors
+        *_, blend, drift, _ = ctx.options
         again = recompute(slopes)
-        parts = _slopes(scores, ctx.blend, ctx.drift, 1.0) if again else slopes.split([x.numel() for x in scores])
+        parts = _slopes(scores, blend, drift, 1.0) if again else slopes.split([x.numel() for x in scores])
         of_a, *of_b = ((grad * part.view(x.shape)).to(x.dtype) for x, part in zip(scores, parts, strict=True))
         return of_a, of_b[0] if of_b else None, None, None, None
 
@@ -67,12 +61,11 @@ class _WassersteinLoss(Op):
         return kernels.scores.mean_scores("labels", y_true, y_pred)[0]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y_true, y_pred = ctx.saved_tensors
         grad = grad / y_pred.numel()  # float32 or wider, as 1 / N may be too small for float16
-        needs_true, needs_pred = ctx.needs_input_grad
-        of_true = (grad * y_pred.to(grad.dtype)).to(y_true.dtype) if needs_true else None
-        return of_true, (grad * y_true.to(grad.dtype)).to(y_pred.dtype) if needs_pred else None
+        others = zip(ctx.needs_input_grad, (y_pred, y_true), strict=True)  # which are of one dtype
+        return tuple((grad * x.to(grad.dtype)).to(x.dtype) if needed else None for needed, x in others)
 
 
 class _HingeCriticLoss(Op):

@@ -73,31 +73,6 @@ def _clipper(device: torch.device, dtype: torch.dtype, stream: int, bound: float
 _captured: set["kernels.update.Update"] = set()  # launchers that a CUDA graph reads from, for as long as it lives
 
 
-def clip_and_count_(
-    parameters: Iterable[Tensor], bound: float, backend: Backend, gate: Tensor | None = None
-) -> Share | None:
-    """Do what :func:`clip_weights_` does; return the share of weights on their bound, None of none. For the trainer.
-
-    ``gate`` is [2] float32, or None: 1 to leave the weights alone, else 0; the share is NaN then.
-    """
-    shares = []
-    for params, limit, runs in _by_kind(parameters, bound, backend):
-        if runs == "triton":
-            device = params[0].device
-            launcher = _clipper(device, params[0].dtype, kernels.arrival.stream_of(device), limit)
-            if kernels.arrival.capturing(device):
-                _captured.add(launcher)
-            with written(params) as works:
-                share = launcher.clamp(works, limit, gate)
-        elif gate is not None and gate[0]:  # on a GPU this waits, as PyTorch's optimizers do
-            share = gate.new_tensor(nan)
-        else:
-            reference.clip_weights_(params, bound)
-            share, _ = saturation(params, bound)
-        shares.append((share, sum(map(Tensor.numel, params))))
-    return combine_shares(shares)
-
-
 @cache
 def _projector(device: torch.device, dtype: torch.dtype, stream: int) -> "kernels.project.Project":
     return kernels.project.Project(device, dtype)
@@ -106,22 +81,31 @@ def _projector(device: torch.device, dtype: torch.dtype, stream: int) -> "kernel
 def project_and_count_(
     parameters: Iterable[Tensor], bound: float, per: str, backend: Backend, gate: Tensor | None = None
 ) -> Share | None:
-    """Do what :func:`clip_norms_` does; return the share of rows on their bound, None of none. For the trainer.
+    """Do what :func:`clip_norms_` does, with a ``per`` of "weight" :func:`clip_weights_`. For the trainer.
 
-    On it are those whose norm was the bound or more before. ``gate``: as :func:`clip_and_count_`'s.
+    Return the share of rows, or weights, on their bound, None of none: of those whose norm was the bound or more.
+    ``gate`` is [2] float32, or None: 1 to leave the weights alone, else 0; the share is NaN then.
     """
-    in_rows = checks.per(per) == "row"
     shares = []
-    for params, _, runs in _by_kind(parameters, bound, backend):  # a norm is wide, so its bound is not rounded
-        rows = [len(p) if in_rows and p.dim() else 1 for p in params]
+    for params, limit, runs in _by_kind(parameters, bound, backend):
+        rows = [p.numel() if per == "weight" else len(p) if per == "row" and p.dim() else 1 for p in params]
         if runs == "triton":
-            device = params[0].device
-            launcher = _projector(device, params[0].dtype, kernels.arrival.stream_of(device))
-            sizes = [p.numel() // n for p, n in zip(params, rows, strict=True)]
-            with written(params, lies_in_rows if in_rows else is_dense) as works:
-                share = launcher.launch(works, sizes, float(bound), gate)
-        elif gate is not None and gate[0]:
+            device, dtype = params[0].device, params[0].dtype
+            stream = kernels.arrival.stream_of(device)
+            with written(params, lies_in_rows if per == "row" else is_dense) as works:
+                if per == "weight":
+                    clipper = _clipper(device, dtype, stream, limit)
+                    if kernels.arrival.capturing(device):
+                        _captured.add(clipper)
+                    share = clipper.clamp(works, limit, gate)
+                else:  # a norm is wide, so its bound is not rounded
+                    sizes = [p.numel() // n for p, n in zip(params, rows, strict=True)]
+                    share = _projector(device, dtype, stream).launch(works, sizes, float(bound), gate)
+        elif gate is not None and gate[0]:  # on a GPU this waits, as PyTorch's optimizers do
             share = gate.new_tensor(nan)
+        elif per == "weight":
+            reference.clip_weights_(params, bound)
+            share, _ = saturation(params, bound)
         else:
             share, _ = reference.norm_saturation(params, bound, per)
             reference.clip_norms_(params, bound, per)
@@ -143,7 +127,7 @@ def clip_weights_(parameters: Iterable[Tensor], bound: float, *, backend: Backen
     >>> w
     tensor([-0.0100,  0.0050,  0.0100])
     """
-    clip_and_count_(parameters, bound, backend)
+    project_and_count_(parameters, bound, "weight", backend)
 
 
 def clip_norms_(parameters: Iterable[Tensor], bound: float, *, per: str = "row", backend: Backend = "auto") -> None:
@@ -163,4 +147,4 @@ def clip_norms_(parameters: Iterable[Tensor], bound: float, *, per: str = "row",
     tensor([[0.6000, 0.8000],
             [0.3000, 0.4000]])
     """
-    project_and_count_(parameters, bound, per, backend)
+    project_and_count_(parameters, bound, checks.per(per), backend)

@@ -13,7 +13,7 @@ from fastwgan import functional
 from fastwgan.backend import kernels
 from fastwgan.ops.penalty import penalty_cotangent
 from fastwgan.ops.scores import score_statistics
-from fastwgan.ops.weights import clip_and_count_, project_and_count_
+from fastwgan.ops.weights import project_and_count_
 
 BAND = 256  # bytes on either side
 GUARD = 0xA5
@@ -145,7 +145,7 @@ def test_the_share_on_the_bound_counts_what_is_there(device):
     params = [torch.full((n,), 5.0, device=device) for n in (1, 3, 700, 2049)]
     for p in params:
         p[::2] = 0.0
-    share, total = clip_and_count_(params, 0.5, "triton")
+    share, total = project_and_count_(params, 0.5, "weight", "triton")
     assert total == sum(p.numel() for p in params)
     assert share.item() == pytest.approx(sum(p.numel() // 2 for p in params) / total, abs=1e-7)
 
