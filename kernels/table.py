@@ -138,6 +138,7 @@ class Tables:
         if capture:
             self._captured += found
             return found
+        self._owners.pop(chunks, None)
         self._cache[key], self._owners[chunks] = found, found[1]  # the most recently used are the last
         for kept in (self._cache, self._owners):
             if len(kept) > CACHED:
