@@ -142,11 +142,11 @@ class Trainer:
         self.rank, self.world = ranks.rank, ranks.world
         options = vars(settings) | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
         ranks.agree(shapes("generator", generator) | shapes("critic", critic) | options | {"seed": "the first rank's"})
-        ranks.broadcast_([x for m in (generator, critic) for x in (*m.parameters(), *m.buffers())])
+        tensors = [x for m in (generator, critic) for x in (*m.parameters(), *m.buffers())]
+        ranks.broadcast_(tensors)
         self._critic_steps_due = 0  # taken since the last generator step
-        if memory_format is not None:
-            for x in (x for m in (generator, critic) for x in (*m.parameters(), *m.buffers())):
-                x.data = settings.formatted(x.data)
+        for x in tensors if memory_format is not None else ():
+            x.data = settings.formatted(x.data)
         self._steps = Steps(generator, critic, critic_optimizer, generator_optimizer, settings, ranks, self.device)
         if advice is not None:
             warnings.warn(advice, stacklevel=2)
@@ -161,15 +161,7 @@ class Trainer:
 
     critic_optimizer, generator_optimizer = _optimizer("critic"), _optimizer("generator")
 
-    @property
-    def latent(self) -> Latent:
-        """Return the width of the latents, or the callable that makes them, which may be set to another."""
-        return self._steps.latents.latent
-
-    @latent.setter
-    def latent(self, latent: Latent) -> None:
-        self._steps.latents.latent = latent
-
+    latent = property(attrgetter("_steps.latents.latent"), lambda self, z: setattr(self._steps.latents, "latent", z))
     # Fixed when a trainer is made, but for the seed, which a checkpoint brings along.
     constraint = property(attrgetter("_settings.constraint"))
     backend = property(attrgetter("_settings.backend"))

@@ -32,10 +32,6 @@ def _trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     return [p for p in parameters if p.requires_grad or (p.dtype in DTYPES and p.layout == torch.strided)]
 
 
-def _wide_copy(p: Tensor) -> Tensor:
-    return p.detach().to(wide(p.dtype), copy=True)
-
-
 class Player:
     """The generator or the critic, by name, with the user's optimizer or the constraint's default for None."""
 
@@ -209,7 +205,7 @@ class Player:
             for p in floating:
                 average = self.averages.get(p)
                 if average is None or average.shape != p.shape or average.device != p.device:
-                    self.averages[p] = _wide_copy(p)
+                    self.averages[p] = p.detach().to(wide(p.dtype), copy=True)
                 elif average.dtype != wide(p.dtype):
                     self.averages[p] = average.to(wide(p.dtype))
 
@@ -307,7 +303,10 @@ class Player:
         if self.ema is None:
             return {}
         floating = ((name, p) for name, p in self.module.named_parameters() if p.is_floating_point())
-        return {name: self.averages[p] if p in self.averages else _wide_copy(p) for name, p in floating}
+        return {
+            name: self.averages[p] if p in self.averages else p.detach().to(wide(p.dtype), copy=True)
+            for name, p in floating
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of the parts, of the network as it is; the optimizer follows it when a step is taken."""

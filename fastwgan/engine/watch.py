@@ -15,6 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.optim import Optimizer
 
 from fastwgan.optim import Gated
+from fastwgan.optim.base import equal
 
 flat = chain.from_iterable
 _parts = attrgetter("_modules", "_parameters", "_buffers")
@@ -36,7 +37,7 @@ def _containers(x: Any, found: dict[int, Any]) -> None:
 
 def _alike(a: Any, b: Any) -> bool:
     """Return whether an attribute has the same value. Tensors, which are read on the device, have to be the same."""
-    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b))
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and equal(a, b))
 
 
 class Watch:
@@ -66,18 +67,15 @@ class Watch:
 
     def same(self) -> bool:
         """Return whether all is as it was."""
-        try:
-            values = [*flat(map(dict.values, map(vars, self._modules)))]
-            unchanged = all(map(is_, values, self._values)) or all(map(_alike, values, self._values))
-            return self._now() == self._state and unchanged
-        except (RuntimeError, ValueError):  # arrays have no single answer
-            return False
+        values = [*flat(map(dict.values, map(vars, self._modules)))]
+        unchanged = all(map(is_, values, self._values)) or all(map(_alike, values, self._values))
+        return unchanged and equal(self._now(), self._state)
 
     def _now(self) -> tuple[Any, ...]:
         modules, tensors, groups = self._modules, self._tensors, self._optimizer.param_groups
         if isinstance(self._optimizer, Gated):  # whose kernel a graph keeps, with the addresses of its state
             tensors = [*tensors, *flat(map(dict.values, self._optimizer.state.values()))]
-            if self._numbers != (numbers := [*flat(map(dict.values, groups))]):
+            if not equal(self._numbers, numbers := [*flat(map(dict.values, groups))]):
                 self._numbers = numbers
                 self._variants = [(*Gated.variant(group), group.get("clip") is None) for group in groups]
         return (

@@ -50,7 +50,7 @@ class _Launch(NamedTuple):
     columns: list[list[Tensor]]  # the state, and the counts of steps
 
 
-def _equal(a: Any, b: Any) -> bool:
+def equal(a: Any, b: Any) -> bool:
     """Return whether two lists are the same; not if they have tensors in the same place that are not."""
     try:
         return bool(a == b)
@@ -234,7 +234,7 @@ class Gated(Optimizer):
                 loss = closure()
         together, self._sent, self.shares = self._together, None, []
         seen = self._seen(together)
-        if seen is None or together is not self._planned_with or not _equal(seen, self._planned_for):
+        if seen is None or together is not self._planned_with or not equal(seen, self._planned_for):
             self._planned_for = None  # until all is known to be right
             self._plan = self._planned(together)
             self._planned_for, self._planned_with = seen, together
@@ -410,7 +410,7 @@ class Gated(Optimizer):
     def refresh(self, together: Together) -> None:
         """Have launches that a CUDA graph replays use the present numbers, all of them: a replay runs no Python."""
         numbers = [*flat(map(dict.values, self.param_groups))]
-        if self._sent is not None and self._sent[1] is together and _equal(numbers, self._sent[0]):
+        if self._sent is not None and self._sent[1] is together and equal(numbers, self._sent[0]):
             return
         for group in self.param_groups:
             self._check_group(group)
