@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-def _place() -> tuple[int, int]:
-    """Return this process's rank, and how many there are."""
+def _place() -> tuple[int, int]:  # this process's rank, and how many there are
     there = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
 
@@ -119,12 +118,14 @@ def refuse_uneven(name: str, sizes: Tensor, gradients: Sequence[Tensor]) -> None
 
 
 def unwrapped(name: str, module: object) -> nn.Module:
-    """Return the network itself, if it comes in DistributedDataParallel, whose work the trainer does; raise if none."""
+    """Return a network that can be trained, out of DistributedDataParallel, whose work the trainer does; or raise."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"{name}: expected an nn.Module, got {type(module).__name__}")
     network: nn.Module = module.module if isinstance(module, DistributedDataParallel) else module
     if any(isinstance(m, DistributedDataParallel) for m in network.modules()):
         raise ValueError(f"{name}: expected a plain network, got one with DistributedDataParallel inside: pass its own")
+    if not any(p.requires_grad for p in network.parameters()):
+        raise ValueError(f"{name}: expected trainable parameters, got none")
     return network
 
 
