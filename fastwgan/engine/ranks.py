@@ -60,14 +60,6 @@ class Ranks:
                 dist.broadcast(whole, 0)
                 x.detach().copy_(whole)
 
-    def all(self, condition: bool, device: torch.device) -> bool:
-        """Return whether a condition holds on all ranks."""
-        if self.world == 1:
-            return condition
-        value = torch.tensor(int(condition), device=device)
-        dist.all_reduce(value, dist.ReduceOp.MIN)
-        return bool(value)
-
     def gather(self, content: Any) -> list[Any]:
         """Return what each rank has, which has to be picklable, on all ranks."""
         if self.world == 1:
