@@ -31,20 +31,18 @@ def _numbers(name: str, x: Numbers, device: torch.device | None = None) -> Tenso
     """Return finite real numbers as a float64 tensor, on ``device`` where that is given, or raise."""
     if isinstance(x, Tensor) and x.is_complex():
         raise TypeError(f"{name}: expected real numbers, got {x.dtype}")
-    if isinstance(x, Tensor) and device is not None and x.device != device:
-        raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
     try:
         wide = x.double() if isinstance(x, Tensor) else torch.as_tensor(x, dtype=torch.float64, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: expected numbers, got {type(x).__name__}: {error}") from error
-    if not checks.tensor(name, wide).isfinite().all():
+    if not checks.tensor(name, wide, device=device).isfinite().all():
         raise ValueError(f"{name}: expected finite values, got some that are infinite or NaN")
     return wide
 
 
 def _floating(name: str, x: object, device: torch.device | None = None) -> Tensor:
     """Return a finite floating tensor [N, ...] (on ``device``, where given) as float64, or raise."""
-    return _numbers(name, checks.samples(name, x, device=device))
+    return _numbers(name, checks.samples(name, x), device)
 
 
 def _clouds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
