@@ -20,7 +20,6 @@ FORMAT, VERSION, LAST = "fastwgan", 2, "last.pt"
 
 
 def _sync(path: Path, flags: int) -> None:
-    """Have what was written to a file, or the names in a directory, on disk."""
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)

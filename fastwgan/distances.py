@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fastwgan import checks
 
@@ -30,26 +31,23 @@ def _numbers(name: str, x: Numbers, device: torch.device | None = None) -> Tenso
     """Return finite real numbers as a float64 tensor, on ``device`` where that is given, or raise."""
     if isinstance(x, Tensor) and x.is_complex():
         raise TypeError(f"{name}: expected real numbers, got {x.dtype}")
-    if isinstance(x, Tensor) and device is not None and x.device != device:
-        raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
     try:
         wide = x.double() if isinstance(x, Tensor) else torch.as_tensor(x, dtype=torch.float64, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: expected numbers, got {type(x).__name__}: {error}") from error
-    if not checks.tensor(name, wide).isfinite().all():
+    if not checks.tensor(name, wide, device=device).isfinite().all():
         raise ValueError(f"{name}: expected finite values, got some that are infinite or NaN")
     return wide
 
 
 def _floating(name: str, x: object, device: torch.device | None = None) -> Tensor:
     """Return a finite floating tensor [N, ...] (on ``device``, where given) as float64, or raise."""
-    return _numbers(name, checks.samples(name, x, device=device))
+    return _numbers(name, checks.samples(name, x), device)
 
 
 def _clouds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Return two clouds of samples [n, ...], [m, ...] as float64 points [n, d], [m, d]."""
-    a = _floating("x", x)
-    b = _floating("y", y, a.device)
+    a, b = _floating("x", x), _floating("y", y, x.device)
     if a.shape[1:] != b.shape[1:]:
         raise ValueError(f"y: expected samples of x's shape {tuple(a.shape[1:])}, got {tuple(b.shape[1:])}")
     return a.reshape(len(a), -1), b.reshape(len(b), -1)
@@ -90,8 +88,7 @@ def wasserstein_1d(
     >>> wasserstein_1d(torch.tensor([0.0, 1.0]), torch.tensor([5.0, 6.0, 7.0]))
     tensor(5.5000, dtype=torch.float64)
     """
-    a = _floating("x", x)
-    b = _floating("y", y, a.device)
+    a, b = _floating("x", x), _floating("y", y, x.device)
     for name, values in (("x", a), ("y", b)):
         if values.dim() != 1:
             raise ValueError(f"{name}: expected shape [n], got {tuple(values.shape)}")
@@ -100,8 +97,7 @@ def wasserstein_1d(
     a_cdf = _uniform_cdf(len(a), a.device) if x_weights is None else _weighted_cdf("x_weights", x_weights, a_order)
     b_cdf = _uniform_cdf(len(b), b.device) if y_weights is None else _weighted_cdf("y_weights", y_weights, b_order)
     masses, i, j = _coupling(a_cdf, b_cdf)
-    cost: Tensor = (masses * (a[i] - b[j]).abs() ** p).sum()
-    return cost if p == 1 else cost ** (1 / p)
+    return (masses * (a[i] - b[j]).abs().pow(p)).sum().pow(1 / p)
 
 
 class EarthMove(NamedTuple):
@@ -143,9 +139,8 @@ def earth_movers(source: Numbers, target: Numbers) -> EarthMove:
             raise ValueError(f"{name}: expected amounts >= 0, got {piles.min().item():g}")
     if not torch.isclose(a.sum(), b.sum(), rtol=1e-8, atol=0):
         raise ValueError(f"target: expected as much as in source, {a.sum().item():g}, got {b.sum().item():g}")
-    zero = a.new_zeros(1)
-    delta = torch.cat((zero, (a - b).cumsum(0)[:-1], zero))
-    left, right = (torch.cat((zero, piles.cumsum(0))) for piles in (a, b))
+    delta = pad((a - b).cumsum(0)[:-1], (1, 1))
+    left, right = (pad(piles.cumsum(0), (1, 0)) for piles in (a, b))
     # Kept in order, pile i fills (left[i], left[i + 1]] of all the earth, and so does it after the move.
     plan = torch.minimum(left[1:, None], right[None, 1:]) - torch.maximum(left[:-1, None], right[None, :-1])
     return EarthMove(delta.abs().sum(), delta, plan.clamp(min=0))
@@ -223,14 +218,12 @@ def sliced_wasserstein(x: Tensor, y: Tensor, *, projections: int = 128, seed: in
     directions = (directions / directions.norm(dim=1, keepdim=True)).to(a.device)
     a, b = ((directions @ cloud.T).sort(1).values for cloud in (a, b))
     masses, i, j = _coupling(_uniform_cdf(a.shape[1], a.device), _uniform_cdf(b.shape[1], a.device))
-    cost: Tensor = ((a[:, i] - b[:, j]).abs() ** p @ masses).mean()
-    return cost if p == 1 else cost ** (1 / p)
+    return torch.mv((a[:, i] - b[:, j]).abs().pow(p), masses).mean().pow(1 / p)
 
 
 def _distributions(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Return probabilities [..., n] of both, made to add up to 1 in float64 as they do in their dtype."""
-    a = _floating("p", p)
-    b = _floating("q", q, a.device)
+    a, b = _floating("p", p), _floating("q", q, p.device)
     for name, x, dtype in (("p", a, p.dtype), ("q", b, q.dtype)):
         if (x < 0).any():
             raise ValueError(f"{name}: expected probabilities >= 0, got {x.min().item():g}")
@@ -367,5 +360,4 @@ def _root(name: str, cov: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(cov)
     if values[0] < -1e-6 * values[-1].abs():
         raise ValueError(f"{name}: expected a positive semidefinite covariance, got eigenvalue {values[0].item():g}")
-    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    return root
+    return torch.mm(vectors * values.clamp(min=0).sqrt(), vectors.T)

@@ -58,13 +58,10 @@ def mlp(
     for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
         layers.append(nn.Linear(fan_in, fan_out))
         if i < len(sizes) - 2:
-            if norm and i > 0:
-                layers.append(nn.BatchNorm1d(fan_out))
+            layers += [nn.BatchNorm1d(fan_out)] if norm and i > 0 else []
             layers.append(nn.LeakyReLU(slope) if slope else nn.ReLU())
-    if tanh:
-        layers.append(nn.Tanh())
-    if shape:
-        layers.append(nn.Unflatten(1, tuple(shape)))
+    layers += [nn.Tanh()] if tanh else []
+    layers += [nn.Unflatten(1, tuple(shape))] if shape else []
     return nn.Sequential(*layers)
 
 
@@ -89,15 +86,13 @@ def dcgan_critic(*, channels: int = 3, width: int = 64, norm: bool = True, size:
 
 def dcgan_generator(latent: int = 100, *, channels: int = 3, width: int = 64, size: int = 64) -> nn.Sequential:
     """DCGAN's generator for size x size images (a power of two, 8 or more) in [-1, 1], from z [N, latent]."""
-    deepest = width * size // 8
-    up = nn.ConvTranspose2d(latent, deepest, 4, 1, 0, bias=False)
-    layers: list[nn.Module] = [nn.Unflatten(1, (latent, 1, 1)), up]
-    while size > 8:
-        up = nn.ConvTranspose2d(deepest, deepest // 2, 4, 2, 1, bias=False)
-        layers += [nn.BatchNorm2d(deepest), nn.ReLU(), up]
-        deepest, size = deepest // 2, size // 2
-    last = nn.ConvTranspose2d(deepest, channels, 4, 2, 1, bias=False)
-    return nn.Sequential(*layers, nn.BatchNorm2d(deepest), nn.ReLU(), last, nn.Tanh()).apply(init_dcgan)
+    deep = width * size // 8
+    layers: list[nn.Module] = [nn.Unflatten(1, (latent, 1, 1)), nn.ConvTranspose2d(latent, deep, 4, 1, 0, bias=False)]
+    while deep >= width:
+        after = deep // 2 if deep > width else channels
+        layers += [nn.BatchNorm2d(deep), nn.ReLU(), nn.ConvTranspose2d(deep, after, 4, 2, 1, bias=False)]
+        deep //= 2
+    return nn.Sequential(*layers, nn.Tanh()).apply(init_dcgan)
 
 
 def ctgan_critic(columns: int, *, width: int = 256, pack: int = 10) -> nn.Sequential:
@@ -167,8 +162,7 @@ class Residual(nn.Module):
         y = self.conv2(relu(self.norm2(self.conv1(y))))
         if self.scale == 0.5:  # a mean and a 1x1 convolution can change places; this order is a quarter of the work
             x, y = avg_pool2d(x, 2), avg_pool2d(y, 2)
-        total: Tensor = y + self.shortcut(x)
-        return total
+        return torch.add(y, self.shortcut(x))
 
 
 def resnet_critic(*, channels: int = 3, width: int = 128, norm: bool = False) -> nn.Sequential:

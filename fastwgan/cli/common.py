@@ -64,12 +64,10 @@ def device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.Generator(device)
-        torch.empty(0, device=device)
+        torch.Generator(name)
+        return torch.empty(0, device=name).device  # with an index
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {name} cannot be used ({str(error).splitlines()[0]})") from error
-    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:

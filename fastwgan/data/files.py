@@ -229,8 +229,7 @@ def read_idx(path: Path | str, size: int | None = None) -> ArrayImages:
         except (OSError, EOFError, zlib.error) as error:
             raise BadDataError(f"path: {path} is damaged ({error})") from error
     magic, wanted = int.from_bytes(content[:4], "big"), f"an idx file of images, which begins with 0x{IDX_IMAGES:08x}"
-    fine = len(content) >= 16 and magic == IDX_IMAGES
-    _expect(fine, wanted, f"0x{magic:08x} and {len(content)} bytes in {path}")
+    _expect(len(content) >= 16 and magic == IDX_IMAGES, wanted, f"0x{magic:08x} and {len(content)} bytes in {path}")
     n, height, width = (int(side) for side in np.frombuffer(content, ">u4", 3, 4))
     elements, rest = n * height * width, len(content) - 16
     _expect(rest == elements, f"{n} images of {height}x{width} after 16 bytes in {path}", f"{rest} bytes there")

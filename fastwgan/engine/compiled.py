@@ -65,8 +65,7 @@ class Compiled(Eager):
                 return trace(*args, **options)
 
             # Dynamo allows a code object a few forms in a process; here each form, of each trainer, has its own.
-            code = call.__code__.replace()
-            own = FunctionType(code, call.__globals__, call.__name__, call.__defaults__, call.__closure__)
+            own = FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)
             # Not every PyTorch can differentiate twice through a convolution of sizes that are left open.
             self._forms[key] = torch.compile(own, fullgraph=True, dynamic=False)
         try:
@@ -87,7 +86,7 @@ class Compiled(Eager):
     ) -> Passed:  # fmt: skip
         state, shapes = _state(self._critic), tuple(x.shape for x in batch)
         x, penalty = (None, None) if penalised is None else (penalised.x, penalised[1:])
-        gradients, rebound, scores, statistics, measured = self._call(
+        gradients, (rebound, scores, statistics, measured) = self._call(
             self._trace_critic, shapes, state, batch, x, cond, scale, penalty=penalty
         )
         self._hand_over(state[0], gradients)
@@ -99,7 +98,7 @@ class Compiled(Eager):
         dtype: torch.dtype, scale: Tensor | None = None,
     ) -> Passed:  # fmt: skip
         state = _state(self._generator)
-        gradients, rebound, scores, loss = self._call(
+        gradients, (rebound, scores, loss) = self._call(
             self._trace_generator, batch, state, _state(self._critic), z, cond, scale, batch=batch, dtype=dtype
         )
         self._hand_over(state[0], gradients)
@@ -121,7 +120,7 @@ class Compiled(Eager):
     def _trace_critic(
         self, state: State, batch: tuple[Tensor, ...], x: Tensor | None, cond: tuple[Any, ...], scale: Tensor | None,
         *, penalty: tuple[float, str, float] | None,
-    ) -> tuple[Tensors, Tensors, tuple[Tensor, Tensor], Tensor, Tensor]:  # fmt: skip
+    ) -> Any:  # fmt: skip
         factor, pack = self._share if scale is None else self._share * scale, self._settings.pack
 
         def loss(trained: Tensors, given: Tensors) -> tuple[Tensor, Any]:
@@ -150,13 +149,12 @@ class Compiled(Eager):
             scores = (real_scores.detach(), fake_scores.detach())
             return total * factor, (changed_tensors(given, rest), scores, statistics, measured)
 
-        gradients, (rebound, scores, statistics, measured) = grad(loss, has_aux=True)(*state)
-        return gradients, rebound, scores, statistics, measured
+        return grad(loss, has_aux=True)(*state)
 
     def _trace_generator(
         self, state: State, critic_state: State, z: Any, cond: tuple[Any, ...], scale: Tensor | None, *,
         batch: int, dtype: torch.dtype,
-    ) -> tuple[Tensors, tuple[Tensors, ...], Tensor, Tensor]:  # fmt: skip
+    ) -> Any:  # fmt: skip
         factor = self._share if scale is None else self._share * scale
 
         def loss(trained: Tensors, given: Tensors, critic_state: State) -> tuple[Tensor, Any]:
@@ -169,5 +167,4 @@ class Compiled(Eager):
             rebound = changed_tensors(given, rest), changed_tensors(critic_state[1], critic_rest)
             return total * factor, (rebound, scores.detach(), total.detach().reshape(1))
 
-        gradients, (rebound, scores, total) = grad(loss, has_aux=True)(*state, critic_state)
-        return gradients, rebound, scores, total
+        return grad(loss, has_aux=True)(*state, critic_state)

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-def _place() -> tuple[int, int]:
-    """Return this process's rank, and how many there are."""
+def _place() -> tuple[int, int]:  # this process's rank, and how many there are
     there = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
 
@@ -60,14 +59,6 @@ class Ranks:
                 whole = x.detach().clone(memory_format=torch.contiguous_format)  # gloo overruns tensors with gaps
                 dist.broadcast(whole, 0)
                 x.detach().copy_(whole)
-
-    def all(self, condition: bool, device: torch.device) -> bool:
-        """Return whether a condition holds on all ranks."""
-        if self.world == 1:
-            return condition
-        value = torch.tensor(int(condition), device=device)
-        dist.all_reduce(value, dist.ReduceOp.MIN)
-        return bool(value)
 
     def gather(self, content: Any) -> list[Any]:
         """Return what each rank has, which has to be picklable, on all ranks."""
@@ -119,12 +110,14 @@ def refuse_uneven(name: str, sizes: Tensor, gradients: Sequence[Tensor]) -> None
 
 
 def unwrapped(name: str, module: object) -> nn.Module:
-    """Return the network itself, if it comes in DistributedDataParallel, whose work the trainer does; raise if none."""
+    """Return a network that can be trained, out of DistributedDataParallel, whose work the trainer does; or raise."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"{name}: expected an nn.Module, got {type(module).__name__}")
     network: nn.Module = module.module if isinstance(module, DistributedDataParallel) else module
     if any(isinstance(m, DistributedDataParallel) for m in network.modules()):
         raise ValueError(f"{name}: expected a plain network, got one with DistributedDataParallel inside: pass its own")
+    if not any(p.requires_grad for p in network.parameters()):
+        raise ValueError(f"{name}: expected trainable parameters, got none")
     return network
 
 

@@ -119,8 +119,6 @@ class Settings:
 def _common_device(networks: dict[str, nn.Module], amp: torch.dtype | None) -> torch.device:
     """Return the device of both networks, or raise unless they can be trained together."""
     for name, module in networks.items():
-        if not any(p.requires_grad for p in module.parameters()):
-            raise ValueError(f"{name}: expected trainable parameters, got none")
         for of, p in module.named_parameters():
             if p.requires_grad and p.dtype not in DTYPES:
                 expected = "parameters of float16, bfloat16, float32 or float64"
@@ -151,7 +149,6 @@ def check_optimizer(name: str, optimizer: object, module: nn.Module) -> None:
 
 
 def _check_scheduler(name: str, scheduler: object, optimizer: Optimizer | None) -> None:
-    """Raise unless a scheduler is None, or of the given optimizer."""
     if scheduler is None:
         return
     if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):

@@ -95,7 +95,7 @@ def fit(
 
     def ended() -> bool:
         """Return whether to end early, which several ranks agree on at the rows of the log."""
-        return (alone or due(log_every)) and not ranks.all(not stop.is_set(), trainer.device)
+        return (alone or due(log_every)) and any(ranks.gather(stop.is_set()))
 
     def advise(values: list[dict[str, float]], step: int) -> None:
         for advice in health.watch(values) if first else ():

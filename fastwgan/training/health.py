@@ -62,7 +62,6 @@ class Health:
         return new
 
     def _judge_window(self) -> dict[str, str]:
-        """Return the advice on a full window, by kind."""
         kind, target, advice = self._kind, self._target, {}
         norm, saturation = (_mean(self._window, name) for name in ("gradient_norm", "saturation"))
         most = max(step.get("gradient_norm_max", 0.0) for step in self._window)

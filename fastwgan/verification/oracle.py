@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastwgan import reference
+from fastwgan import checks, reference
 from fastwgan.constraints import GradientPenalty, NormClip, WeightClip
 from fastwgan.verification.observed import Observed, parts
 
@@ -156,9 +156,8 @@ def passes(networks: nn.ModuleDict, step: Step, seen: Observed, *, beside: bool 
     samples = (step.real, made.to(step.real.dtype))[-len(kinds) :]
     together = beside and len(seen.scores) == 1
     if together:
-        n, by_sample = len(kinds), [isinstance(c, Tensor) and c.shape[:1] == step.real.shape[:1] for c in step.cond]
-        cond = (torch.cat([c] * n) if each else c for c, each in zip(step.cond, by_sample, strict=True))
-        scores = critic(torch.cat(samples), *cond).tensor_split(n)
+        cond = (torch.cat([c] * len(kinds)) if checks.is_batched(c, len(step.real)) else c for c in step.cond)
+        scores = critic(torch.cat(samples), *cond).tensor_split(len(kinds))
     else:
         scores = [critic(x, *step.cond) for x in samples]
     found |= {("forward", f"{kind} scores"): (x.detach(), 0.0) for kind, x in zip(kinds, scores, strict=True)}

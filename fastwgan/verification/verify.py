@@ -72,9 +72,6 @@ def verify(
     checks.removed(removed, {"instance_noise": "wrap the critic: fastwgan.models.InstanceNoise(critic, scale)"})
     checks.refuse_inference_mode()
     networks = nn.ModuleDict({"generator": unwrapped("generator", generator), "critic": unwrapped("critic", critic)})
-    for name, module in networks.items():
-        if not any(p.requires_grad for p in module.parameters()):
-            raise ValueError(f"{name}: expected trainable parameters, got none")
     if type(constraint) not in (WeightClip, NormClip, GradientPenalty):
         got = type(constraint).__name__
         raise TypeError(f"constraint: expected WeightClip, NormClip or GradientPenalty, got {got}")
@@ -111,7 +108,6 @@ def verify(
 
 
 def _rows(networks: nn.ModuleDict, step: Step, latent: Latent | None, backend: Backend) -> tuple[list[Row], list[str]]:
-    """Return the rows of both steps, and notes."""
     template, rows, notes = _copy(networks), list[Row](), []
     for word, kind in RANDOM.items():
         random = [m for m in template.modules() if isinstance(m, kind) and m.training]
