@@ -60,30 +60,32 @@ class Watch:
                 _containers(x, found)
         self._dicts = [x for x in found.values() if isinstance(x, dict)]
         self._sequences = [x for x in found.values() if not isinstance(x, dict)]
-        self._values = [*flat(map(dict.values, map(vars, self._modules)))]
-        self._numbers: Any = None
+        self._numbers: list[Any] = []
         self._variants: Any = None
-        self._state = self._now()
+        self._state, self._values = self._now()
 
     def same(self) -> bool:
         """Return whether all is as it was."""
-        values = [*flat(map(dict.values, map(vars, self._modules)))]
-        unchanged = all(map(is_, values, self._values)) or all(map(_alike, values, self._values))
-        return unchanged and equal(self._now(), self._state)
+        state, values = self._now()
+        alike = all(map(is_, values, self._values)) or all(map(_alike, values, self._values))
+        return state == self._state and alike
 
-    def _now(self) -> tuple[Any, ...]:
+    def _now(self) -> tuple[tuple[Any, ...], list[Any]]:
+        """Return what can be compared at once, and the values of attributes and in containers."""
         modules, tensors, groups = self._modules, self._tensors, self._optimizer.param_groups
+        named = [*map(vars, modules), *self._dicts]
         if isinstance(self._optimizer, Gated):  # whose kernel a graph keeps, with the addresses of its state
             tensors = [*tensors, *flat(map(dict.values, self._optimizer.state.values()))]
-            if not equal(self._numbers, numbers := [*flat(map(dict.values, groups))]):
+            numbers = [*flat(map(dict.values, groups))]
+            if len(numbers) != len(self._numbers) or not all(map(is_, numbers, self._numbers)):
                 self._numbers = numbers
                 self._variants = [(*Gated.variant(group), group.get("clip") is None) for group in groups]
         return (
-            [*flat(map(vars, modules))], [*map(list, self._sequences)], [*map(list, map(dict.items, self._dicts))],
+            [*flat(named)], [*map(len, self._sequences)], [*map(type, modules)],
             [*map(id, flat(map(_parts, modules)))], [*map(id, flat(map(dict.values, self._part_dicts)))],
-            [*map(type, modules)], [*map(_code, self._kinds)], [*map(_code_of_convolution, self._convolutions)],
+            [*map(_code, self._kinds)], [*map(_code_of_convolution, self._convolutions)],
             [*map(id, flat(map(_hooks, modules)))], [*map(id, flat(map(_hooks_of_tensor, self._tensors)))],
             [*flat(self._hook_dicts)], [*map(_requires_grad, self._tensors)], [*map(Tensor.data_ptr, tensors)],
             [*map(id, groups)], [*map(id, flat(map(_params, groups)))], self._variants,
             _has_any_global_hook(),  # type: ignore[no-untyped-call]
-        )  # fmt: skip
+        ), [*flat(map(dict.values, named)), *flat(self._sequences)]  # fmt: skip

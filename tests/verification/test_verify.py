@@ -428,7 +428,7 @@ def unblended(original):
 
 
 def negated(original):
-    return lambda *args: -original(*args)
+    return lambda *args, **options: -original(*args, **options)
 
 
 def lighter(original):
@@ -467,7 +467,7 @@ def looking(original):
 ELSEWHERE = {  # a fault: (form, backend, what holds it, its name, what makes a fault of it, (step, op))
     "one norm for the batch": ("penalty", "triton", kernels.penalty, "gradient_penalty", one_norm,
                                ("critic", "penalty")),
-    "seeds of the wrong sign": ("clip", "triton", eager.Eager, "_seed", negated, ("critic", "scores")),
+    "seeds of the wrong sign": ("clip", "triton", eager.Eager, "_constant", negated, ("critic", "scores")),
     "penalty's weight off": ("penalty", "triton", GradientPenalty, "penalty_weight", lighter, ("critic", "penalty")),
     "a rectifier's slope off": ("penalty", "triton", rectifiers._Rectify, "backward", slanted,
                                 ("critic", "input gradient")),
