@@ -50,6 +50,10 @@ class Results:
 
 Found = tuple[Results, int]  # the latter is a step's number there
 CRITIC, GENERATOR = range(2)
+PARTS = (
+    ("scores", CRITIC, SCORES), ("penalty", CRITIC, PENALTY), ("saturation", CRITIC, ("saturation",)),
+    ("scores", GENERATOR, ("generator_loss",)), *(("nonfinite", player, ("nonfinite",)) for player in range(2)),
+)  # fmt: skip
 
 
 def _entry(name: str, i: Any, player: int = CRITIC) -> Tensor | None:
@@ -119,11 +123,7 @@ class Metrics:
 
     def _parts(self) -> list[tuple[Tensor, tuple[str, ...]]]:
         """Return the tensors that there are, each with the names of its entries."""
-        parts = [("scores", CRITIC, SCORES), ("penalty", CRITIC, PENALTY), ("saturation", CRITIC, ("saturation",))]
-        parts += [("scores", GENERATOR, ("generator_loss",))]
-        parts += [("nonfinite", player, ("nonfinite",)) for player in (CRITIC, GENERATOR)]
-        found = [(self._read(name, player), names) for name, player, names in parts]
-        return [(x, names) for x, names in found if x is not None]
+        return [(x, names) for name, player, names in PARTS if (x := self._read(name, player)) is not None]
 
     def _values(self, numbers: Iterator[float]) -> dict[str, float]:
         """Return by name what the parts were, read from the device."""

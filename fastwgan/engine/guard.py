@@ -109,19 +109,16 @@ class Guard:
                 self._raise(self._tally.tolist(), checkpoint)
             return
         self._unread += 1
-        if self._unread < READ_EVERY:
+        if self._unread < READ_EVERY or (self._reading is not None and not self._reading[1].query()):
             return
+        if self._reading is not None and self._reading[0][Tally.LONGEST] > self._limit:
+            self._raise(self._reading[0].tolist(), checkpoint)
         if self._reading is None:
-            tally, event = torch.empty_like(self._tally, device="cpu", pin_memory=True), torch.cuda.Event()  # type: ignore
-        else:
-            tally, event = self._reading
-            if not event.query():
-                return
-            if tally[Tally.LONGEST] > self._limit:
-                self._raise(tally.tolist(), checkpoint)
+            self._reading = torch.empty_like(self._tally, device="cpu", pin_memory=True), torch.cuda.Event()  # type: ignore
+        tally, event = self._reading
         tally.copy_(self._tally, non_blocking=True)
         event.record(torch.cuda.current_stream(self._device))
-        self._reading, self._unread = (tally, event), 0
+        self._unread = 0
 
     def _raise(self, numbers: list[int], checkpoint: str | None) -> NoReturn:
         first, last, longest = (numbers[i] for i in (Tally.FIRST, Tally.LAST, Tally.LONGEST))

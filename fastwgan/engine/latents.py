@@ -33,12 +33,6 @@ class Latents:
             raise ValueError(f"latent: its result: expected a tensor on {self._device}, got one on {z.device}")
         return z
 
-    def of_step(self, n: int, given: Any) -> Any:
-        """Return the n latents of a step: those given, or the next ones of the stream."""
-        if callable(self.latent):
-            return given
-        return self._normal(n * self._ranks.world, self.stream)[self._ranks.rank * n :][:n]
-
     def of_sample(self, n: int, seed: int | None) -> Any:
         """Return n latents to sample with, PyTorch's global streams seeded for what the generator draws."""
         random = self._sampling if seed is None else torch.Generator(self._device).manual_seed(seed)
@@ -47,12 +41,15 @@ class Latents:
         if self._device.type == "cuda":
             torch.cuda.default_generators[self._device.index].manual_seed(seed)
         torch.default_generator.manual_seed(seed)
-        return self.given(n) if callable(self.latent) else self._normal(n, random)
+        return self.given(n) if callable(self.latent) else self.normal(n, random)
 
-    def _normal(self, n: int, random: torch.Generator) -> Tensor:
+    def normal(self, n: int, random: torch.Generator | None = None) -> Tensor:
+        """Return n standard normal latents of a generator's, or without one this rank's of the next step."""
         assert isinstance(self.latent, int)
+        world, rank = (self._ranks.world, self._ranks.rank) if random is None else (1, 0)
         dtype = next(self._generator.parameters()).dtype
-        return torch.randn(n, self.latent, generator=random, device=self._device, dtype=dtype)
+        options: dict[str, Any] = {"generator": random or self.stream, "device": self._device, "dtype": dtype}
+        return torch.randn(n * world, self.latent, **options)[rank * n :][:n]
 
     # The stream of eps
 

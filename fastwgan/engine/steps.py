@@ -108,7 +108,7 @@ class Steps:
         if self._settings.independent_samples:
             self.sharing.check(real, cond)
         parameters = self.critic.prepare()
-        z = self.latents.of_step(real.shape[0], z)
+        z = z if callable(self.latents.latent) else self.latents.normal(real.shape[0])
         real, fake = self.passes.pair(real, z, cond)
         penalised = None
         if weight:
@@ -124,7 +124,7 @@ class Steps:
     def _generator_step(self, batch: int, dtype: torch.dtype, z: Any, *cond: Any) -> Settled:
         """Return the results of a generator step."""
         parameters = self.generator.prepare()
-        z, frozen = self.latents.of_step(batch, z), self.critic.look().trained
+        z, frozen = z if callable(self.latents.latent) else self.latents.normal(batch), self.critic.look().trained
         found = self.passes.generator(parameters, frozen, z, cond, batch, dtype, self.generator.guard.scale)
         return self.generator.settle(found)
 

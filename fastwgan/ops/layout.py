@@ -1,8 +1,5 @@
 """How a tensor's elements lie in memory."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -24,14 +21,8 @@ def lies_in_rows(x: Tensor) -> bool:
     return x.dim() == 0 or (is_dense(x[0]) and (len(x) == 1 or x.stride(0) == x[0].numel()))
 
 
-@contextmanager
-def written(params: list[Tensor], fits: Callable[[Tensor], bool] = is_dense) -> Iterator[list[Tensor]]:
-    """Yield tensors for a launch to write to: the parameters, or copies of those whose layout does not fit it.
-
-    The copies are copied back, and autograd is told of the change.
-    """
-    works = [p if fits(p) else p.detach().contiguous() for p in params]
-    yield works
+def write_back(params: list[Tensor], works: list[Tensor]) -> None:
+    """Copy what a launch wrote to, where that was no parameter itself, and tell autograd of the change."""
     torch.autograd.graph.increment_version(params)
     for p, work in zip(params, works, strict=True):
         if work is not p:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastwgan import checks, reference
 from fastwgan.backend import Backend, kernels, resolve, wide
 from fastwgan.metrics import Lazy
-from fastwgan.ops.layout import is_dense, lies_in_rows, written
+from fastwgan.ops.layout import is_dense, lies_in_rows, write_back
 
 Share = tuple[Lazy, int]  # the share of some weights, or rows of them, that lie on their bound; of how many
 
@@ -92,15 +92,17 @@ def project_and_count_(
         if runs == "triton":
             device, dtype = params[0].device, params[0].dtype
             stream = kernels.arrival.stream_of(device)
-            with written(params, lies_in_rows if per == "row" else is_dense) as works:
-                if per == "weight":
-                    clipper = _clipper(device, dtype, stream, limit)
-                    if kernels.arrival.capturing(device):
-                        _captured.add(clipper)
-                    share = clipper.clamp(works, limit, gate)
-                else:  # a norm is wide, so its bound is not rounded
-                    sizes = [p.numel() // n for p, n in zip(params, rows, strict=True)]
-                    share = _projector(device, dtype, stream).launch(works, sizes, float(bound), gate)
+            fits = lies_in_rows if per == "row" else is_dense
+            works = [p if fits(p) else p.detach().contiguous() for p in params]
+            if per == "weight":
+                clipper = _clipper(device, dtype, stream, limit)
+                if kernels.arrival.capturing(device):
+                    _captured.add(clipper)
+                share = clipper.clamp(works, limit, gate)
+            else:  # a norm is wide, so its bound is not rounded
+                sizes = [p.numel() // n for p, n in zip(params, rows, strict=True)]
+                share = _projector(device, dtype, stream).launch(works, sizes, float(bound), gate)
+            write_back(params, works)
         elif gate is not None and gate[0]:  # on a GPU this waits, as PyTorch's optimizers do
             share = gate.new_tensor(nan)
         elif per == "weight":

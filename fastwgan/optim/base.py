@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from fastwgan import checks, reference
 from fastwgan.backend import Backend, check_backend, kernels, resolve
-from fastwgan.ops.layout import is_dense, laid_out
+from fastwgan.ops.layout import is_dense, laid_out, write_back
 from fastwgan.ops.weights import Share, combine_shares, read, saturation
 
 Options = dict[str, Any]  # of a parameter group, or what a parameter has for state
@@ -383,10 +383,7 @@ class Gated(Optimizer):
             self._algorithm, works, grads, launch.columns[:-1], launch.columns[-1], launch.hyper, launch.rows,
             gate=gate, averages=averages, momentum=momentum, centered=centered,
         )  # fmt: skip
-        torch.autograd.graph.increment_version(given)
-        for p, work in () if launch.straight else zip(given, works, strict=True):
-            if work is not p:
-                p.detach().copy_(work)
+        write_back(given, works)
         if share is not None:
             self.shares.append((share, launch.clamped))
 
