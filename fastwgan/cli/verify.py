@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from fastwgan import models
 from fastwgan.cli.common import BACKEND, SEED, Options, device, problems
@@ -117,12 +118,6 @@ def _load(name: str) -> Arguments:
     return made
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, (Tensor, nn.Module)):
-        return value.to(device)
-    return type(value)(_moved(each, device) for each in value) if type(value) in (tuple, list) else value
-
-
 def _jobs(
     names: Iterable[str], networks: str | None, constraints: Iterable[str], device: torch.device | None, seed: int
 ) -> Iterator[tuple[str, Arguments]]:
@@ -132,7 +127,7 @@ def _jobs(
         for kind in constraints:
             torch.manual_seed(seed)
             made = BUILT_IN[name](CONSTRAINTS[kind], gpu) if networks is None else _load(networks)
-            moved = made if device is None else {key: _moved(value, device) for key, value in made.items()}
+            moved = made if device is None else tree_map_only((Tensor, nn.Module), lambda x: x.to(device), made)
             if "constraint" in made:  # the factory's own
                 yield name, {"seed": seed} | moved
                 break

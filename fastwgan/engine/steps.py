@@ -122,7 +122,6 @@ class Steps:
         return self.critic.settle(found)
 
     def _generator_step(self, batch: int, dtype: torch.dtype, z: Any, *cond: Any) -> Settled:
-        """Return the results of a generator step."""
         parameters = self.generator.prepare()
         z, frozen = z if callable(self.latents.latent) else self.latents.normal(batch), self.critic.look().trained
         found = self.passes.generator(parameters, frozen, z, cond, batch, dtype, self.generator.guard.scale)

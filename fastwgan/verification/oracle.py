@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
 
 from fastwgan import checks, reference
 from fastwgan.constraints import GradientPenalty, NormClip, WeightClip
@@ -26,11 +27,7 @@ KINDS = {"critic": ("real", "fake"), "generator": ("fake",)}  # of the samples t
 
 def to_dtype(value: Any, dtype: torch.dtype) -> Any:
     """Return floating tensors in ``dtype``, inside tuples, lists and dicts too; all else as it is."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: to_dtype(each, dtype) for key, each in value.items()}
-    return type(value)(to_dtype(each, dtype) for each in value) if type(value) in (tuple, list) else value
+    return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, value)
 
 
 def _norms(rows: Tensor) -> Tensor:
