@@ -68,11 +68,15 @@ class scores:
 
 class table:
     NOT_WARM: str
+    class Mirror:
+        def set(self, rows: tuple[tuple[float, ...], ...]) -> torch.Tensor: ...
+
     @staticmethod
     def fill_pending() -> None: ...
 
 class update:
     class Update:
+        hyper: table.Mirror
         def __init__(self, device: torch.device, dtype: torch.dtype) -> None: ...
         def launch(
             self,
@@ -92,4 +96,3 @@ class update:
         def clamp(
             self, params: Sequence[torch.Tensor], bound: float, gate: torch.Tensor | None = None
         ) -> torch.Tensor: ...
-        def set_hyper(self, hyper: tuple[tuple[float, ...], ...]) -> None: ...

@@ -12,7 +12,6 @@ __all__ = ["Metrics", "read"]
 SCORES = ("real_score", "fake_score", "wasserstein", "critic_loss")
 PENALTY = ("penalty", "gradient_norm", "gradient_norm_min", "gradient_norm_max")
 
-
 Lazy = Tensor | Callable[[], Tensor]  # a tensor, or what makes it when it is read, and then gives the same again
 
 
@@ -31,10 +30,7 @@ class Results:
     Of packed ones ``like`` has the shapes and dtypes, or None.
     """
 
-    def __init__(
-        self, entries: Sequence[Lazy | None] = (), packed: Tensor | None = None,
-        like: Sequence[tuple[torch.Size, torch.dtype] | None] = (),
-    ) -> None:  # fmt: skip
+    def __init__(self, entries: Sequence[Lazy | None] = (), packed: Tensor | None = None, like: Any = ()) -> None:
         self._entries, self._packed, self._like = entries, packed, like
 
     def read(self, step: int, name: str) -> Tensor | None:
@@ -126,7 +122,6 @@ class Metrics:
         return [(x, names) for name, player, names in PARTS if (x := self._read(name, player)) is not None]
 
     def _values(self, numbers: Iterator[float]) -> dict[str, float]:
-        """Return by name what the parts were, read from the device."""
         values: dict[str, float] = {}
         for name in (name for _, names in self._parts() for name in names):
             values[name] = next(numbers) + values.get(name, 0.0)

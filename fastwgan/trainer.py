@@ -403,7 +403,6 @@ class Trainer:
             raise
 
     def _optimizer_names(self) -> list[str]:
-        """The algorithms, by which torch's RMSprop and Adam are the same as ours."""
         return [type(optimizer).__name__ for optimizer in (self.generator_optimizer, self.critic_optimizer)]
 
     def _restore(self, state: dict[str, Any]) -> None:

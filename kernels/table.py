@@ -121,7 +121,6 @@ class Tables:
         numels = tuple(map(torch.Tensor.numel, params))
         sizes = [blocks] * len(numels) if isinstance(blocks, int) else blocks
         chunks = tuple([-(-numel // block) for numel, block in zip(numels, sizes, strict=True)])
-
         key = (*addresses, counts, numels, chunks, *hyper_rows)
         found = self._cache.get(key) if capture else self._cache.pop(key, None)
         if found is None:

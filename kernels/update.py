@@ -151,7 +151,7 @@ class Update:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._dtype = triton_dtype(dtype)
-        self._hyper = Mirror(accumulator(dtype), device)
+        self.hyper = Mirror(accumulator(dtype), device)  # to be set to other numbers for launches that a graph replays
         self._tables = Tables()
         self._open = torch.tensor([0.0, 1.0], device=device)
 
@@ -177,7 +177,7 @@ class Update:
             clamped = sum([p.numel() for p, i in zip(params, hyper_rows, strict=True) if hyper[i][-1] != float("inf")])
             share = torch.empty((), dtype=torch.float32, device=device)
             _update_kernel[(owners.shape[0],)](
-                rows, owners, self._hyper.set(hyper), self._open if gate is None else gate,
+                rows, owners, self.hyper.set(hyper), self._open if gate is None else gate,
                 zero(device, torch.int64, capture=capture), share, zero(device, capture=capture), len(params), clamped,
                 DTYPE=self._dtype, ALGORITHM=algorithm, HAS_MOMENTUM=momentum, CENTERED=centered,
                 AVERAGED=averages is not None, BLOCK=BLOCK, num_warps=16 if self._dtype == tl.float64 else 8,
@@ -191,7 +191,3 @@ class Update:
         share = self.launch("clamp", params, (), (), (), hyper, [0] * len(params), gate=gate)
         assert share is not None
         return share
-
-    def set_hyper(self, hyper: tuple[tuple[float, ...], ...]) -> None:
-        """Have launches that a graph replays use other numbers than when they were captured."""
-        self._hyper.set(hyper)

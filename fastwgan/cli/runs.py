@@ -4,17 +4,16 @@ import copy
 import math
 import random
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 from fastwgan import models
 from fastwgan.backend import Backend
@@ -147,18 +146,12 @@ class Config:
     def fastest_threads(self, trainer: Trainer) -> int:
         """Return with how many threads a copy of a new trainer is fastest: as many as PyTorch has, half of them, ..."""
         most, streams, medians = torch.get_num_threads(), process_streams(trainer.device), dict[int, float]()
-        real = torch.rand(self.batch_size, *self.shape)
         for threads in (most >> i for i in range(most.bit_length())):
-            torch.set_num_threads(threads)
-            trial, times = copy.deepcopy(trainer), list[float]()
-            while sum(times[1:]) < 0.2:  # seconds; the first step makes what the others need
-                begun = time.perf_counter()
-                trial.step(real)
-                times.append(time.perf_counter() - begun)
-            medians[threads] = median(times[1:])
-            if len(times) == 2:  # with fewer, such long steps would take long to show that they are slower
+            names = {"trial": copy.deepcopy(trainer), "real": torch.rand(self.batch_size, *self.shape)}
+            timer = Timer("trial.step(real)", "trial.step(real)", globals=names, num_threads=threads)
+            medians[threads] = timer.blocked_autorange(min_run_time=0.2).median
+            if medians[threads] > 0.1:  # with fewer, such long steps would take long to show that they are slower
                 break
-        torch.set_num_threads(most)
         set_process_streams(streams, trainer.device)
         return min(medians, key=lambda threads: medians[threads])
 

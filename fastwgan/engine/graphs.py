@@ -146,12 +146,8 @@ class _Graph:
     def pack(self, outputs: Outputs) -> None:
         """Have all outputs in one tensor, so that one launch copies them."""
         tensors = [x() if callable(x) else x for x in outputs]
-        self._like = [None if x is None else (x.shape, x.dtype) for x in tensors]
-        self._packed = torch.cat([x.detach().reshape(-1) for x in tensors if x is not None])
-
-    def outputs(self) -> Results:
-        """Return a copy of what the last replay left."""
-        return Results(packed=self._packed.clone(), like=self._like)
+        self.like = [None if x is None else (x.shape, x.dtype) for x in tensors]
+        self.packed = torch.cat([x.detach().reshape(-1) for x in tensors if x is not None])
 
 
 def _problem_of(player: Player, settings: Settings, device: torch.device) -> str | None:
@@ -174,10 +170,9 @@ def made(
     problem = next(filter(None, problems), None)
     if ranks.world > 1 and (carrier := ranks.backend(device)) != "nccl":
         problem = problem or f"{carrier} cannot be captured"
-    required = settings.cuda_graph is True
     if problem is None:
         return Graphs(device, [latents], players, settings)
-    if required:
+    if settings.cuda_graph is True:
         raise RuntimeError(f"cuda_graph: True was asked for, but {problem}")
     if device.type == "cuda":
         warnings.warn(f"cuda_graph: steps run without CUDA graphs, as {problem}", stacklevel=4)
@@ -280,7 +275,7 @@ class Graphs:
             player.refresh()
         graph.replay()
         self._changes = 0  # since the last replay
-        return graph.outputs()
+        return Results(packed=graph.packed.clone(), like=graph.like)
 
     @property
     def serving(self) -> bool:

@@ -77,9 +77,8 @@ class Latents:
         """Return where the streams of latents stand, or None in a capture, when that cannot be read."""
         if self._device.type == "cpu":
             return self.stream.get_state(), self._sampling.get_state()
-        if torch.cuda.is_current_stream_capturing():
-            return None
-        return self.stream.get_offset(), self._sampling.get_offset()  # numbers, where a state is an array
+        capturing = torch.cuda.is_current_stream_capturing()
+        return None if capturing else (self.stream.get_offset(), self._sampling.get_offset())  # a state is an array
 
     def go_back(self, position: tuple[Any, Any] | None) -> None:
         """Give back the latents that were drawn since, as for a step that has raised."""

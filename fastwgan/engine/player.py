@@ -125,8 +125,7 @@ class Player:
         self._ranks.broadcast_([*new, *buffers])
         for p in new:
             self.averages.pop(p, None)  # of what it was before
-        if new:
-            self._watch = None  # which has them made anew
+            self._watch = None  # which has it made anew
 
     def look(self) -> Watch:
         """Return the network as it is now; a change since the last look makes another ``version``."""

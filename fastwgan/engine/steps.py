@@ -94,7 +94,6 @@ class Steps:
             raise
 
     def _count(self, numbers: int, real: Tensor) -> None:
-        """Count what critic steps have used of the stream of eps, in each rank."""
         self._sample_dtype = real.dtype if self._settings.amp is None else torch.float32
         self.latents.used += numbers * self._ranks.world
 

@@ -131,7 +131,6 @@ def _methods(kind: Any) -> frozenset[str]:
 
 @cache
 def _is_ours(kind: Any) -> bool:
-    """Return whether a class of modules is PyTorch's or this package's."""
     return kind.__module__.startswith(("torch.nn.", "fastwgan.models"))  # type: ignore[no-any-return]
 
 

@@ -95,7 +95,6 @@ class Gated(Optimizer):
         super().__init__(params, {**defaults, "differentiable": False})  # an option that torch's base class looks for
 
     def _check_group(self, group: Options) -> None:
-        """Raise unless a group's options can be used."""
         for name in self._numbers:
             checks.number(name, group[name], minimum=0)
         if group.get("clip") is not None:
@@ -301,7 +300,6 @@ class Gated(Optimizer):
         return together.bound if together.bounded.issuperset(map(id, group["params"])) else None
 
     def _gate_of_scaler(self) -> Tensor:
-        """Return a gate of what a GradScaler has set for this step."""
         found: Tensor = self.found_inf  # type: ignore[attr-defined]
         scale: Tensor | None = getattr(self, "grad_scale", None)  # None once gradients have been unscaled
         factor = torch.ones_like(found) if scale is None else 1 / scale
@@ -412,5 +410,5 @@ class Gated(Optimizer):
         for group in self.param_groups:
             self._check_group(group)
         for key, update in self._updates.items():
-            update.set_hyper(tuple(self._hyper(key, together).values()))
+            update.hyper.set(tuple(self._hyper(key, together).values()))
         self._sent = numbers, together

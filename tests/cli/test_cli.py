@@ -10,8 +10,8 @@ import struct
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,7 +122,7 @@ def several(monkeypatch):
         return step(self, *batch)
 
     monkeypatch.setattr(runs.Trainer, "step", timed)
-    monkeypatch.setattr(runs, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(runs, "Timer", partial(runs.Timer, timer=lambda: now[0]))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     torch.set_num_threads(4)
