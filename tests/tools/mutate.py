@@ -171,7 +171,6 @@ FAULTS = [
     Fault("full path for part of a block", "update", "(start + BLOCK <= numel)", "(start <= numel)"),
     Fault("steps of the first tensors alone", "update", "mask = slots < tensors", "mask = slots < tl.minimum(tensors, STEPS_BLOCK)"),
     Fault("steps counted twice", "update", "mask, other=0) + 1, mask)", "mask, other=0) + 2, mask)"),
-    Fault("new numbers not for replays", "update", "captured.\"\"\"\n        self._hyper.set(hyper)", "captured.\"\"\"", GRAPHS),
     Fault("first group's numbers for all", "update", "tl.load(row_ptr + table.HYPER_ROW) *", "0 * tl.load(row_ptr + table.HYPER_ROW) *"),
     Fault("float32 state in float64", "update", "p = tl.load(p_ptr, mask).to(acc)", "p = tl.load(p_ptr, mask).to(tl.float32).to(acc)"),
     Fault("gate ignored", "update", "tl.where(skip, 0, tl.load(row_ptr + table.NUMEL))", "tl.load(row_ptr + table.NUMEL)", GUARD),
