@@ -118,7 +118,6 @@ class Metrics:
         return read([self])[0]
 
     def _parts(self) -> list[tuple[Tensor, tuple[str, ...]]]:
-        """Return the tensors that there are, each with the names of its entries."""
         return [(x, names) for name, player, names in PARTS if (x := self._read(name, player)) is not None]
 
     def _values(self, numbers: Iterator[float]) -> dict[str, float]:

@@ -20,7 +20,6 @@ STREAM = 0x57474150  # Philox's last word for uniform numbers
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Return x in the dtype that arithmetic runs in."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
@@ -178,13 +177,15 @@ def penalty(gradients: Tensor, *, kind: str = "two-sided", target: float = 1.0) 
     return _phi(*_norms(_wide(gradients)), kind, target).mean()
 
 
-def penalty_cotangent(gradients: Tensor, *, kind: str, target: float, weight: float = 1.0) -> tuple[Tensor, Tensor]:
+def penalty_cotangent(
+    gradients: Tensor, *, kind: str, target: float, weight: float = 1.0, norms: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return ([mean penalty; mean, least and greatest norm], d(weight * penalty) / d gradients), differentiable.
 
     Sample i's cotangent is weight / N * phi'(n) / n * g, and 0 at n = 0.
     """
     g = _wide(gradients)
-    squares, norms = _norms(g)
+    squares, norms = _norms(g) if norms is None else (norms.square(), norms)
     scale = _phi(squares, norms, kind, target, slope=True) * (weight / len(norms))
     statistics = torch.stack((_phi(squares, norms, kind, target).mean(), norms.mean(), norms.amin(), norms.amax()))
     return statistics, (_per_sample(scale, g) * g).to(gradients.dtype)

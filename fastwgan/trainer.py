@@ -338,7 +338,6 @@ class Trainer:
         return {name: x.to(weights[name].dtype) for name, x in self._steps.generator.named_averages().items()}
 
     def _critic_steps_left(self) -> int:
-        """Return how many critic steps are left until the next generator step, the one to come included."""
         due = self.n_critic
         if callable(due):
             due = checks.count("n_critic: its result", due(self.generator_iterations))

@@ -68,7 +68,9 @@ def penalty_cotangent(
     """Return :func:`fastwgan.reference.penalty_cotangent`'s two without a graph, by one launch. For the trainer."""
     gradients = gradients.detach()
     if backend == "torch":
-        return reference.penalty_cotangent(gradients, kind=kind, target=target, weight=weight)
+        rows, dtype = gradients.reshape(gradients.shape[0], -1), wide(gradients.dtype)
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)  # without a graph there is no care to be taken at 0
+        return reference.penalty_cotangent(gradients, kind=kind, target=target, weight=weight, norms=norms)
     return kernels.penalty.gradient_penalty(gradients, kind, target, weight, gradients.dtype)[1:]
 
 

@@ -259,7 +259,6 @@ class Gated(Optimizer):
         return self.backend, numbers, owners, missing, [*map(_kind, arrays)], [*map(Tensor.stride, arrays)]
 
     def _planned(self, together: Together) -> list[_Launch]:
-        """Return the launches of a step; raise if one cannot be done."""
         members: dict[_Key, list[_Member]] = {}
         averages, self._bounded = together.averages or {}, set[int]()
         for group in self.param_groups:
