@@ -356,7 +356,6 @@ def gaussian_wasserstein(mean_p: Numbers, cov_p: Numbers, mean_q: Numbers, cov_q
 
 
 def _root(name: str, cov: Tensor) -> Tensor:
-    """Return the symmetric square root of a positive semidefinite matrix."""
     values, vectors = torch.linalg.eigh(cov)
     if values[0] < -1e-6 * values[-1].abs():
         raise ValueError(f"{name}: expected a positive semidefinite covariance, got eigenvalue {values[0].item():g}")

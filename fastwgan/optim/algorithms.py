@@ -134,6 +134,7 @@ class Adam(Gated):
         for i, beta in enumerate(betas):
             if checks.number(f"betas[{i}]", beta, minimum=0) >= 1:
                 raise ValueError(f"betas[{i}]: expected a number in [0, 1), got {beta}")
+        group["betas"] = tuple(betas)  # a list could change and stay the same object
 
     def _step_group(self, params: list[Tensor], states: list[Options], group: Options, finite: bool) -> None:
         grads = [p.grad.resolve_neg() for p in params if p.grad is not None]

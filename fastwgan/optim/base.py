@@ -236,7 +236,7 @@ class Gated(Optimizer):
         if seen is None or together is not self._planned_with or not equal(seen, self._planned_for):
             self._planned_for = None  # until all is known to be right
             self._plan = self._planned(together)
-            self._planned_for, self._planned_with = seen, together
+            self._planned_for, self._planned_with = self._seen(together), together  # which has its state by now
         gate = together.gate if getattr(self, "found_inf", None) is None or not self._plan else self._gate_of_scaler()
         with torch.no_grad():
             for launch in self._plan:

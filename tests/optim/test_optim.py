@@ -487,3 +487,19 @@ def test_what_a_nan_leaves_behind_is_in_the_state_alone(name, backend):
     optimizer.step()
     assert p.isfinite().all()
     assert (p < 0).all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_decays_given_as_lists_are_kept_as_tuples(backend, device):
+    """A plan of the step serves as long as its numbers are the same, and a list may change and be the same."""
+    runs = []
+    for kind in (list, tuple):
+        p = nn.Parameter(torch.ones(3, device=device))
+        optimizer = Adam([p], lr=0.1, betas=kind((0.0, 0.9)), backend=backend)
+        for beta in (0.0, 0.0, 0.5, 0.5):
+            optimizer.param_groups[0]["betas"] = kind((beta, 0.9))
+            p.grad = torch.full_like(p, 1.0 + beta)
+            optimizer.step()
+            assert optimizer.param_groups[0]["betas"] == (beta, 0.9)
+        runs.append(p.detach().clone())
+    assert torch.equal(*runs)
