@@ -25,9 +25,9 @@ class Settled(NamedTuple):
 
 
 class Results:
-    """The results of a step, or of the steps of a graph, one after the other; ``packed`` until one is read.
+    """The entries of one step's results, or of all steps in a graph, one step after the other.
 
-    Of packed ones ``like`` has the shapes and dtypes, or None.
+    A graph's come as one tensor, ``packed``, split when one is read; ``like`` has each entry's shape and dtype.
     """
 
     def __init__(self, entries: Sequence[Lazy | None] = (), packed: Tensor | None = None, like: Any = ()) -> None:

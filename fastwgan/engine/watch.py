@@ -36,7 +36,7 @@ def _containers(x: Any, found: dict[int, Any]) -> None:
 
 
 def _alike(a: Any, b: Any) -> bool:
-    """Return whether an attribute has the same value. Tensors, which are read on the device, have to be the same."""
+    """Return whether two values are equal; tensors only if they are one object, as comparing them waits for a GPU."""
     return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and equal(a, b))
 
 

@@ -51,7 +51,7 @@ class _Launch(NamedTuple):
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Return whether two lists are the same; not if they have tensors in the same place that are not."""
+    """Return a == b, or False where comparing tensors or arrays in them has no single answer."""
     try:
         return bool(a == b)
     except (RuntimeError, ValueError):
@@ -75,11 +75,11 @@ class Gated(Optimizer):
     _updates: dict[_Key, Any]  # launchers, whose tables a CUDA graph may read
     _apart: dict[_Key, list[int]]  # where parameters lie that are known not to overlap
     shares: list[Share]  # of weights on their bound, after the last step
-    _plan: list[_Launch]  # of the last step, which serves for as long as
-    _planned_for: Any  # is what it was, and
-    _planned_with: Together  # the same
+    _plan: list[_Launch]  # the launches of the last step, which serve again if these two are the same:
+    _planned_for: Any  # what _seen returned
+    _planned_with: Together  # what the step did beside the update
     _bounded: set[int]  # ids of parameters that it holds to the trainer's bound
-    _sent: tuple[list[Any], Together] | None  # the numbers that launches which a CUDA graph replays have
+    _sent: tuple[list[Any], Together] | None  # the numbers on the device, where CUDA graphs read them
 
     def __new__(cls, *_: Any, **__: Any) -> "Gated":
         self = super().__new__(cls)
