@@ -7,7 +7,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from fastwgan.backend import DTYPES
+from fastwgan.backend import DTYPES, wide
 from fastwgan.reference import PENALTY_KINDS
 
 
@@ -115,16 +115,13 @@ def offset(offset: object, device: torch.device) -> int | Tensor:
     return offset.reshape(())
 
 
-def blend(blend: object, drift: object = 0.0) -> tuple[float, float]:
-    """Return ``blend`` and ``drift`` if they are a number in [0, 1] and a finite one >= 0, or raise."""
-    share = number("blend", blend, minimum=0)
-    if share > 1:
-        raise ValueError(f"blend: expected a number in [0, 1], got {blend}")
-    return share, number("drift", drift, minimum=0)
-
-
 def scores(name: str, scores: object, batch: int, pack: int = 1, device: torch.device | None = None) -> Tensor:
-    """Return ``scores`` if it is a floating tensor with an entry, along its first dimension, to ``pack`` samples."""
+    """Return the scores, if they are a floating tensor with an entry, along its first dimension, to ``pack`` samples.
+
+    A network may return other things behind them, in a tuple.
+    """
+    if isinstance(scores, tuple) and scores:
+        scores = scores[0]
     scores = tensor(f"{name}: its output", scores, device=device)
     if scores.dim() == 0 or scores.shape[0] * pack != batch:
         packs = f" for {batch} samples in packs of {pack}" if pack > 1 else ""
@@ -167,6 +164,14 @@ def bound(name: str, bound: object, dtype: torch.dtype) -> float:
     if value > torch.finfo(dtype).max:
         raise ValueError(f"{name}: expected a number that {dtype} can hold, got {bound}")
     return torch.tensor(value, dtype=dtype, device="cpu").item()
+
+
+def term(name: str, value: object) -> Tensor:
+    """Return the result of a term of a loss, in float32 or wider, if it is a floating 0-d tensor, or raise."""
+    value = tensor(f"{name}: its result", value)
+    if value.dim():
+        raise ValueError(f"{name}: its result: expected a 0-d tensor, such as a mean, got shape {tuple(value.shape)}")
+    return value.to(wide(value.dtype))
 
 
 def per(per: object) -> str:

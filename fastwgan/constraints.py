@@ -6,7 +6,7 @@ A constraint knows what it asks of a critic step, and a trainer knows no constra
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,40 @@ from fastwgan.ops.weights import Share, combine_shares, project_and_count_
 from fastwgan.optim import Adam, Gated, RMSprop
 from fastwgan.optim.base import Together
 
-__all__ = ["Constraint", "GradientPenalty", "NormClip", "Penalised", "WeightClip"]
+__all__ = ["Constraint", "GradientPenalty", "NormClip", "Penalised", "Samples", "WeightClip"]
+
+
+class Samples(NamedTuple):
+    """The samples of a critic step, with the conditions of each."""
+
+    real: Tensor
+    fake: Tensor
+    cond: tuple[Any, ...] = ()
+    fake_cond: tuple[Any, ...] = ()
+    differs: tuple[int, ...] = ()  # which conditions are others for fake samples than for real ones
+    outputs: tuple[Any, ...] = ()  # what the generator returned behind the fake samples
 
 
 class Penalised(NamedTuple):
     """The penalty of the critic's gradient at points x, [N, ...]."""
 
     x: Tensor
+    cond: tuple[Any, ...]
     weight: float
     kind: str
     target: float
+    joined: tuple[int, ...] = ()  # conditions that lie in x, flat, behind samples of a shape
+    shape: tuple[int, ...] = ()
+
+    def inputs(self, x: Tensor) -> tuple[Any, ...]:
+        """Return the critic's inputs at points x: samples, and their conditions."""
+        if not self.joined:
+            return x, *self.cond
+        sizes, cond = [self.cond[i][0].numel() for i in self.joined], [*self.cond]
+        samples, *parts = torch.split(x, [x.shape[1] - sum(sizes), *sizes], 1)
+        for i, part in zip(self.joined, parts, strict=True):
+            cond[i] = part.reshape(cond[i].shape).to(cond[i].dtype)
+        return samples.reshape(self.shape), *cond
 
 
 class Draw(NamedTuple):
@@ -61,8 +85,11 @@ class Constraint:
         """Return how many numbers of a random stream :meth:`points` uses."""
         return 0
 
-    def points(self, real: Tensor, fake: Tensor, weight: float, draw: Draw, pack: int, backend: Resolved) -> Penalised:
-        """Return the points that are penalised in a step on real and fake samples [N, ...]."""
+    def check_conditions(self, real: Tensor, pairs: Iterable[tuple[Any, Any]]) -> None:
+        """Raise ValueError if real and fake samples may not have two conditions, of which these are the pairs."""
+
+    def points(self, samples: Samples, weight: float, draw: Draw, pack: int, backend: Resolved) -> Penalised:
+        """Return the points that are penalised in a step."""
         raise NotImplementedError
 
     def excluded(self, critic: nn.Module, *, strict: bool = False) -> set[nn.Parameter]:
@@ -261,12 +288,34 @@ class GradientPenalty(Constraint):
     def random_numbers(self, batch: int, pack: int) -> int:
         return {"interpolates": batch // pack, "perturbed": batch}.get(self.at, 0)
 
-    def points(self, real: Tensor, fake: Tensor, weight: float, draw: Draw, pack: int, backend: Resolved) -> Penalised:
+    def check_conditions(self, real: Tensor, pairs: Iterable[tuple[Any, Any]]) -> None:
+        for both in pairs if self.at == "interpolates" else ():
+            rows = all(checks.is_batched(c, len(real)) and c.is_floating_point() for c in both)
+            if not rows or both[0].shape != both[1].shape:
+                got = " and ".join(
+                    f"{c.dtype} {tuple(c.shape)}" if isinstance(c, Tensor) else type(c).__name__ for c in both
+                )
+                raise ValueError(
+                    "fake_cond: expected conditions between which the penalty can interpolate, floating tensors of "
+                    f"one shape with a row for each sample, got {got}: give labels as one-hot floats, or real and fake "
+                    'samples the same conditions, or take GradientPenalty(at="real")'
+                )
+
+    def points(self, samples: Samples, weight: float, draw: Draw, pack: int, backend: Resolved) -> Penalised:
+        real, fake, cond, fake_cond, joined, _ = samples
         if self.at == "interpolates":
-            pair = [x if pack == 1 else x.reshape(-1, pack, *x.shape[1:]) for x in (real.detach(), fake)]
-            x = interpolates(pair[0], pair[1], draw.seed, draw.offset, backend).view(real.shape)
-        elif self.at == "perturbed":
+            pair = [real.detach(), fake]
+            if joined:  # the critic compares samples with their conditions, so points lie between these, too
+                for i, own in enumerate((cond, fake_cond)):
+                    parts = [x.reshape(len(real), -1).to(real.dtype) for x in (pair[i], *(own[j] for j in joined))]
+                    pair[i] = torch.cat(parts, 1)
+            shape = pair[0].shape
+            if pack > 1:
+                pair = [x.reshape(-1, pack, *x.shape[1:]) for x in pair]
+            x = interpolates(pair[0], pair[1], draw.seed, draw.offset, backend).view(shape)
+            return Penalised(x.detach(), cond, weight, self.kind, self.target, joined, tuple(real.shape))
+        if self.at == "perturbed":
             x = perturb(real.detach(), scale=self.noise, seed=draw.seed, offset=draw.offset, backend=backend)
         else:
             x = real if self.at == "real" else fake
-        return Penalised(x.detach(), weight, self.kind, self.target)
+        return Penalised(x.detach(), fake_cond if self.at == "fake" else cond, weight, self.kind, self.target)

@@ -22,6 +22,7 @@ class Settled(NamedTuple):
     penalty: Lazy | None = None  # [mean penalty; mean, least and greatest norm]
     nonfinite: Lazy | None = None  # how many elements of the gradients were not finite, 0-d
     saturation: Lazy | None = None  # the share of weights on their bound, 0-d
+    term: Lazy | None = None  # the value of the network's further term, [1]
 
 
 class Results:
@@ -48,7 +49,8 @@ Found = tuple[Results, int]  # the latter is a step's number there
 CRITIC, GENERATOR = range(2)
 PARTS = (
     ("scores", CRITIC, SCORES), ("penalty", CRITIC, PENALTY), ("saturation", CRITIC, ("saturation",)),
-    ("scores", GENERATOR, ("generator_loss",)), *(("nonfinite", player, ("nonfinite",)) for player in range(2)),
+    ("scores", GENERATOR, ("generator_loss",)), ("term", CRITIC, ("critic_term",)),
+    ("term", GENERATOR, ("generator_term",)), *(("nonfinite", player, ("nonfinite",)) for player in range(2)),
 )  # fmt: skip
 
 
@@ -68,7 +70,7 @@ class Metrics:
     Reading a value (``float``, ``print``, :meth:`as_dict`) is the only thing here that waits for the device.
 
     Attributes:
-        critic_loss: -wasserstein, or what ``blend`` and ``drift`` make of it, + weight * penalty.
+        critic_loss: -wasserstein + weight * penalty + critic_term, of which a step may have only the first.
         wasserstein: mean(D(real)) - mean(D(fake)); positive when the critic is any good.
         penalty: the mean penalty, without its weight; None under WeightClip and on a lazy penalty's off steps.
         real_score, fake_score: mean(D(real)), mean(D(fake)).
@@ -77,19 +79,21 @@ class Metrics:
         saturation: share of the clamped weights that lie on their bound, on a CPU counted when it is read, at the
             latest as the next critic step begins; under NormClip, of the rows whose norm was the
             bound or more before the projection; None under GradientPenalty.
-        generator_loss: -mean(D(G(z))), or what ``blend`` makes of it; None when no generator step was due.
+        generator_loss: -mean(D(G(z))) + generator_term, if any; None when no generator step was due.
+        critic_term, generator_term: the values of these functions of the user's; None where the step had none.
         nonfinite: how many elements of the gradients were infinite or NaN. Unless it is 0, the update was skipped.
     """
 
     NAMES = (
         "critic_loss", "wasserstein", "penalty", "real_score", "fake_score", "gradient_norm", "gradient_norm_min",
-        "gradient_norm_max", "saturation", "generator_loss", "nonfinite",
+        "gradient_norm_max", "saturation", "generator_loss", "critic_term", "generator_term", "nonfinite",
     )  # fmt: skip
 
     real_score, fake_score, wasserstein, _loss = (_entry("scores", i) for i in range(len(SCORES)))
     penalty, gradient_norm, gradient_norm_min, gradient_norm_max = (_entry("penalty", i) for i in range(len(PENALTY)))
 
-    saturation, generator_loss = _entry("saturation", ()), _entry("scores", 0, GENERATOR)
+    saturation, critic_term = _entry("saturation", ()), _entry("term", 0)
+    generator_term, _generator_loss = _entry("term", 0, GENERATOR), _entry("scores", 0, GENERATOR)
 
     def __init__(self, critic: Found | None = None, generator: Found | None = None, *, weight: float = 0.0) -> None:
         self._found, self._weight = [critic, generator], weight
@@ -104,9 +108,15 @@ class Metrics:
 
     @property
     def critic_loss(self) -> Tensor | None:
-        if self._loss is None or self.penalty is None:
-            return self._loss
-        return self._loss + self._weight * self.penalty
+        loss = self._loss
+        if loss is not None and self.penalty is not None:
+            loss = loss + self._weight * self.penalty
+        return loss if loss is None or self.critic_term is None else loss + self.critic_term
+
+    @property
+    def generator_loss(self) -> Tensor | None:
+        loss = self._generator_loss
+        return loss if loss is None or self.generator_term is None else loss + self.generator_term
 
     @property
     def nonfinite(self) -> Tensor | None:
@@ -124,8 +134,10 @@ class Metrics:
         values: dict[str, float] = {}
         for name in (name for _, names in self._parts() for name in names):
             values[name] = next(numbers) + values.get(name, 0.0)
-        if "critic_loss" in values and "penalty" in values:
-            values["critic_loss"] += self._weight * values["penalty"]
+        if "critic_loss" in values:
+            values["critic_loss"] += self._weight * values.get("penalty", 0.0) + values.get("critic_term", 0.0)
+        if "generator_loss" in values:
+            values["generator_loss"] += values.get("generator_term", 0.0)
         return {name: values[name] for name in self.NAMES if name in values}
 
     def __repr__(self) -> str:

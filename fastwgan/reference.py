@@ -11,7 +11,6 @@ from enum import IntEnum
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastwgan.backend import wide
@@ -28,32 +27,14 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
-def critic_loss(real_scores: Tensor, fake_scores: Tensor, *, blend: float = 0.0, drift: float = 0.0) -> Tensor:
-    """Return mean(fake_scores) - mean(real_scores), which the critic minimises. WGAN, Algorithm 1, line 5, negated.
-
-    With ``blend`` that share of it is the GAN's loss, mean(log(1 + exp(fake))) + mean(log(1 + exp(-real))), of
-    arXiv 1406.2661; ``drift`` adds drift * mean(real^2), arXiv 1710.10196, appendix A.1.
-    """
-    return score_statistics(real_scores, fake_scores, blend=blend, drift=drift)[3]
+def critic_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
+    """Return mean(fake_scores) - mean(real_scores), which the critic minimises. WGAN, Algorithm 1, line 5, negated."""
+    return score_statistics(real_scores, fake_scores)[3]
 
 
-def generator_loss(fake_scores: Tensor, *, blend: float = 0.0) -> Tensor:
-    """Return -mean(fake_scores). WGAN, Algorithm 1, line 10. With ``blend`` that share is mean(log(1 + exp(-fake)))."""
-    return _blended(-_wide(fake_scores), blend).mean()
-
-
-def _blended(x: Tensor, blend: float) -> Tensor:
-    """Return blend * log(1 + exp(x)) + (1 - blend) * x."""
-    if blend in (0, 1):  # not 0 times the other, which an infinite score would turn into NaN
-        return -F.logsigmoid(-x) if blend else x
-    return -blend * F.logsigmoid(-x) + (1 - blend) * x
-
-
-def score_slopes(scores: Tensor, sign: int, *, blend: float, drift: float, weight: float | Tensor) -> Tensor:
-    """Return weight * d mean(_blended(sign * scores) + drift * scores^2) / d scores, differentiable."""
-    x = _wide(scores)
-    slope = sign * (blend * torch.sigmoid(sign * x) + (1 - blend))
-    return (slope + 2 * drift * x if drift else slope) * (weight / scores.numel())
+def generator_loss(fake_scores: Tensor) -> Tensor:
+    """Return -mean(fake_scores), which the generator minimises. WGAN, Algorithm 1, line 10."""
+    return -_wide(fake_scores).mean()
 
 
 def wasserstein_loss(y_true: Tensor, y_pred: Tensor) -> Tensor:
@@ -66,18 +47,12 @@ def hinge_critic_loss(real_scores: Tensor, fake_scores: Tensor) -> tuple[Tensor,
     return (1 - _wide(real_scores)).relu().mean(), (1 + _wide(fake_scores)).relu().mean()
 
 
-def score_statistics(real_scores: Tensor, fake_scores: Tensor, *, blend: float = 0.0, drift: float = 0.0) -> Tensor:
+def score_statistics(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
     """Return [mean real, mean fake, mean real - mean fake, the critic's loss], float32 or wider."""
     dtype = wide(real_scores.dtype)
     real, fake = real_scores.mean(dtype=dtype), fake_scores.mean(dtype=dtype)
     wasserstein = real - fake
-    loss = -wasserstein
-    if blend or drift:
-        on_real = _blended(-_wide(real_scores), blend)
-        if drift:
-            on_real = on_real + drift * _wide(real_scores).square()
-        loss = _blended(_wide(fake_scores), blend).mean() + on_real.mean()
-    return torch.stack((real, fake, wasserstein, loss))
+    return torch.stack((real, fake, wasserstein, -wasserstein))
 
 
 def philox(counter: Iterable[Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:

@@ -7,7 +7,7 @@ leaves the networks' own kernels and a handful of launches. Nothing in a step wa
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import islice
 from operator import attrgetter
@@ -26,10 +26,11 @@ from fastwgan.engine.latents import Latent
 from fastwgan.engine.ranks import Ranks, shapes, unwrapped
 from fastwgan.engine.settings import REMOVED, Settings, warmup_schedule
 from fastwgan.engine.steps import Steps
+from fastwgan.engine.terms import StepRecord, Term, split
 from fastwgan.metrics import Found, Metrics
 from fastwgan.training.fit import fit
 
-__all__ = ["Trainer", "warmup_schedule"]
+__all__ = ["StepRecord", "Trainer", "warmup_schedule"]
 
 
 def _optimizer(name: str) -> Any:
@@ -40,12 +41,24 @@ def _optimizer(name: str) -> Any:
     )
 
 
+def _conditions(cond: tuple[Any, ...], fake_cond: object) -> tuple[Any, ...] | None:
+    """Return the conditions of fake samples, or None where they are the real ones', if they fit those."""
+    if fake_cond is None:
+        return None
+    if not isinstance(fake_cond, (tuple, list)):
+        raise TypeError(f"fake_cond: expected a tuple of conditions, got {type(fake_cond).__name__}")
+    if len(fake_cond) != len(cond):
+        raise ValueError(f"fake_cond: expected {len(cond)} conditions, as real samples have, got {len(fake_cond)}")
+    return tuple(fake_cond)
+
+
 class Trainer:
     """Train a generator and a critic by WGAN or WGAN-GP.
 
     Args:
         generator: maps latents z (and conditions) to samples [N, ...].
-        critic: maps samples [N, ...] (and conditions) to scores [N, ...].
+        critic: maps samples [N, ...] (and conditions) to scores [N, ...]. Either may return a tuple that begins with
+            these; what is behind them is for ``critic_term`` and ``generator_term``.
         latent: width of a standard normal z [N, latent], or a callable (batch_size, device) -> z. With several
             processes a callable has to draw other latents in each.
         constraint: :class:`WeightClip` (WGAN), :class:`NormClip` or :class:`GradientPenalty` (WGAN-GP).
@@ -73,9 +86,10 @@ class Trainer:
             and statistics stay float32. With float16 each network has a loss scale: it starts at 65536, is halved where
             gradients overflow (that step is left out, as the first few may be) and doubled after 2000 other steps.
         ema: decay in [0, 1) of a running average of the generator's weights, or None.
-        blend: alpha in [0, 1]: the losses are alpha times the non-saturating GAN's and 1 - alpha times WGAN's; see
-            :func:`fastwgan.functional.critic_loss`.
-        drift: weight (>= 0) of the term mean(D(real)^2) in the critic's loss. It keeps the scores near zero.
+        critic_term, generator_term: functions of one :class:`StepRecord` that return a 0-d tensor with a graph, which
+            is added to what the network minimises, such as ``lambda s: 0.001 * s.real_scores.square().mean()``. A term
+            is a function of a rank's own samples, and averaged over ranks. It runs in each step, under the same
+            autocast as the networks; a CUDA graph replays it only with ``cuda_graph=True``.
         pack: how many consecutive samples of a batch get one score together. The penalty is then of a pack.
         nonfinite: what to do about gradients that are infinite or NaN. Such a step is left out whole: no weight and no
             optimizer's state changes, only what a forward pass itself writes, such as BatchNorm's averages. "raise"
@@ -119,16 +133,16 @@ class Trainer:
         generator_optimizer: torch.optim.Optimizer | None = None, critic_scheduler: LRScheduler | None = None,
         generator_scheduler: LRScheduler | None = None, n_critic: int | Callable[[int], int] = 5, seed: int = 0,
         backend: Backend = "auto", amp: torch.dtype | None = None, cuda_graph: bool | str = "auto",
-        independent_samples: bool = False, compile: bool = False, ema: float | None = None, blend: float = 0.0,
-        drift: float = 0.0, pack: int = 1, nonfinite: str = "raise",
+        independent_samples: bool = False, compile: bool = False, ema: float | None = None,
+        critic_term: Term | None = None, generator_term: Term | None = None, pack: int = 1, nonfinite: str = "raise",
         memory_format: torch.memory_format | None = None, **removed: object,
     ) -> None:  # fmt: skip
         checks.removed(removed, REMOVED)
         checks.refuse_inference_mode()
         generator, critic = unwrapped("generator", generator), unwrapped("critic", critic)
         settings = Settings(
-            latent, constraint, n_critic, seed, backend, amp, cuda_graph, independent_samples, compile, ema, blend,
-            drift, pack, nonfinite, memory_format,
+            latent, constraint, n_critic, seed, backend, amp, cuda_graph, independent_samples, compile, ema,
+            critic_term, generator_term, pack, nonfinite, memory_format,
         )  # fmt: skip
         optimizers = {"critic": critic_optimizer, "generator": generator_optimizer}
         schedulers = {"critic": critic_scheduler, "generator": generator_scheduler}
@@ -171,7 +185,7 @@ class Trainer:
 
     # Steps
 
-    def critic_step(self, real: Tensor, *cond: Any) -> Metrics:
+    def critic_step(self, real: Tensor, *cond: Any, fake_cond: Sequence[Any] | None = None) -> Metrics:
         """Update the critic once on a batch of real samples and as many fresh fake ones.
 
         Return Metrics without ``generator_loss``.
@@ -180,16 +194,19 @@ class Trainer:
             real: samples [N, ...] on the networks' device.
             cond: conditions, passed on to generator and critic after their first argument. A tensor whose first
                 dimension is N counts as one row per sample.
+            fake_cond: as many conditions for the fake samples, where they are others. A penalty at interpolates is then
+                taken between samples with their conditions, which have to be floating, and its norms are of both.
 
         Raises:
             TypeError, ValueError: ``real`` or a network's output cannot be used. No weight is changed then.
         """
         self._check_real(real)
-        return self._critic_step(real, cond)
+        return self._critic_step(real, cond, _conditions(cond, fake_cond))
 
-    def _critic_step(self, real: Tensor, cond: tuple[Any, ...]) -> Metrics:
+    def _critic_step(self, real: Tensor, cond: tuple[Any, ...], fake_cond: tuple[Any, ...] | None) -> Metrics:
         weight = self.constraint.penalty_weight(self.critic_iterations)
-        metrics = self._critic_step_done((self._steps.take_critic_step(weight, real, cond), 0), weight)
+        found = self._steps.take_critic_step(weight, real, cond, fake_cond)
+        metrics = self._critic_step_done((found, 0), weight)
         self._steps.critic.guard.watch(self.last_checkpoint)
         return metrics
 
@@ -207,16 +224,24 @@ class Trainer:
             self.critic_scheduler.step()
         return Metrics(found, weight=weight)
 
-    def generator_step(self, batch_size: int, *cond: Any) -> Metrics:
+    def generator_step(
+        self, batch_size: int, *cond: Any, fake_cond: Sequence[Any] | None = None, real: Tensor | None = None
+    ) -> Metrics:  # fmt: skip
         """Update the generator once on ``batch_size`` latents; return Metrics with ``generator_loss`` alone.
 
-        Conditions and errors: as :meth:`critic_step`.
+        ``real`` are as many samples for ``generator_term``, whose conditions are ``cond``. Those of the fake samples
+        are ``fake_cond``, if given. Errors: as :meth:`critic_step`.
         """
+        fake_cond = _conditions(cond, fake_cond)
+        if real is not None:
+            self._check_real(real)
+            if len(real) != batch_size:
+                raise ValueError(f"real: expected batch_size={batch_size} samples, got {len(real)}")
         checks.refuse_inference_mode()
         checks.count("batch_size", batch_size)
         if batch_size % self.pack:
             raise ValueError(f"batch_size: expected a multiple of pack={self.pack}, got {batch_size}")
-        metrics = self._generator_step_done((self._steps.take_generator_step(batch_size, cond), 0))
+        metrics = self._generator_step_done((self._steps.take_generator_step(batch_size, cond, fake_cond, real), 0))
         self._steps.generator.guard.watch(self.last_checkpoint)
         return metrics
 
@@ -227,18 +252,21 @@ class Trainer:
             self.generator_scheduler.step()
         return Metrics(generator=found)
 
-    def step(self, real: Tensor, *cond: Any) -> Metrics:
+    def step(self, real: Tensor, *cond: Any, fake_cond: Sequence[Any] | None = None) -> Metrics:
         """Take a critic step, and then a generator step if ``n_critic`` critic steps have been taken since the last.
 
         As :meth:`critic_step`; ``generator_loss`` is set when a generator step was due.
         """
         self._check_real(real)
-        left = self._critic_steps_left()
+        fake_cond, left = _conditions(cond, fake_cond), self._critic_steps_left()
         if left <= 1:
             self._steps.generator.follow()  # before the critic is changed
-        metrics = self._critic_step(real, cond)
+        metrics = self._critic_step(real, cond, fake_cond)
         if left <= 1:
-            metrics.include(self.generator_step(len(real), *cond))
+            given: dict[str, Any] = {} if fake_cond is None else {"fake_cond": fake_cond}
+            if self._settings.generator_term is not None:
+                given["real"] = real
+            metrics.include(self.generator_step(len(real), *cond, **given))
         return metrics
 
     def iteration(self, batches: Iterable[Any]) -> list[Metrics]:
@@ -326,6 +354,7 @@ class Trainer:
                 z = self._steps.latents.of_sample(n, seed)
                 averages = self.averages() if ema else {}
                 found = functional_call(self.generator, averages, (z, *cond)) if ema else self.generator(z, *cond)
+                found, _ = split(found)
         except BaseException as error:
             self._steps.latents.go_back(before)
             self._settings.explain(error)

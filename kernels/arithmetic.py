@@ -37,13 +37,6 @@ def one_minus_power(log_base, exponent):
 
 
 @triton.jit
-def log1p(x):
-    """log(1 + x) for x in [0, 1], to the last digits of a small x: what the sum rounds off is added to first order."""
-    total = 1 + x
-    return tl.log(total) + divide(x - (total - 1), total)
-
-
-@triton.jit
 def cos_and_sin_of_turns(turns):
     """cos and sin of 2 pi turns for turns in [0, 1). A quarter of a turn is exact, so the rest is, and it is small."""
     quarter = (4 * turns + 0.5).to(tl.int32)

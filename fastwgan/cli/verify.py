@@ -80,7 +80,6 @@ BUILT_IN: dict[str, Callable[[Constraint, bool], Arguments]] = {
     "mlp": _mlp, "dcgan": _dcgan, "resnet": _resnet, "tabular": _tabular, "conditional": _conditional,
 }  # fmt: skip
 NAMES: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
-WEIGHT: dict[str, Any] = {"type": float, "default": 0.0, "metavar": "NUMBER"}
 OPTIONS: Options = {
     "--networks": {
         "metavar": "MODULE:FACTORY",
@@ -89,8 +88,6 @@ OPTIONS: Options = {
     },
     "--workload": NAMES | {"choices": BUILT_IN, "help": f"{', '.join(BUILT_IN)}; default: all"},
     "--constraint": NAMES | {"choices": CONSTRAINTS, "help": f"{', '.join(CONSTRAINTS)}; default: all"},
-    "--blend": WEIGHT | {"help": "share of the GAN's loss in WGAN's; default: 0"},
-    "--drift": WEIGHT | {"help": "weight of mean(D(real)^2) in the critic's loss; default: 0"},
     "--device": {"help": "such as cpu or cuda:0; default: where --networks are, else the first GPU, else the CPU"},
     "--backend": BACKEND,
     "--seed": {"type": SEED, "default": 0},
@@ -144,7 +141,7 @@ def run(args: Namespace) -> int:
         passed, reports = True, {}
         constraints = args.constraint or CONSTRAINTS
         for name, arguments in _jobs(args.workload or BUILT_IN, args.networks, constraints, place, args.seed):
-            report = verify(**{"backend": args.backend, "blend": args.blend, "drift": args.drift, **arguments})
+            report = verify(**{"backend": args.backend, **arguments})
             print(f"{name}: {report}\n", flush=True)
             passed, reports[name] = passed and report.passed, report.as_dict()
             if args.json is not None:

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import grad
+from torch.nn.utils.stateless import _reparametrize_module
 
 from fastwgan import checks, reference
-from fastwgan.constraints import Penalised
+from fastwgan.constraints import Penalised, Samples
 from fastwgan.engine import structure
-from fastwgan.engine.eager import Eager, Passed, hooks_of, packed, scores_of_both
+from fastwgan.engine.eager import Eager, Passed, conditions_of_both, hooks_of, packed
+from fastwgan.engine.terms import Scored, StepRecord, halves, needed, split
 from fastwgan.ops.calls import call_module, changed_tensors, empty_buffers, rebind_buffers
 from fastwgan.ops.penalty import traced_input_gradient
 
@@ -76,35 +78,36 @@ class Compiled(Eager):
                 "got too many: keep such a number in a buffer (register_buffer, fill_), or leave compile out"
             ) from error
 
-    def samples(self, z: Any, *cond: Any) -> Tensor:
+    def samples(self, z: Any, *cond: Any) -> tuple[Any, tuple[Any, ...]]:
         shape = z.shape if isinstance(z, Tensor) else None
         return self._call(super().samples, shape, z, *cond)  # type: ignore[no-any-return]
 
     def critic(
-        self, parameters: list[nn.Parameter], batch: tuple[Tensor, ...], penalised: Penalised | None,
-        cond: tuple[Any, ...], *, layers: Sequence[nn.Module] | None = None, scale: Tensor | None = None,
+        self, parameters: list[nn.Parameter], samples: Samples, batch: tuple[Tensor, ...],
+        penalised: Penalised | None, *, layers: Sequence[nn.Module] | None = None, scale: Tensor | None = None,
     ) -> Passed:  # fmt: skip
-        state, shapes = _state(self._critic), tuple(x.shape for x in batch)
-        x, penalty = (None, None) if penalised is None else (penalised.x, penalised[1:])
-        gradients, (rebound, scores, statistics, measured) = self._call(
-            self._trace_critic, shapes, state, batch, x, cond, scale, penalty=penalty
+        state, shapes = _state(self._critic), (*(x.shape for x in batch), *([] if penalised is None else penalised[2:]))
+        gradients, (rebound, scores, statistics, measured, term) = self._call(
+            self._trace_critic, shapes, state, samples, batch, penalised, scale
         )
         self._hand_over(state[0], gradients)
         rebind_buffers(self._critic, rebound)
-        return Passed(scores, statistics, None if x is None else measured)
+        terms = None if self._settings.critic_term is None else term
+        return Passed(scores, statistics, None if penalised is None else measured, terms)
 
     def generator(
-        self, parameters: list[nn.Parameter], frozen: list[nn.Parameter], z: Any, cond: tuple[Any, ...], batch: int,
-        dtype: torch.dtype, scale: Tensor | None = None,
+        self, parameters: list[nn.Parameter], frozen: list[nn.Parameter], z: Any, real: Tensor | None,
+        cond: tuple[Any, ...], fake_cond: tuple[Any, ...], batch: int, dtype: torch.dtype,
+        scale: Tensor | None = None,
     ) -> Passed:  # fmt: skip
-        state = _state(self._generator)
-        gradients, (rebound, scores, loss) = self._call(
-            self._trace_generator, batch, state, _state(self._critic), z, cond, scale, batch=batch, dtype=dtype
+        state, given = _state(self._generator), (z, real, cond, fake_cond, scale)
+        gradients, (rebound, scores, loss, term) = self._call(
+            self._trace_generator, batch, state, _state(self._critic), *given, batch=batch, dtype=dtype
         )
         self._hand_over(state[0], gradients)
         for module, changed in zip((self._generator, self._critic), rebound, strict=True):
             rebind_buffers(module, changed)
-        return Passed((scores,), loss)
+        return Passed((scores,), loss, term=None if self._settings.generator_term is None else term)
 
     @staticmethod
     @torch.no_grad()
@@ -117,54 +120,78 @@ class Compiled(Eager):
             else:
                 p.grad = gradients[name]
 
+    def _traced_term(self, name: str, record: StepRecord, state: State) -> Tensor:
+        """Return the value of a network's term, in which that network has the tensors that are differentiated."""
+        with _reparametrize_module(getattr(self, f"_{name}"), state[0] | state[1]):
+            return self.term(name, record)
+
     def _trace_critic(
-        self, state: State, batch: tuple[Tensor, ...], x: Tensor | None, cond: tuple[Any, ...], scale: Tensor | None,
-        *, penalty: tuple[float, str, float] | None,
+        self, state: State, samples: Samples, batch: tuple[Tensor, ...], penalised: Penalised | None,
+        scale: Tensor | None,
     ) -> Any:  # fmt: skip
         factor, pack = self._share if scale is None else self._share * scale, self._settings.pack
 
         def loss(trained: Tensors, given: Tensors) -> tuple[Tensor, Any]:
             rest = dict(given)  # with what a forward pass rebinds
 
-            def forward(samples: Tensor, rest: Tensors, cond: tuple[Any, ...] = cond) -> Tensor:
-                with self._autocast():
-                    scores = call_module(self._critic, trained, rest, (samples, *cond), self._empty[1])
-                return checks.scores("critic", scores, len(samples), pack)
+            def forward(rest: Tensors, x: Tensor, *cond: Any) -> Scored:
+                return self._traced_score((trained, rest), x, *cond)
 
             if len(batch) == 1:
-                both = scores_of_both(lambda samples, *cond: forward(samples, rest, cond), *batch, cond)
-                real_scores, fake_scores = both[: len(both) // 2], both[len(both) // 2 :]
+                both, outputs = forward(rest, *batch, *conditions_of_both(samples))
+                of_each = halves(outputs, len(both))
+                real, fake = (both[: len(both) // 2], of_each[0]), (both[len(both) // 2 :], of_each[1])
             else:
-                real_scores, fake_scores = (forward(x, rest) for x in batch)
-            statistics = reference.score_statistics(
-                real_scores, fake_scores, blend=self._settings.blend, drift=self._settings.drift
-            )
+                real, fake = forward(rest, batch[0], *samples.cond), forward(rest, batch[1], *samples.fake_cond)
+            statistics = reference.score_statistics(real[0], fake[0])
             total, statistics = statistics[3], statistics.detach()
-            measured = statistics  # torch.func wants tensors
-            if x is not None and penalty is not None:
-                weight, kind, target = penalty
-                gradients = traced_input_gradient(forward, x, rest, pack, scale)
+            measured = term = statistics  # torch.func wants tensors
+            if self._settings.critic_term is not None:
+                record = StepRecord(*samples[:4], lambda: real, fake, samples.outputs)
+                value = self._traced_term("critic", record, (trained, rest))
+                total, term = total + value, value.detach().reshape(1)
+            if penalised is not None:
+                inputs = penalised.inputs
+                gradients = traced_input_gradient(
+                    lambda x, rest: forward(rest, *inputs(x))[0], penalised.x, rest, pack, scale
+                )
+                kind, target = penalised.kind, penalised.target
                 found, _ = reference.penalty_cotangent(packed(gradients, pack), kind=kind, target=target)
-                total, measured = total + weight * found[0], found.detach()
-            scores = (real_scores.detach(), fake_scores.detach())
-            return total * factor, (changed_tensors(given, rest), scores, statistics, measured)
+                total, measured = total + penalised.weight * found[0], found.detach()
+            scores = (real[0].detach(), fake[0].detach())
+            return total * factor, (changed_tensors(given, rest), scores, statistics, measured, term)
 
         return grad(loss, has_aux=True)(*state)
 
+    def _traced_score(self, state: State, x: Tensor, *cond: Any) -> Scored:
+        """Return the critic's scores, and what it returned behind them, with tensors of which it rebinds some."""
+        with self._autocast():
+            scores, outputs = split(call_module(self._critic, *state, (x, *cond), self._empty[1]))
+        return checks.scores("critic", scores, len(x), self._settings.pack), outputs
+
     def _trace_generator(
-        self, state: State, critic_state: State, z: Any, cond: tuple[Any, ...], scale: Tensor | None, *,
-        batch: int, dtype: torch.dtype,
+        self, state: State, critic_state: State, z: Any, real: Tensor | None, cond: tuple[Any, ...],
+        fake_cond: tuple[Any, ...], scale: Tensor | None, *, batch: int, dtype: torch.dtype,
     ) -> Any:  # fmt: skip
         factor = self._share if scale is None else self._share * scale
 
         def loss(trained: Tensors, given: Tensors, critic_state: State) -> tuple[Tensor, Any]:
-            rest, critic_rest = dict(given), dict(critic_state[1])
+            rest, critic = dict(given), (critic_state[0], dict(critic_state[1]))
             with self._autocast():
-                fake = call_module(self._generator, trained, rest, (z, *cond), self._empty[0]).to(dtype)
-                scores = call_module(self._critic, critic_state[0], critic_rest, (fake, *cond), self._empty[1])
-            checks.scores("critic", scores, batch, self._settings.pack)
-            total = reference.generator_loss(scores, blend=self._settings.blend)
-            rebound = changed_tensors(given, rest), changed_tensors(critic_state[1], critic_rest)
-            return total * factor, (rebound, scores.detach(), total.detach().reshape(1))
+                fake, generated = split(call_module(self._generator, trained, rest, (z, *fake_cond), self._empty[0]))
+            fake = fake.to(dtype)
+            scored = self._traced_score(critic, fake, *fake_cond)
+            checks.scores("critic", scored[0], batch, self._settings.pack)
+            total = reference.generator_loss(scored[0])
+            loss = term = total.detach().reshape(1)
+            if self._settings.generator_term is not None:
+                record = StepRecord(
+                    real, fake, cond, fake_cond, lambda: self._traced_score(critic, needed(real), *cond), scored,
+                    generated,
+                )  # fmt: skip
+                value = self._traced_term("generator", record, (trained, rest))
+                total, term = total + value, value.detach().reshape(1)
+            rebound = changed_tensors(given, rest), changed_tensors(critic_state[1], critic[1])
+            return total * factor, (rebound, scored[0].detach(), loss, term)
 
         return grad(loss, has_aux=True)(*state, critic_state)

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from fastwgan import checks
 from fastwgan.backend import resolve
-from fastwgan.constraints import Penalised
+from fastwgan.constraints import Penalised, Samples
 from fastwgan.engine.settings import Settings
+from fastwgan.engine.terms import Scored, StepRecord, halves, needed, split
 from fastwgan.models import InstanceNoise
 from fastwgan.ops.penalty import NO_DEPENDENCE, WRITES, input_gradient, penalty_cotangent
 from fastwgan.ops.rectifiers import through
-from fastwgan.ops.scores import objective
 
 _form = attrgetter("shape", "dtype", "device", "layout")
 hooks_of = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")  # of a parameter, which backward passes call
@@ -37,6 +37,7 @@ class Passed(NamedTuple):
     scores: tuple[Tensor, ...]  # of real and fake samples, or of fake ones alone, without a graph
     statistics: Tensor | None = None  # as a settled step's scores, where the passes know them
     penalty: Tensor | None = None  # [mean penalty; mean, least and greatest norm]
+    term: Tensor | None = None  # the user's, [1]
 
 
 @contextmanager
@@ -51,9 +52,10 @@ def _without_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def scores_of_both(critic: Callable[..., Tensor], both: Tensor, cond: tuple[Any, ...]) -> Tensor:
-    """Return the scores of real samples, the first half of ``both``, and fake ones from one forward pass."""
-    return critic(both, *[torch.cat((c, c)) if checks.is_batched(c, both.shape[0] // 2) else c for c in cond])
+def conditions_of_both(samples: Samples) -> list[Any]:
+    """Return the conditions of real samples and fake ones as one batch."""
+    n, pairs = len(samples.real), zip(samples.cond, samples.fake_cond, strict=True)
+    return [torch.cat((c, other)) if checks.is_batched(c, n) else c for c, other in pairs]
 
 
 def packed(x: Tensor, pack: int) -> Tensor:
@@ -77,27 +79,32 @@ class Eager:
         wanted = amp is not None or torch.is_autocast_enabled(kind)
         return torch.autocast(kind, amp, cache_enabled=False) if wanted else nullcontext()
 
-    def score(self, samples: Tensor, *cond: Any) -> Tensor:
-        """Return the critic's scores."""
+    def _criticise(self, samples: Tensor, *cond: Any) -> Any:
+        """Return what the critic does of samples."""
         with self._autocast():
-            scores = self._critic(samples, *cond)
-        return checks.scores("critic", scores, samples.shape[0], self._settings.pack, self._device)
+            return self._critic(samples, *cond)
+
+    def score(self, samples: Tensor, *cond: Any) -> Scored:
+        """Return the critic's scores, and what it returned behind them."""
+        with self._autocast():
+            scores, outputs = split(self._critic(samples, *cond))
+        return checks.scores("critic", scores, samples.shape[0], self._settings.pack, self._device), outputs
 
     def _score_by(self, layers: Sequence[nn.Module], samples: Tensor) -> Tensor:
         """Return the scores by the critic's layers, in which rectifiers have no second derivative."""
         with self._autocast():
             return through(layers, samples)
 
-    def samples(self, z: Any, *cond: Any) -> Tensor:
-        """Return the generator's samples, whatever they are."""
+    def samples(self, z: Any, *cond: Any) -> tuple[Any, tuple[Any, ...]]:
+        """Return the generator's samples, whatever they are, and what it returned behind them."""
         with self._autocast():
-            samples: Tensor = self._generator(z, *cond)
-        return samples
+            return split(self._generator(z, *cond))
 
-    def pair(self, real: Tensor, z: Any, cond: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        """Return real and fake samples of one shape and dtype, made without a graph through the generator."""
+    def pair(self, given: Samples, z: Any) -> Samples:
+        """Return real samples, and fake ones of their shape and dtype, made without a graph through the generator."""
+        real = given.real
         with torch.no_grad():
-            fake = self.samples(z, *cond)
+            fake, outputs = self.samples(z, *given.fake_cond)
         if self._settings.amp is not None:
             real = real.float()
         # If real samples have another dtype than the critic, it is they that do not fit.
@@ -107,11 +114,11 @@ class Eager:
         if not isinstance(fake, Tensor) or _form(fake) != _form(real):
             checks.samples("generator: its output", fake, device=self._device)
             checks.like("generator: its output", fake, "real", real, shape=True)
-        return real, fake
+        return Samples(real, fake, given.cond, given.fake_cond, given.differs, outputs)
 
     def critic(
-        self, parameters: list[nn.Parameter], batch: tuple[Tensor, ...], penalised: Penalised | None,
-        cond: tuple[Any, ...], *, layers: Sequence[nn.Module] | None = None, scale: Tensor | None = None,
+        self, parameters: list[nn.Parameter], samples: Samples, batch: tuple[Tensor, ...],
+        penalised: Penalised | None, *, layers: Sequence[nn.Module] | None = None, scale: Tensor | None = None,
     ) -> Passed:  # fmt: skip
         """Take the gradients of the critic's loss, times the loss scale, for parameters without gradients.
 
@@ -120,24 +127,29 @@ class Eager:
         forward pass has kept before the penalty needs as much. In other critics two parameters' gradients may share
         memory, into which a second backward pass would add twice.
         """
-        pack, penalty = self._settings.pack, None
+        pack, penalty, term = self._settings.pack, None, None
         with torch.enable_grad():
-            roots, seeds, scores, statistics = self._scores(batch, cond, scale)
+            roots, seeds, real, fake = self._scores(samples, batch, scale)
             if not all(root.requires_grad for root in roots):
                 raise ValueError(f"critic: {NO_GRAPH}")
+            if self._settings.critic_term is not None:
+                record = StepRecord(*samples[:4], lambda: real, fake, samples.outputs)
+                term = self._add_term("critic", record, roots, seeds, scale)
             if penalised is not None:
                 hooked = any(chain.from_iterable(map(hooks_of, parameters)))  # hooks get whole gradients, once
                 if layers is not None and not hooked:
                     torch.autograd.backward(roots, seeds, inputs=parameters)
                     roots, seeds = [], []
-                x, weight, kind, target = penalised
+                x, cond, weight, kind, target, joined, _ = penalised
                 seeds_like: Callable[[Tensor], Tensor] = partial(self._constant, value=1.0)
                 if scale is not None:
                     rounded = (scale / (len(x) // pack)).half()  # as in the loss; float16 holds no 65536
                     seeds_like = rounded.expand_as
-                score = self.score
+                score: Callable[..., Any] = self._criticise
                 if rectified := layers is not None and InstanceNoise not in map(type, layers):
                     score = partial(self._score_by, layers)
+                elif joined:
+                    score, cond = lambda x: self._criticise(*penalised.inputs(x)), ()
                 gradients = input_gradient(score, x.requires_grad_(), cond, seeds_like, pack, rectified=rectified)
                 unscaled = gradients.detach() if scale is None else gradients.detach() / rounded.float()
                 of_packs = unscaled if pack == 1 else packed(unscaled, pack)
@@ -148,57 +160,75 @@ class Eager:
                     roots, seeds = [*roots, gradients], [*seeds, cotangent.view(gradients.shape)]
             if roots:
                 torch.autograd.backward(roots, seeds, inputs=parameters)
-        return Passed(scores, statistics, penalty)
+        return Passed((real[0].detach(), fake[0].detach()), None, penalty, term)
 
     def generator(
-        self, parameters: list[nn.Parameter], frozen: list[nn.Parameter], z: Any, cond: tuple[Any, ...], batch: int,
-        dtype: torch.dtype, scale: Tensor | None = None,
+        self, parameters: list[nn.Parameter], frozen: list[nn.Parameter], z: Any, real: Tensor | None,
+        cond: tuple[Any, ...], fake_cond: tuple[Any, ...], batch: int, dtype: torch.dtype,
+        scale: Tensor | None = None,
     ) -> Passed:  # fmt: skip
-        """Take the gradients of the generator's loss; the critic, whose parameters are ``frozen``, gets ``dtype``."""
+        """Take the gradients of the generator's loss; the critic, whose parameters are ``frozen``, gets ``dtype``.
+
+        Conditions and ``real`` samples are for the generator's term.
+        """
+        term = None
         with torch.enable_grad(), _without_gradients(frozen):
-            fake = checks.samples("generator: its output", self.samples(z, *cond), device=self._device)
+            fake, outputs = self.samples(z, *fake_cond)
+            fake = checks.samples("generator: its output", fake, device=self._device)
             if len(fake) != batch:
                 raise ValueError(f"generator: its output: expected shape [{batch}, ...], got {tuple(fake.shape)}")
             if not fake.requires_grad:
                 raise ValueError(f"generator: {NO_GRAPH}")
-            scores = self.score(fake.to(dtype), *cond)
+            fake = fake.to(dtype)
+            scored = scores, _ = self.score(fake, *fake_cond)
             if not scores.requires_grad:
                 raise ValueError(NO_DEPENDENCE)
-            if self._settings.blend:
-                loss, seed = self._objective(None, scores, scale)
-            else:
-                loss, seed = None, self._constant(scores, -self._share / scores.numel(), scale=scale)
-            torch.autograd.backward([scores], [seed.view(scores.shape)], inputs=parameters)
-        return Passed((scores.detach(),), loss)
+            roots, seeds = [scores], [self._constant(scores, -self._share / scores.numel(), scale=scale)]
+            if self._settings.generator_term is not None:
+                record = StepRecord(real, fake, cond, fake_cond, partial(self._score_real, real, cond), scored, outputs)
+                term = self._add_term("generator", record, roots, seeds, scale)
+            torch.autograd.backward(roots, seeds, inputs=parameters)
+        return Passed((scores.detach(),), term=term)
 
-    def _objective(self, real_scores: Tensor | None, fake: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return (statistics of scores, cotangents of them all, flat), of losses whose gradients are no constants."""
-        options = {"blend": self._settings.blend, "drift": 0.0 if real_scores is None else self._settings.drift}
-        return objective(real_scores, fake, weight=self._share, scale=scale, backend=self._backend, **options)
+    def _score_real(self, real: Tensor | None, cond: tuple[Any, ...]) -> Scored:
+        """Return the critic's scores and outputs of real samples in a generator's step."""
+        return self.score(needed(real), *cond)
+
+    def term(self, name: str, record: StepRecord) -> Tensor:
+        """Return the value of a network's further term."""
+        with self._autocast():
+            value = getattr(self._settings, f"{name}_term")(record)
+        return checks.term(f"{name}_term", value)
+
+    def _add_term(
+        self, name: str, record: StepRecord, roots: list[Tensor], seeds: list[Tensor], scale: Tensor | None
+    ) -> Tensor:  # fmt: skip
+        """Add a further term to the roots of a backward pass, and its cotangent; return its value, [1]."""
+        value = self.term(name, record)
+        if not value.requires_grad:
+            raise ValueError(f"{name}_term: its result: expected to depend on the {name}, got one without a graph")
+        roots.append(value)
+        seeds.append(self._constant(value, self._share, scale=scale))
+        return value.detach().reshape(1)
 
     def _scores(
-        self, batch: tuple[Tensor, ...], cond: tuple[Any, ...], scale: Tensor | None
-    ) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, ...], Tensor | None]:
-        """Return (roots of the backward pass, their cotangents, scores, statistics that come with the cotangents)."""
+        self, samples: Samples, batch: tuple[Tensor, ...], scale: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor], Scored, Scored]:
+        """Return (roots of the backward pass, their cotangents, scores and outputs of real samples, of fake ones)."""
         if len(batch) == 1:
-            roots = [scores_of_both(self.score, *batch, cond) if cond else self.score(*batch)]
-            scores = roots[0].detach().tensor_split(2)
-        else:
-            versions = [x._version for x in batch]
-            roots = [self.score(x, *cond) for x in batch]
-            if [x._version for x in batch] != versions:  # another batch than the caller's from then on
-                raise ValueError(WRITES)
-            checks.like("critic: its output", roots[1], "that for real samples", roots[0], shape=True)
-            scores = tuple(root.detach() for root in roots)
-        if self._settings.blend or self._settings.drift:
-            statistics, slopes = self._objective(scores[0], scores[1], scale)
-            parts = zip(slopes.tensor_split(len(roots)), roots, strict=True)
-            return roots, [part.view(root.shape) for part, root in parts], scores, statistics
-        value = self._share / scores[0].numel()
-        if len(roots) == 1:
-            return roots, [self._constant(roots[0], -value, value, scale=scale)], scores, None
+            root, outputs = self.score(*batch, *(conditions_of_both(samples) if samples.cond else ()))
+            (real, fake), rest = root.tensor_split(2), halves(outputs, len(root)) if outputs else ((), ())
+            value = self._share / real.numel()
+            return [root], [self._constant(root, -value, value, scale=scale)], (real, rest[0]), (fake, rest[1])
+        versions = [x._version for x in batch]
+        scored = self.score(batch[0], *samples.cond), self.score(batch[1], *samples.fake_cond)
+        if [x._version for x in batch] != versions:  # another batch than the caller's from then on
+            raise ValueError(WRITES)
+        roots = [scores for scores, _ in scored]
+        checks.like("critic: its output", roots[1], "that for real samples", roots[0], shape=True)
+        value = self._share / roots[0].numel()
         seeds = [self._constant(root, sign * value, scale=scale) for root, sign in zip(roots, (-1, 1), strict=True)]
-        return roots, seeds, scores, None
+        return roots, seeds, *scored
 
     def _constant(
         self, like: Tensor, value: float, second_half: float | None = None, *, scale: Tensor | None = None

@@ -227,25 +227,27 @@ class Player:
     def settle(self, found: Passed) -> Settled:
         """Finish a step whose gradients are there: add up the ranks, set the guard's gate, update, bound, average."""
         assert self._watch is not None
-        scores, penalty, nonfinite = self._measured(self._watch, *found)
-        return Settled(scores, penalty, nonfinite, self._updated(self._watch.trained))
+        scores, penalty, nonfinite, term = self._measured(self._watch, *found)
+        return Settled(scores, penalty, nonfinite, self._updated(self._watch.trained), term)
 
     def _measured(
-        self, watch: Watch, scores: tuple[Tensor, ...], known: Tensor | None, penalty: Tensor | None
-    ) -> tuple[Lazy, Tensor | None, Tensor]:
-        """Return (score statistics, penalty statistics, nonfinite) of all ranks, and set the guard's gate."""
+        self, watch: Watch, scores: tuple[Tensor, ...], known: Tensor | None, penalty: Tensor | None,
+        term: Tensor | None,
+    ) -> tuple[Lazy, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+        """Return (score statistics, penalty statistics, nonfinite, term) of all ranks, and set the guard's gate."""
         guard = self.guard
         guard.dense = self.gated is not None or self._ranks.world > 1
         if self._ranks.world == 1:
             found, nonfinite = guard.check(watch.parameters, scores if known is None else ())
-            return known if found is None else found, penalty, nonfinite  # type: ignore[return-value]
+            return known if found is None else found, penalty, nonfinite, term  # type: ignore[return-value]
         trained, own = watch.trained, statistics(scores, self._backend) if known is None else known
         used = own.new_ones(len(trained))
         without = [i for i, p in enumerate(trained) if p.grad is None]
         for i in without:  # another rank may have used it
             trained[i].grad = torch.zeros_like(trained[i])
             used[i] = 0
-        parts = (own.new_full((1,), scores[-1].numel()), used, own, *([] if penalty is None else [penalty]))
+        extra = [x for x in (term, penalty) if x is not None]
+        parts = (own.new_full((1,), scores[-1].numel()), used, own, *extra)
         gradients = guard.gradients(watch.parameters)
         table = self._ranks.sum_(gradients, torch.cat(parts))
         sizes, counts, own, *rest = torch.split(table, [len(part) for part in parts], dim=1)
@@ -253,11 +255,13 @@ class Player:
         for i in without:
             if not counts[:, i].any():  # nobody has: an optimizer is not to take zeros for its gradient
                 trained[i].grad = None
+        if term is not None:
+            term = rest.pop(0).mean(0)
         if rest:
             means, least, greatest = rest[0][:, :2].mean(0), rest[0][:, 2].amin(), rest[0][:, 3].amax()
             penalty = torch.cat((means, least[None], greatest[None]))
         _, nonfinite = guard.check(watch.parameters)
-        return own.mean(0), penalty, nonfinite
+        return own.mean(0), penalty, nonfinite, term
 
     def _updated(self, trained: list[nn.Parameter]) -> Lazy | None:
         """Update, bound and average the weights, unless the gate says no; return the share on their bound, or None."""

@@ -13,8 +13,13 @@ from fastwgan import checks
 from fastwgan.backend import DTYPES, Backend, resolve
 from fastwgan.constraints import Constraint
 from fastwgan.engine.latents import Latent
+from fastwgan.engine.terms import Term
 
 REMOVED = {
+    "blend": "write critic_term=lambda s: blend * (F.softplus(-s.real_scores).mean() + F.softplus(s.fake_scores).mean()"
+    " - fastwgan.functional.critic_loss(s.real_scores, s.fake_scores)) and generator_term=lambda s: blend * "
+    "(F.softplus(-s.fake_scores).mean() - fastwgan.functional.generator_loss(s.fake_scores))",
+    "drift": "write critic_term=lambda s: drift * s.real_scores.square().mean()",
     "instance_noise": "wrap the critic: fastwgan.models.InstanceNoise(critic, scale)",
     "max_skipped": "leave it out: a step that is left out 20 times in a row raises",
 }
@@ -46,13 +51,16 @@ class Settings:
     independent_samples: bool
     compile: bool
     ema: float | None
-    blend: float
-    drift: float
+    critic_term: Term | None
+    generator_term: Term | None
     pack: int
     nonfinite: str
     memory_format: torch.memory_format | None
 
     def __post_init__(self) -> None:
+        for name in ("critic_term", "generator_term"):
+            if (term := getattr(self, name)) is not None and not callable(term):
+                raise TypeError(f"{name}: expected a function of the step's record, got {type(term).__name__}")
         for name in ("compile", "independent_samples"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
@@ -68,7 +76,6 @@ class Settings:
         if not callable(self.n_critic):
             checks.count("n_critic", self.n_critic)
         checks.seed("seed", self.seed)
-        checks.blend(self.blend, self.drift)
         checks.count("pack", self.pack)
         if self.nonfinite not in ("raise", "skip"):
             raise ValueError(f"nonfinite: expected 'raise' or 'skip', got {self.nonfinite!r}")

@@ -1,5 +1,6 @@
 """The device's part of a trainer's steps, each of which is replayed as a CUDA graph where it can be."""
 
+import warnings
 from itertools import chain, islice
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastwgan.backend import resolve
+from fastwgan.constraints import Samples
 from fastwgan.engine import graphs
 from fastwgan.engine.compiled import Compiled
 from fastwgan.engine.eager import Eager
@@ -16,10 +18,16 @@ from fastwgan.engine.ranks import Ranks
 from fastwgan.engine.settings import Settings
 from fastwgan.engine.structure import Sharing
 from fastwgan.metrics import Lazy, Results, Settled
+from fastwgan.optim.base import equal
 
 MOST_CAPTURED = 8  # critic steps in a graph of a whole iteration, which bounds the time that its capture takes
 
-Part = tuple[Any, ...]  # real samples, and their conditions
+Part = tuple[Any, ...]  # conditions, or real samples and their conditions
+
+
+def _differ(a: Any, b: Any) -> bool:
+    """Return whether two conditions are not the same: another tensor is another one, whatever is in it."""
+    return a is not b and (isinstance(a, Tensor) or isinstance(b, Tensor) or not equal(a, b))
 
 
 class Steps:
@@ -41,25 +49,55 @@ class Steps:
         # The dtype in which the critic gets real samples: the last ones', or most likely the first ones'.
         self._sample_dtype = next(p.dtype for p in critic.parameters() if p.is_floating_point())
         self.graphs = graphs.made(settings, device, self.latents.stream, self.players, ranks)
+        self._uncaptured = self._steps_with_terms()
+
+    def _steps_with_terms(self) -> list[graphs.Work]:
+        """Return the steps that call a term of the user's, unless it is the user's word that a graph may have it."""
+        works = list[graphs.Work]()
+        if self.graphs is not None and self._settings.cuda_graph is not True:
+            if self._settings.critic_term is not None:
+                works.append(self._critic_step)
+            if self._settings.generator_term is not None:
+                works.append(self._generator_step)
+        for work in works:
+            name = work.__name__.removeprefix("_").removesuffix("_step")
+            warnings.warn(
+                f"cuda_graph: {name} steps run without CUDA graphs, as {name}_term may read what a graph would keep; "
+                "cuda_graph=True says that it does not",
+                stacklevel=4,
+            )
+        return works
 
     # What a trainer calls
 
-    def take_critic_step(self, weight: float, real: Tensor, cond: Part) -> Results:
+    def take_critic_step(self, weight: float, real: Tensor, cond: Part, fake_cond: Part | None = None) -> Results:
         """Return the results of a critic step whose penalty has a weight, or none at 0."""
+        differs: tuple[int, ...] = ()
+        if fake_cond is not None:
+            pairs: list[tuple[Any, Any]] = [*zip(cond, fake_cond, strict=True)]
+            differs = tuple(i for i, pair in enumerate(pairs) if _differ(*pair))
+            self._constraint.check_conditions(real, [pairs[i] for i in differs])
         z = self.latents.given(real.shape[0]) if callable(self.latents.latent) else None
         numbers = self._constraint.random_numbers(real.shape[0], self._pack) if weight else 0
-        found = self._run(self._critic_step, weight, numbers, real, z, *cond)
+        others = fake_cond if fake_cond is not None and differs else ()
+        found = self._run(self._critic_step, weight, numbers, differs, real, z, *cond, *others)
         self._count(numbers, real)
         return found
 
-    def take_generator_step(self, batch: int, cond: Part) -> Results:
-        """Return the results of a generator step."""
+    def take_generator_step(
+        self, batch: int, cond: Part, fake_cond: Part | None = None, real: Tensor | None = None
+    ) -> Results:  # fmt: skip
+        """Return the results of a generator step, whose term may use ``real`` samples and their conditions."""
         z = self.latents.given(batch) if callable(self.latents.latent) else None
-        return self._run(self._generator_step, batch, self._sample_dtype, z, *cond)
+        if self._settings.generator_term is None:
+            real, cond, fake_cond = None, cond if fake_cond is None else fake_cond, None
+        both = fake_cond is not None
+        return self._run(self._generator_step, batch, self._sample_dtype, both, real, z, *cond, *(fake_cond or ()))
 
     def takes_whole(self, n: int) -> bool:
         """Return whether an iteration of ``n`` critic steps, on batches alike, can be one graph."""
-        return bool(self.graphs and self.graphs.serving) and not callable(self.latents.latent) and n <= MOST_CAPTURED
+        served = bool(self.graphs and self.graphs.serving) and not self._uncaptured
+        return served and not callable(self.latents.latent) and n <= MOST_CAPTURED
 
     def take_iteration(self, weights: tuple[float, ...], parts: list[Part]) -> Results | None:
         """Return the results of an iteration's steps, as one graph; None, with nothing done, where that cannot be."""
@@ -87,6 +125,8 @@ class Steps:
             if self.graphs is None:
                 return Results(work(*args))
             self.latents.place_on_device()
+            if work in self._uncaptured:
+                return self.graphs.run_uncaptured(work, *args)
             return self.graphs.run(work, *args)
         except BaseException as error:
             self.latents.go_back(before)
@@ -99,31 +139,38 @@ class Steps:
 
     # What a graph replays
 
-    def _critic_step(self, weight: float, numbers: int, real: Tensor, z: Any, *cond: Any) -> Settled:
+    def _critic_step(
+        self, weight: float, numbers: int, differs: tuple[int, ...], real: Tensor, z: Any, *conds: Any
+    ) -> Settled:  # fmt: skip
         """Return the results of a critic step: draw, make fakes, choose points, share, differentiate, settle.
 
-        The points take so many ``numbers`` of the stream of eps.
+        The points take so many ``numbers`` of the stream of eps. Where some conditions ``differs``, those of fake
+        samples stand behind all of the real ones'.
         """
         if self._settings.independent_samples:
-            self.sharing.check(real, cond)
+            self.sharing.check(real, conds)
         parameters = self.critic.prepare()
         z = z if callable(self.latents.latent) else self.latents.normal(real.shape[0])
-        real, fake = self.passes.pair(real, z, cond)
+        n = len(conds) // 2 if differs else len(conds)
+        samples = self.passes.pair(Samples(real, real, conds[:n], conds[-n:], differs), z)
         penalised = None
         if weight:
             draw = self.latents.draw(numbers)
-            penalised = self._constraint.points(real, fake, weight, draw, self._pack, self._backend)
+            penalised = self._constraint.points(samples, weight, draw, self._pack, self._backend)
             if self.graphs is not None:
                 self.latents.go_on(numbers * self._ranks.world)
-        batch = self.sharing.batch(real, fake, cond, self.critic.version)
+        batch = self.sharing.batch(samples, self.critic.version)
         scale = self.critic.guard.scale if self._scaled else None
-        found = self.passes.critic(parameters, batch, penalised, cond, layers=self.sharing.layers, scale=scale)
+        found = self.passes.critic(parameters, samples, batch, penalised, layers=self.sharing.layers, scale=scale)
         return self.critic.settle(found)
 
-    def _generator_step(self, batch: int, dtype: torch.dtype, z: Any, *cond: Any) -> Settled:
-        parameters = self.generator.prepare()
+    def _generator_step(
+        self, batch: int, dtype: torch.dtype, both: bool, real: Tensor | None, z: Any, *conds: Any
+    ) -> Settled:  # fmt: skip
+        parameters, n = self.generator.prepare(), len(conds) // 2 if both else len(conds)
         z, frozen = z if callable(self.latents.latent) else self.latents.normal(batch), self.critic.look().trained
-        found = self.passes.generator(parameters, frozen, z, cond, batch, dtype, self.generator.guard.scale)
+        cond, fake_cond, scale = conds[:n], conds[-n:], self.generator.guard.scale
+        found = self.passes.generator(parameters, frozen, z, real, cond, fake_cond, batch, dtype, scale)
         return self.generator.settle(found)
 
     def _iteration(
@@ -135,9 +182,10 @@ class Steps:
         outputs: list[Lazy | None] = []
         self.generator.follow()  # before the critic is changed
         for weight, own, (real, *cond) in zip(weights, numbers, parts, strict=True):
-            outputs += self._critic_step(weight, own, real, None, *cond)
+            outputs += self._critic_step(weight, own, (), real, None, *cond)
             self._count(0, real)
-        return *outputs, *self._generator_step(real.shape[0], self._sample_dtype, None, *cond)
+        given = None if self._settings.generator_term is None else real
+        return *outputs, *self._generator_step(real.shape[0], self._sample_dtype, False, given, None, *cond)
 
     # State
 

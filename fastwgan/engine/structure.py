@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastwgan import models
+from fastwgan import checks, models
+from fastwgan.constraints import Samples
 
 
 def hooked_everywhere() -> bool:
@@ -225,18 +226,20 @@ class Sharing:
         self._layers: tuple[nn.Module, ...] | None = None
         self._writes = self._conditional = False
 
-    def batch(self, real: Tensor, fake: Tensor, cond: tuple[Any, ...], version: int) -> tuple[Tensor, ...]:
+    def batch(self, samples: Samples, version: int) -> tuple[Tensor, ...]:
         """Return both as one batch for one pass, or as two; copies where a pass may write to the caller's samples.
 
         What was decided for a ``version`` of the critic holds until there is another.
         """
+        real, fake, cond, fake_cond, differs, _ = samples
         if self._seen != (seen := (version, real.dim())):
             self._layers, self._writes = layers(self._critic, real.dim()), may_write(self._critic)
             self._seen = seen
         self._conditional = bool(cond)
         self.layers = None if cond else self._layers
         plain = self._independent and all(isinstance(c, (Tensor, bool, int, float, str, NoneType)) for c in cond)
-        self.together = self.layers is not None or plain
+        rows = all(checks.is_batched(c[i], len(real)) for c in (cond, fake_cond) for i in differs)
+        self.together = self.layers is not None or (plain and rows)
         if not self.together and not self._writes:
             return real, fake
         both = torch.cat((real, fake))

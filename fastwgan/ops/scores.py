@@ -2,18 +2,18 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastwgan import checks, reference
-from fastwgan.backend import Backend, Resolved, kernels, resolve, wide
-from fastwgan.ops.autograd import Op, OpWithSlopes, apply, differentiable, recompute
+from fastwgan.backend import Backend, Resolved, kernels, resolve
+from fastwgan.ops.autograd import Op, apply
 
-
-def _slopes(scores: list[Tensor], blend: float, drift: float, weight: float | Tensor) -> list[Tensor]:
-    """Return weight * d loss / d scores, of real and fake scores or of fake ones alone, in plain PyTorch."""
-    terms = zip(scores, (-1, 1), (drift, 0.0), strict=False)
-    return [reference.score_slopes(x, sign, blend=blend, drift=own, weight=weight) for x, sign, own in terms]
+BLENDED = "write (1 - blend) * {}(...) + blend * {}, F being torch.nn.functional"
+REMOVED = {
+    "blend": BLENDED.format("critic_loss", "(F.softplus(-real_scores).mean() + F.softplus(fake_scores).mean())"),
+    "drift": "write critic_loss(...) + drift * real_scores.square().mean()",
+}
+REMOVED_OF_GENERATOR = {"blend": BLENDED.format("generator_loss", "F.softplus(-fake_scores).mean()")}
 
 
 class _LinearLoss(Op):
@@ -32,27 +32,6 @@ class _LinearLoss(Op):
         signs = zip((-1, 1), ctx.shapes, strict=False)
         a, *b = ((grad / (sign * shape.numel())).to(ctx.dtype).expand(shape) for sign, shape in signs)
         return a, b[0] if b else None
-
-
-class _BlendedLoss(OpWithSlopes):
-    """The loss on scores ``a`` and, for the critic, ``b``: shapes of both, flat in the kernel."""
-
-    @staticmethod
-    def forward(a: Tensor, b: Tensor | None, blend: float, drift: float, differentiable: bool) -> tuple[Tensor, Tensor]:
-        dtype = wide(a.dtype) if differentiable else None
-        loss, _, slopes = kernels.objective.objective(a, b, blend, drift, slopes=dtype)
-        return loss, slopes
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return None, None, None, None, None
-        *scores, slopes = ctx.saved_tensors
-        *_, blend, drift, _ = ctx.options
-        again = recompute(slopes)
-        parts = _slopes(scores, blend, drift, 1.0) if again else slopes.split([x.numel() for x in scores])
-        of_a, *of_b = ((grad * part.view(x.shape)).to(x.dtype) for x, part in zip(scores, parts, strict=True))
-        return of_a, of_b[0] if of_b else None, None, None, None
 
 
 class _WassersteinLoss(Op):
@@ -81,19 +60,14 @@ class _HingeCriticLoss(Op):
         return ~(real >= 1) * real_grad, ~(fake <= -1) * fake_grad
 
 
-def critic_loss(
-    real_scores: Tensor, fake_scores: Tensor, *, blend: float = 0.0, drift: float = 0.0, backend: Backend = "auto"
-) -> Tensor:
+def critic_loss(real_scores: Tensor, fake_scores: Tensor, *, backend: Backend = "auto", **removed: object) -> Tensor:
     """Return the critic's loss, mean(fake_scores) - mean(real_scores): minus the Wasserstein estimate.
 
     It is a 0-d tensor, float32 or wider; its gradients have the scores' dtype.
-    Source: WGAN, arXiv 1701.07875, Algorithm 1, line 5 (which ascends; this is to be descended). The GAN's loss:
-    arXiv 1406.2661; the drift term: arXiv 1710.10196, appendix A.1.
+    Source: WGAN, arXiv 1701.07875, Algorithm 1, line 5 (which ascends; this is to be descended).
 
     Args:
         real_scores, fake_scores: D(real) and D(fake), of any shapes, e.g. [N] or [N, 1, H, W]; of one dtype and device.
-        blend: alpha in [0, 1], the share of the GAN's loss, mean(softplus(fake)) + mean(softplus(-real)), in it.
-        drift: weight >= 0 of the term mean(real_scores^2), which keeps scores near zero; in 1 / score.
         backend: see :mod:`fastwgan.backend`.
 
     Raises:
@@ -102,21 +76,18 @@ def critic_loss(
     >>> critic_loss(torch.tensor([3.0, 1.0]), torch.tensor([0.5]))
     tensor(-1.5000)
     """
+    checks.removed(removed, REMOVED)
     fake_scores, real_scores = checks.pair("fake_scores", fake_scores, "real_scores", real_scores, shape=False)
-    checks.blend(blend, drift)
     if resolve(backend, real_scores.device) == "torch":
-        return reference.critic_loss(real_scores, fake_scores, blend=blend, drift=drift)
-    if not blend and not drift:
-        return apply(_LinearLoss, real_scores, fake_scores)
-    return apply(_BlendedLoss, real_scores, fake_scores, blend, drift, differentiable(real_scores, fake_scores))
+        return reference.critic_loss(real_scores, fake_scores)
+    return apply(_LinearLoss, real_scores, fake_scores)
 
 
-def generator_loss(fake_scores: Tensor, *, blend: float = 0.0, backend: Backend = "auto") -> Tensor:
+def generator_loss(fake_scores: Tensor, *, backend: Backend = "auto", **removed: object) -> Tensor:
     """Return the generator's loss, -mean(fake_scores), 0-d, float32 or wider; its gradients have the scores' dtype.
 
-    ``fake_scores`` is D(G(z)), of any shape; ``blend`` is alpha in [0, 1], the share of the GAN's non-saturating loss,
-    mean(softplus(-fake)), in it; ``backend``: see :mod:`fastwgan.backend`.
-    Source: WGAN, arXiv 1701.07875, Algorithm 1, line 10; the GAN's, arXiv 1406.2661, section 3.
+    ``fake_scores`` is D(G(z)), of any shape; ``backend``: see :mod:`fastwgan.backend`.
+    Source: WGAN, arXiv 1701.07875, Algorithm 1, line 10.
 
     Raises:
         TypeError, ValueError: ``fake_scores`` is not a floating tensor or is empty.
@@ -124,13 +95,11 @@ def generator_loss(fake_scores: Tensor, *, blend: float = 0.0, backend: Backend 
     >>> generator_loss(torch.tensor([3.0, 1.0]))
     tensor(-2.)
     """
+    checks.removed(removed, REMOVED_OF_GENERATOR)
     checks.tensor("fake_scores", fake_scores)
-    checks.blend(blend)
     if resolve(backend, fake_scores.device) == "torch":
-        return reference.generator_loss(fake_scores, blend=blend)
-    if not blend:
-        return apply(_LinearLoss, fake_scores, None)
-    return apply(_BlendedLoss, fake_scores, None, blend, 0.0, differentiable(fake_scores))
+        return reference.generator_loss(fake_scores)
+    return apply(_LinearLoss, fake_scores, None)
 
 
 def wasserstein_loss(y_true: Tensor, y_pred: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -177,23 +146,3 @@ def score_statistics(real_scores: Tensor, fake_scores: Tensor, backend: Resolved
     if backend == "torch":
         return reference.score_statistics(real_scores, fake_scores)
     return kernels.scores.mean_scores("critic", real_scores, fake_scores)[2]
-
-
-def objective(
-    real_scores: Tensor | None, fake_scores: Tensor, *, blend: float, drift: float, weight: float,
-    scale: Tensor | None, backend: Resolved,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return statistics and weight * scale * d loss / d scores without a graph, by one launch. For the trainer.
-
-    The statistics are :func:`score_statistics`', or [the generator's loss]. The slopes are flat, of real scores first.
-    """
-    scores = [x.detach() for x in (real_scores, fake_scores) if x is not None]
-    if backend == "triton":
-        b = None if real_scores is None else scores[1]
-        return kernels.objective.objective(scores[0], b, blend, drift, weight, scale, fake_scores.dtype)[1:]
-    if real_scores is None:
-        statistics = reference.generator_loss(fake_scores.detach(), blend=blend).reshape(1)
-    else:
-        statistics = reference.score_statistics(*scores, blend=blend, drift=drift)
-    slopes = _slopes(scores, blend, drift, weight if scale is None else weight * scale)
-    return statistics, torch.cat([x.reshape(-1) for x in slopes]).to(fake_scores.dtype)

@@ -24,7 +24,7 @@ from fastwgan.verification.observed import Observed, parts
 from fastwgan.verification.oracle import Found, Step, Weights, to_dtype
 from fastwgan.verification.report import Row
 
-THROUGH_NETWORKS = ("generate", "forward", "input gradient", "loss", "backward", "buffers")
+THROUGH_NETWORKS = ("generate", "forward", "input gradient", "term", "loss", "backward", "buffers")
 Formula = Callable[..., Tensor]
 
 
@@ -59,17 +59,18 @@ class Judge:
         step, seen, metrics = self.step, self.seen, self.metrics
         kinds = oracle.KINDS[step.name]
         scores = parts(seen.scores, len(kinds))
-        loss = metrics.critic_loss if step.name == "critic" else metrics.generator_loss
         self._through("generate", {"fake samples": seen.fake})
         if step.penalty:
             self._points(step.penalty)
         self._through("forward", {f"{kind} scores": x for kind, x in zip(kinds, scores, strict=True)})
         if all(x is not None for x in scores):
-            self._scores(scores, loss)
+            self._scores(scores)
         if step.penalty:
             self._through("input gradient", {"at the points": seen.gradient})
             self._penalty(self.exact["input gradient", "at the points"][0])
-        self._through("loss", {f"{step.name} loss": loss})
+        if step.term is not None:
+            self._through("term", {f"{step.name} term": getattr(metrics, f"{step.name}_term")})
+        self._through("loss", {f"{step.name} loss": getattr(metrics, f"{step.name}_loss")})
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self._through("backward", {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trained.items()})
         self._guard()
@@ -115,26 +116,23 @@ class Judge:
         given = step.real, seen.fake.to(step.real.dtype)
         self._stage("perturb" if perturbed else "interpolate", "points", seen.x, given, points, size)
 
-    def _scores(self, scores: Sequence[Tensor], loss: Tensor | None) -> None:
-        """Judge the means of scores, the gradients that the backward pass began with there, and the loss."""
+    def _scores(self, scores: Sequence[Tensor]) -> None:
+        """Judge the means of scores, and the gradients that the backward pass began with there."""
         step, metrics, critic = self.step, self.metrics, self.step.name == "critic"
-        op = "objective" if step.blend or (critic and step.drift) else "scores"
         if critic:
-            self._stage(op, "mean of real", metrics.real_score, scores[:1], torch.mean, _magnitude)
-            self._stage(op, "mean of fake", metrics.fake_score, scores[1:], torch.mean, _magnitude)
-            self._stage(op, "wasserstein", metrics.wasserstein, scores, lambda a, b: a.mean() - b.mean(), _magnitude)
+            self._stage("scores", "mean of real", metrics.real_score, scores[:1], torch.mean, _magnitude)
+            self._stage("scores", "mean of fake", metrics.fake_score, scores[1:], torch.mean, _magnitude)
+            difference = metrics.wasserstein
+            self._stage("scores", "wasserstein", difference, scores, lambda a, b: a.mean() - b.mean(), _magnitude)
+        elif step.term is None:
+            self._stage("scores", "-mean of fake", metrics.generator_loss, scores, lambda a: -a.mean(), _magnitude)
+        if step.term is not None:  # a part of the gradient there
+            return
         leaves = [[x.detach().requires_grad_() for x in each] for each in (scores, to_dtype(scores, torch.float64))]
-        (eager, _), (exact, size) = map(step.terms, leaves)
         kinds, seeds = oracle.KINDS[step.name], parts(self.seen.seeds, len(scores))
-        slopes = (oracle.gradients(terms, at) for terms, at in zip((eager, exact), leaves, strict=True))
+        slopes = (oracle.gradients(step.means(at)[0], at) for at in leaves)
         for kind, seed, (slope, _), (wide, summands) in zip(kinds, seeds, *slopes, strict=True):
-            self.row(op, f"seed at {kind} scores", seed, [slope], wide, summands)
-        if critic:
-            penalty = exact[0].new_zeros(()) if metrics.penalty is None else step.weight * metrics.penalty.double()
-            eager, exact, size = [*eager, penalty], [*exact, penalty], size + penalty.item()
-        if op == "objective" or not critic:
-            name = "loss" if op == "objective" else "-mean of fake"
-            self.row(op, name, loss, [torch.stack(eager).sum()], torch.stack(exact).sum(), size)
+            self.row("scores", f"seed at {kind} scores", seed, [slope], wide, summands)
 
     def _penalty(self, exact: Tensor) -> None:
         """Judge what is made of the critic's gradient; the ``exact`` one wants a gradient if ours should."""

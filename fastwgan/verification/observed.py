@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastwgan.engine.terms import split
+
 
 class Observed:
     """The tensors that went through two networks since the last :meth:`forget`, recorded by hooks on them."""
@@ -19,7 +21,7 @@ class Observed:
 
     def __init__(self, generator: nn.Module, critic: nn.Module) -> None:
         generator.register_forward_pre_hook(lambda _, args: self._keep("z", args[0]))
-        generator.register_forward_hook(lambda _, args, output: self._keep("fake", output))
+        generator.register_forward_hook(lambda _, args, output: self._keep("fake", split(output)[0]))
         critic.register_forward_hook(self._after_critic)
 
     def forget(self) -> None:
@@ -30,7 +32,7 @@ class Observed:
         setattr(self, name, copied(x))
 
     def _after_critic(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        x = args[0]
+        x, output = args[0], split(output)[0]
         if isinstance(x, Tensor) and x.requires_grad and x.is_leaf:  # which only the penalty's points are
             self.x = copied(x)
             x.register_hook(self._on_gradient)  # type: ignore[no-untyped-call]
@@ -50,6 +52,7 @@ class Observed:
 
 def parts(values: list[Any], n: int) -> list[Any]:
     """Return what is of each of ``n`` kinds of samples: of values that are one for all, or one for each; else None."""
+    values = values[:n]  # a term may have had other passes
     if len(values) == 1 and values[0] is not None:
         return [*values[0].tensor_split(n)]
     return values if len(values) == n else [None] * n

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from fastwgan import checks, reference
 from fastwgan.constraints import GradientPenalty, NormClip, WeightClip
+from fastwgan.engine.terms import StepRecord, Term, split
 from fastwgan.verification.observed import Observed, parts
 
 Constraint = WeightClip | NormClip | GradientPenalty
@@ -49,8 +50,7 @@ class Step:
     constraint: Constraint
     pack: int
     seed: int
-    blend: float
-    drift: float
+    terms: Mapping[str, Term]  # by their keywords; further terms of the losses
     name: str = "critic"  # of the network that takes it, or "generator"
     z: Any = None  # latents, once they are drawn
 
@@ -82,18 +82,14 @@ class Step:
             return eps * real + (1 - eps) * fake
         return real if self.penalty.at == "real" else fake
 
-    def terms(self, scores: Sequence[Tensor]) -> tuple[list[Tensor], float]:
-        """Return the means that a loss on scores of each kind is a sum of, and the size of what they are means of."""
-        terms = self._lowered(-scores[0])
-        if self.name == "critic":
-            drift = [self.drift * scores[0] ** 2] if self.drift > 0 else []
-            terms = [*terms, *drift, *self._lowered(scores[1])]
-        return [x.mean() for x in terms], sum(x.detach().double().abs().mean().item() for x in terms)
+    @property
+    def term(self) -> Term | None:
+        return self.terms.get(f"{self.name}_term")
 
-    def _lowered(self, x: Tensor) -> list[Tensor]:
-        """Return WGAN's share and the GAN's of a loss that wants x lower."""
-        terms = [(1 - self.blend) * x] if self.blend < 1 else []
-        return [*terms, self.blend * torch.logaddexp(x, x.new_zeros(()))] if self.blend > 0 else terms
+    def means(self, scores: Sequence[Tensor]) -> tuple[list[Tensor], float]:
+        """Return the means that a loss on scores of each kind is a sum of, and the size of what they are means of."""
+        terms = [-scores[0], *scores[1:]]
+        return [x.mean() for x in terms], sum(x.detach().double().abs().mean().item() for x in terms)
 
     def norms(self, gradients: Tensor) -> Tensor:
         """Return the norm of each pack, [N / pack]."""
@@ -147,19 +143,31 @@ def passes(networks: nn.ModuleDict, step: Step, seen: Observed, *, beside: bool 
     """Return the results of a step's passes: run apart, or ``beside`` those seen, on their samples and gradients."""
     generator, critic = networks.values()
     module, kinds = networks[step.name], KINDS[step.name]
+    given = beside and module is critic  # fake samples, those that were seen
     with torch.set_grad_enabled(module is generator):
-        made: Any = seen.fake if beside and module is critic else generator(step.z, *step.cond)
+        output = seen.fake if given and step.term is None else generator(step.z, *step.cond)
+    own, generated = split(output)
+    made: Any = seen.fake if given else own
     found: Found = {} if beside else {("generate", "fake samples"): (made.detach(), 0.0)}
     samples = (step.real, made.to(step.real.dtype))[-len(kinds) :]
-    together = beside and len(seen.scores) == 1
+    together = beside and len(seen.scores) == 1 and step.term is None
     if together:
         cond = (torch.cat([c] * len(kinds)) if checks.is_batched(c, len(step.real)) else c for c in step.cond)
-        scores = critic(torch.cat(samples), *cond).tensor_split(len(kinds))
+        scored = [(x, ()) for x in split(critic(torch.cat(samples), *cond))[0].tensor_split(len(kinds))]
     else:
-        scores = [critic(x, *step.cond) for x in samples]
+        scored = [split(critic(x, *step.cond)) for x in samples]
+    scores = [x for x, _ in scored]
     found |= {("forward", f"{kind} scores"): (x.detach(), 0.0) for kind, x in zip(kinds, scores, strict=True)}
-    terms, summands = step.terms(scores)
-    roots = _seeded(scores, parts(seen.seeds, len(kinds))) if beside else [*terms]
+    terms, summands = step.means(scores)
+    if step.term is not None:
+        record = StepRecord(
+            step.real, samples[-1], step.cond, step.cond,
+            lambda: scored[0] if module is critic else split(critic(step.real, *step.cond)), scored[-1], generated,
+        )  # fmt: skip
+        terms.append(step.term(record))
+        found["term", f"{step.name} term"] = terms[-1].detach(), 0.0
+        summands += terms[-1].abs().item()
+    roots = _seeded(scores, parts(seen.seeds, len(kinds))) if beside and step.term is None else [*terms]
     if together and roots:
         roots = [torch.stack(roots).sum()]  # in one backward pass, whose sums over the batch may cancel
     if step.penalty:
@@ -168,7 +176,7 @@ def passes(networks: nn.ModuleDict, step: Step, seen: Observed, *, beside: bool 
             x = step.points(samples[0], samples[1], step.real if seen.x is None else seen.x)
         x = x.detach().clone().requires_grad_()
         with sdpa_kernel(SDPBackend.MATH):  # the other attention kernels have no second derivative
-            at_x = critic(x, *step.cond)
+            at_x = split(critic(x, *step.cond))[0]
         (gradient,) = torch.autograd.grad(at_x, x, torch.ones_like(at_x), create_graph=True)
         terms.append(step.weight * step.penalties(gradient))
         roots += _seeded((gradient,), (seen.cotangent,)) if beside else terms[-1:]

@@ -1,7 +1,7 @@
 """The findings of :func:`fastwgan.verify`: rows of errors and a report of them, as text and for JSON."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
@@ -13,8 +13,8 @@ class Row:
     """One tensor of one stage of a step."""
 
     step: str  # "critic" or "generator"
-    # The stage: generate, perturb or interpolate, forward, scores or objective, input gradient, penalty, loss,
-    # backward, guard, update, clamp or project, or buffers.
+    # The stage: generate, perturb or interpolate, forward, scores, input gradient, penalty, term, loss, backward,
+    # guard, update, clamp or project, or buffers.
     op: str
     name: str  # the tensor's: in backward, update, clamp and project a parameter's, or its state's behind a colon
     error: float  # ||ours - float64|| / ||float64||; absolute where that is 0; NaN where ours is not there or misshapen
@@ -39,7 +39,7 @@ class Report:
     seed: int
     versions: dict[str, str | None]  # of fastwgan, torch, triton and python
     notes: tuple[str, ...] = ()  # what was done to the networks' copies
-    options: dict[str, float] = field(default_factory=dict)  # those of blend and drift that were given
+    terms: tuple[str, ...] = ()  # the keywords of those that were given
 
     @property
     def passed(self) -> bool:
@@ -53,7 +53,7 @@ class Report:
     @property
     def title(self) -> str:
         """Return what was verified, in a line."""
-        what = ", ".join((self.constraint, *(f"{name}={value:g}" for name, value in self.options.items())))
+        what = " with ".join((self.constraint, *self.terms))
         return f"{what}: {self.backend} on {self.device}, {self.dtype}, batch {self.batch}"
 
     @property

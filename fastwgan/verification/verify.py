@@ -25,7 +25,9 @@ from fastwgan.backend import Backend, resolve
 from fastwgan.constraints import GradientPenalty, NormClip, WeightClip
 from fastwgan.engine.latents import Latent
 from fastwgan.engine.ranks import Ranks, unwrapped
+from fastwgan.engine.settings import REMOVED
 from fastwgan.engine.structure import layers
+from fastwgan.engine.terms import Term, split
 from fastwgan.streams import process_streams, set_process_streams
 from fastwgan.trainer import Trainer
 from fastwgan.verification.judge import Judge, difference
@@ -35,14 +37,15 @@ from fastwgan.verification.report import Report, Row
 from fastwgan.version import __version__
 
 RANDOM = {"dropout": _DropoutNd, "instance noise": models.InstanceNoise}  # layers to be put into evaluation mode
+TERMS = "critic_term", "generator_term"
 UNTOLD = "latent: expected a width or a callable, as the generator's first layer does not tell it; got None"
 
 
 def verify(
     generator: nn.Module, critic: nn.Module, real: Tensor, *,
     constraint: Constraint = WeightClip(),  # noqa: B008 - it is frozen
-    blend: float = 0.0, drift: float = 0.0, cond: tuple[Any, ...] = (), latent: Latent | None = None, pack: int = 1,
-    seed: int = 0, backend: Backend = "auto", **removed: object,
+    critic_term: Term | None = None, generator_term: Term | None = None, cond: tuple[Any, ...] = (),
+    latent: Latent | None = None, pack: int = 1, seed: int = 0, backend: Backend = "auto", **removed: object,
 ) -> Report:  # fmt: skip
     """Take a critic step and a generator step on copies of the networks; report on every stage, against float64.
 
@@ -54,7 +57,8 @@ def verify(
     Args:
         generator, critic: as for a :class:`Trainer`, in any floating dtype, on one device.
         real: samples [N, ...] on that device. A small batch will do.
-        constraint, blend, drift, pack, backend: as for a Trainer, whose default optimizers take the steps.
+        constraint, pack, backend: as for a Trainer, whose default optimizers take the steps.
+        critic_term, generator_term: as for a Trainer; functions of their records alone, which also run in float64.
         cond: conditions, which the networks get after their first argument.
         latent: as for a Trainer: a width, or a callable (batch_size, device) -> z, which is called for each step and
             once before. None takes the width of the generator's first linear or transposed convolution layer.
@@ -69,7 +73,7 @@ def verify(
     >>> verify(G, D, torch.randn(32, 2), constraint=GradientPenalty()).passed
     True
     """
-    checks.removed(removed, {"instance_noise": "wrap the critic: fastwgan.models.InstanceNoise(critic, scale)"})
+    checks.removed(removed, REMOVED)
     checks.refuse_inference_mode()
     networks = nn.ModuleDict({"generator": unwrapped("generator", generator), "critic": unwrapped("critic", critic)})
     if type(constraint) not in (WeightClip, NormClip, GradientPenalty):
@@ -85,10 +89,11 @@ def verify(
         raise RuntimeError("torch.distributed: expected a single process, got one of several")
     if torch.is_autocast_enabled(device.type):
         raise RuntimeError("torch.autocast: expected a call outside of it, got one inside")
+    terms = {name: term for name, term in zip(TERMS, (critic_term, generator_term), strict=True) if term is not None}
     ran, streams = resolve(backend, device), process_streams(device)
     try:
         with torch.enable_grad():  # whatever the caller has
-            step = Step(copied(real), tuple(map(copied, cond)), constraint, pack, seed, blend, drift)
+            step = Step(copied(real), tuple(map(copied, cond)), constraint, pack, seed, terms)
             rows, notes = _rows(networks, step, latent, backend)
     finally:
         set_process_streams(streams, device)
@@ -103,7 +108,7 @@ def verify(
         rows=tuple(rows), constraint=f"{type(constraint).__name__}({options})", backend=ran, batch=len(real), seed=seed,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         dtype=str(dtype).removeprefix("torch."), versions=versions, notes=tuple(notes),
-        options={name: float(value) for name, value in (("blend", blend), ("drift", drift)) if value},
+        terms=tuple(terms),
     )  # fmt: skip
 
 
@@ -117,9 +122,10 @@ def _rows(networks: nn.ModuleDict, step: Step, latent: Latent | None, backend: B
     width = _width(template["generator"]) if latent is None else latent
     known = not step.cond and layers(template["critic"], step.real.dim()) is not None  # as hooks hide it
     ours, apart, beside, exact = (_copy(template) for _ in range(4))
+    terms: dict[str, Any] = dict(step.terms)
     trainer = Trainer(
-        *ours.values(), latent=width, independent_samples=known, constraint=step.constraint, blend=step.blend,
-        drift=step.drift, pack=step.pack, seed=step.seed, backend=backend, cuda_graph=False, nonfinite="skip",
+        *ours.values(), latent=width, independent_samples=known, constraint=step.constraint, **terms,
+        pack=step.pack, seed=step.seed, backend=backend, cuda_graph=False, nonfinite="skip",
     )  # fmt: skip
     _check_networks(template, step, width, guessed=latent is None)
     exact.double()
@@ -128,7 +134,8 @@ def _rows(networks: nn.ModuleDict, step: Step, latent: Latent | None, backend: B
         module, optimizer, take = (getattr(trainer, name + suffix) for suffix in ("", "_optimizer", "_step"))
         seen.forget()
         before = {path: p.detach().clone() for path, p in module.named_parameters()}
-        metrics = take(given, *step.cond)
+        extra = {} if name == "critic" or step.term is None else {"real": step.real}
+        metrics = take(given, *step.cond, **extra)
         taken = replace(step, name=name, z=seen.z)
         eagers = [passes(apart, taken, seen), passes(beside, taken, seen, beside=True)]
         truth = passes(exact, taken.to(torch.float64), seen)
@@ -169,7 +176,7 @@ def _check_networks(networks: nn.ModuleDict, step: Step, latent: Latent, *, gues
     z = latent(n, p.device) if callable(latent) else torch.randn(n, latent, device=p.device, dtype=p.dtype)
     for name, x in (("generator", z), ("critic", step.real)):
         try:
-            first, second = (_copy(networks)[name](x, *step.cond) for _ in range(2))
+            first, second = (split(_copy(networks)[name](x, *step.cond))[0] for _ in range(2))
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if guessed and name == "generator":
                 raise ValueError(UNTOLD) from error
@@ -183,7 +190,7 @@ def _check_networks(networks: nn.ModuleDict, step: Step, latent: Latent, *, gues
             got = "another in a second pass: verify it in a form without randomness"
             raise ValueError(f"{name}: expected the same output for the same input, got {got}")
         try:
-            wide = _copy(networks).double()[name](*to_dtype((x, *step.cond), torch.float64))
+            wide = split(_copy(networks).double()[name](*to_dtype((x, *step.cond), torch.float64)))[0]
         except RuntimeError as error:
             raise ValueError(f"{name}: expected a network that runs in float64, got {error}") from error
         if wide.dtype != torch.float64:
