@@ -41,10 +41,8 @@ def _optimizer(name: str) -> Any:
     )
 
 
-def _conditions(cond: tuple[Any, ...], fake_cond: object) -> tuple[Any, ...] | None:
-    """Return the conditions of fake samples, or None where they are the real ones', if they fit those."""
-    if fake_cond is None:
-        return None
+def _conditions(cond: tuple[Any, ...], fake_cond: object) -> tuple[Any, ...]:
+    """Return the conditions of fake samples, if they can stand beside those of real ones."""
     if not isinstance(fake_cond, (tuple, list)):
         raise TypeError(f"fake_cond: expected a tuple of conditions, got {type(fake_cond).__name__}")
     if len(fake_cond) != len(cond):
@@ -201,10 +199,12 @@ class Trainer:
             TypeError, ValueError: ``real`` or a network's output cannot be used. No weight is changed then.
         """
         self._check_real(real)
-        return self._critic_step(real, cond, _conditions(cond, fake_cond))
+        return self._critic_step(real, cond, fake_cond)
 
-    def _critic_step(self, real: Tensor, cond: tuple[Any, ...], fake_cond: tuple[Any, ...] | None) -> Metrics:
+    def _critic_step(self, real: Tensor, cond: tuple[Any, ...], fake_cond: Sequence[Any] | None) -> Metrics:
         weight = self.constraint.penalty_weight(self.critic_iterations)
+        if fake_cond is not None:
+            fake_cond = _conditions(cond, fake_cond)
         found = self._steps.take_critic_step(weight, real, cond, fake_cond)
         metrics = self._critic_step_done((found, 0), weight)
         self._steps.critic.guard.watch(self.last_checkpoint)
@@ -232,7 +232,8 @@ class Trainer:
         ``real`` are as many samples for ``generator_term``, whose conditions are ``cond``. Those of the fake samples
         are ``fake_cond``, if given. Errors: as :meth:`critic_step`.
         """
-        fake_cond = _conditions(cond, fake_cond)
+        if fake_cond is not None:
+            fake_cond = _conditions(cond, fake_cond)
         if real is not None:
             self._check_real(real)
             if len(real) != batch_size:
@@ -258,7 +259,7 @@ class Trainer:
         As :meth:`critic_step`; ``generator_loss`` is set when a generator step was due.
         """
         self._check_real(real)
-        fake_cond, left = _conditions(cond, fake_cond), self._critic_steps_left()
+        left = self._critic_steps_left()
         if left <= 1:
             self._steps.generator.follow()  # before the critic is changed
         metrics = self._critic_step(real, cond, fake_cond)

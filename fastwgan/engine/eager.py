@@ -21,7 +21,7 @@ from fastwgan import checks
 from fastwgan.backend import resolve
 from fastwgan.constraints import Penalised, Samples
 from fastwgan.engine.settings import Settings
-from fastwgan.engine.terms import Scored, StepRecord, halves, needed, split
+from fastwgan.engine.terms import Scored, StepRecord, halves, needed
 from fastwgan.models import InstanceNoise
 from fastwgan.ops.penalty import NO_DEPENDENCE, WRITES, input_gradient, penalty_cotangent
 from fastwgan.ops.rectifiers import through
@@ -87,8 +87,9 @@ class Eager:
     def score(self, samples: Tensor, *cond: Any) -> Scored:
         """Return the critic's scores, and what it returned behind them."""
         with self._autocast():
-            scores, outputs = split(self._critic(samples, *cond))
-        return checks.scores("critic", scores, samples.shape[0], self._settings.pack, self._device), outputs
+            output = self._critic(samples, *cond)
+        scores = checks.scores("critic", output, samples.shape[0], self._settings.pack, self._device)
+        return scores, output[1:] if isinstance(output, tuple) else ()
 
     def _score_by(self, layers: Sequence[nn.Module], samples: Tensor) -> Tensor:
         """Return the scores by the critic's layers, in which rectifiers have no second derivative."""
@@ -98,7 +99,8 @@ class Eager:
     def samples(self, z: Any, *cond: Any) -> tuple[Any, tuple[Any, ...]]:
         """Return the generator's samples, whatever they are, and what it returned behind them."""
         with self._autocast():
-            return split(self._generator(z, *cond))
+            output = self._generator(z, *cond)
+        return (output[0], output[1:]) if isinstance(output, tuple) and output else (output, ())
 
     def pair(self, given: Samples, z: Any) -> Samples:
         """Return real samples, and fake ones of their shape and dtype, made without a graph through the generator."""

@@ -235,9 +235,9 @@ class Graphs:
     def run(self, work: Work, *args: Any) -> Results:
         """Return ``work(*args)``, replayed where its like has been captured.
 
-        ``work`` is a function of tensors and hashable constants, of the networks and of the optimizers. With an
-        optimizer that no graph can have, such as one with a step hook, it runs as it is. Raises RuntimeError where it
-        cannot be captured and graphs are required. It has not been run then.
+        ``work`` is a function of one hashable constant, of tensors and what else users give, of the networks and of the
+        optimizers. With an optimizer that no graph can have, such as one with a step hook, it runs as it is. Raises
+        RuntimeError where it cannot be captured and graphs are required. It has not been run then.
         """
         key = None
         if not self._refused:
@@ -247,7 +247,8 @@ class Graphs:
             try:
                 kind = self._device.type
                 autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-                key = (work.__name__, autocast, *[_signature(x, self._device) for x in args])
+                fixed, *given = args
+                key = (work.__name__, autocast, fixed, *[_signature(x, self._device) for x in given])
             except TypeError as error:
                 self._problem = f"there is {error}"
             if self._problem is not None:

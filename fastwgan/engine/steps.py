@@ -80,7 +80,7 @@ class Steps:
         z = self.latents.given(real.shape[0]) if callable(self.latents.latent) else None
         numbers = self._constraint.random_numbers(real.shape[0], self._pack) if weight else 0
         others = fake_cond if fake_cond is not None and differs else ()
-        found = self._run(self._critic_step, weight, numbers, differs, real, z, *cond, *others)
+        found = self._run(self._critic_step, (weight, numbers, differs), real, z, *cond, *others)
         self._count(numbers, real)
         return found
 
@@ -92,7 +92,8 @@ class Steps:
         if self._settings.generator_term is None:
             real, cond, fake_cond = None, cond if fake_cond is None else fake_cond, None
         both = fake_cond is not None
-        return self._run(self._generator_step, batch, self._sample_dtype, both, real, z, *cond, *(fake_cond or ()))
+        fixed = batch, self._sample_dtype, both
+        return self._run(self._generator_step, fixed, real, z, *cond, *(fake_cond or ()))
 
     def takes_whole(self, n: int) -> bool:
         """Return whether an iteration of ``n`` critic steps, on batches alike, can be one graph."""
@@ -106,7 +107,7 @@ class Steps:
             return None
         sizes, real = tuple(map(len, parts)), parts[0][0]
         numbers = tuple([self._constraint.random_numbers(real.shape[0], self._pack) if w else 0 for w in weights])
-        found = self._run(self._iteration, weights, numbers, sizes, *chain.from_iterable(parts))
+        found = self._run(self._iteration, (weights, numbers, sizes), *chain.from_iterable(parts))
         self._count(sum(numbers), real)
         return found
 
@@ -139,14 +140,13 @@ class Steps:
 
     # What a graph replays
 
-    def _critic_step(
-        self, weight: float, numbers: int, differs: tuple[int, ...], real: Tensor, z: Any, *conds: Any
-    ) -> Settled:  # fmt: skip
+    def _critic_step(self, fixed: tuple[float, int, tuple[int, ...]], real: Tensor, z: Any, *conds: Any) -> Settled:
         """Return the results of a critic step: draw, make fakes, choose points, share, differentiate, settle.
 
         The points take so many ``numbers`` of the stream of eps. Where some conditions ``differs``, those of fake
         samples stand behind all of the real ones'.
         """
+        weight, numbers, differs = fixed
         if self._settings.independent_samples:
             self.sharing.check(real, conds)
         parameters = self.critic.prepare()
@@ -165,8 +165,9 @@ class Steps:
         return self.critic.settle(found)
 
     def _generator_step(
-        self, batch: int, dtype: torch.dtype, both: bool, real: Tensor | None, z: Any, *conds: Any
+        self, fixed: tuple[int, torch.dtype, bool], real: Tensor | None, z: Any, *conds: Any
     ) -> Settled:  # fmt: skip
+        batch, dtype, both = fixed
         parameters, n = self.generator.prepare(), len(conds) // 2 if both else len(conds)
         z, frozen = z if callable(self.latents.latent) else self.latents.normal(batch), self.critic.look().trained
         cond, fake_cond, scale = conds[:n], conds[-n:], self.generator.guard.scale
@@ -174,18 +175,18 @@ class Steps:
         return self.generator.settle(found)
 
     def _iteration(
-        self, weights: tuple[float, ...], numbers: tuple[int, ...], sizes: tuple[int, ...], *flat: Any
+        self, fixed: tuple[tuple[float, ...], tuple[int, ...], tuple[int, ...]], *flat: Any
     ) -> graphs.Outputs:
         """Return the results of an iteration's critic steps, and behind them of its generator step."""
-        rest = iter(flat)
+        (weights, numbers, sizes), rest = fixed, iter(flat)
         parts = [tuple(islice(rest, size)) for size in sizes]
         outputs: list[Lazy | None] = []
         self.generator.follow()  # before the critic is changed
         for weight, own, (real, *cond) in zip(weights, numbers, parts, strict=True):
-            outputs += self._critic_step(weight, own, (), real, None, *cond)
+            outputs += self._critic_step((weight, own, ()), real, None, *cond)
             self._count(0, real)
         given = None if self._settings.generator_term is None else real
-        return *outputs, *self._generator_step(real.shape[0], self._sample_dtype, False, given, None, *cond)
+        return *outputs, *self._generator_step((real.shape[0], self._sample_dtype, False), given, None, *cond)
 
     # State
 
