@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastwgan import checks
 from fastwgan.backend import Backend, Resolved, resolve
 from fastwgan.metrics import Lazy
+from fastwgan.ops.penalty import packed
 from fastwgan.ops.samples import interpolates, perturb
 from fastwgan.ops.weights import Share, combine_shares, project_and_count_
 from fastwgan.optim import Adam, Gated, RMSprop
@@ -309,10 +310,10 @@ class GradientPenalty(Constraint):
                 for i, own in enumerate((cond, fake_cond)):
                     parts = [x.reshape(len(real), -1).to(real.dtype) for x in (pair[i], *(own[j] for j in joined))]
                     pair[i] = torch.cat(parts, 1)
-            shape = pair[0].shape
             if pack > 1:
-                pair = [x.reshape(-1, pack, *x.shape[1:]) for x in pair]
-            x = interpolates(pair[0], pair[1], draw.seed, draw.offset, backend).view(shape)
+                pair = [packed(x, pack) for x in pair]
+            x = interpolates(pair[0], pair[1], draw.seed, draw.offset, backend)
+            x = x if pack == 1 else x.flatten(0, 1)
             return Penalised(x.detach(), cond, weight, self.kind, self.target, joined, tuple(real.shape))
         if self.at == "perturbed":
             x = perturb(real.detach(), scale=self.noise, seed=draw.seed, offset=draw.offset, backend=backend)

@@ -6,6 +6,7 @@ buffers are arguments, as a function being differentiated must not write to anyt
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -17,10 +18,10 @@ from torch.nn.utils.stateless import _reparametrize_module
 from fastwgan import checks, reference
 from fastwgan.constraints import Penalised, Samples
 from fastwgan.engine import structure
-from fastwgan.engine.eager import Eager, Passed, conditions_of_both, hooks_of, packed
-from fastwgan.engine.terms import Scored, StepRecord, halves, needed, split
+from fastwgan.engine.eager import Eager, Passed, conditions_of_both, hooks_of
+from fastwgan.engine.terms import Scored, StepRecord, halves, split
 from fastwgan.ops.calls import call_module, changed_tensors, empty_buffers, rebind_buffers
-from fastwgan.ops.penalty import traced_input_gradient
+from fastwgan.ops.penalty import packed, traced_input_gradient
 
 Tensors = dict[str, Tensor]
 State = tuple[Tensors, Tensors]  # what is differentiated, and all else a module holds
@@ -147,7 +148,10 @@ class Compiled(Eager):
             total, statistics = statistics[3], statistics.detach()
             measured = term = statistics  # torch.func wants tensors
             if self._settings.critic_term is not None:
-                record = StepRecord(*samples[:4], lambda: real, fake, samples.outputs)
+                record = StepRecord(
+                    *samples[:4], score=partial(forward, rest), scored_real=real, scored_fake=fake,
+                    generated=samples.outputs,
+                )  # fmt: skip
                 value = self._traced_term("critic", record, (trained, rest))
                 total, term = total + value, value.detach().reshape(1)
             if penalised is not None:
@@ -186,8 +190,8 @@ class Compiled(Eager):
             loss = term = total.detach().reshape(1)
             if self._settings.generator_term is not None:
                 record = StepRecord(
-                    real, fake, cond, fake_cond, lambda: self._traced_score(critic, needed(real), *cond), scored,
-                    generated,
+                    real, fake, cond, fake_cond, score=partial(self._traced_score, critic), scored_real=None,
+                    scored_fake=scored, generated=generated,
                 )  # fmt: skip
                 value = self._traced_term("generator", record, (trained, rest))
                 total, term = total + value, value.detach().reshape(1)

@@ -21,9 +21,9 @@ from fastwgan import checks
 from fastwgan.backend import resolve
 from fastwgan.constraints import Penalised, Samples
 from fastwgan.engine.settings import Settings
-from fastwgan.engine.terms import Scored, StepRecord, halves, needed
+from fastwgan.engine.terms import Scored, StepRecord, halves
 from fastwgan.models import InstanceNoise
-from fastwgan.ops.penalty import NO_DEPENDENCE, WRITES, input_gradient, penalty_cotangent
+from fastwgan.ops.penalty import NO_DEPENDENCE, WRITES, input_gradient, packed, penalty_cotangent
 from fastwgan.ops.rectifiers import through
 
 _form = attrgetter("shape", "dtype", "device", "layout")
@@ -56,11 +56,6 @@ def conditions_of_both(samples: Samples) -> list[Any]:
     """Return the conditions of real samples and fake ones as one batch."""
     n, pairs = len(samples.real), zip(samples.cond, samples.fake_cond, strict=True)
     return [torch.cat((c, other)) if checks.is_batched(c, n) else c for c, other in pairs]
-
-
-def packed(x: Tensor, pack: int) -> Tensor:
-    """Return samples [N, ...] as packs [N / pack, pack, ...]."""
-    return x if pack == 1 else x.reshape(-1, pack, *x.shape[1:])
 
 
 class Eager:
@@ -135,7 +130,9 @@ class Eager:
             if not all(root.requires_grad for root in roots):
                 raise ValueError(f"critic: {NO_GRAPH}")
             if self._settings.critic_term is not None:
-                record = StepRecord(*samples[:4], lambda: real, fake, samples.outputs)
+                record = StepRecord(
+                    *samples[:4], score=self.score, scored_real=real, scored_fake=fake, generated=samples.outputs
+                )
                 term = self._add_term("critic", record, roots, seeds, scale)
             if penalised is not None:
                 hooked = any(chain.from_iterable(map(hooks_of, parameters)))  # hooks get whole gradients, once
@@ -187,14 +184,13 @@ class Eager:
                 raise ValueError(NO_DEPENDENCE)
             roots, seeds = [scores], [self._constant(scores, -self._share / scores.numel(), scale=scale)]
             if self._settings.generator_term is not None:
-                record = StepRecord(real, fake, cond, fake_cond, partial(self._score_real, real, cond), scored, outputs)
+                record = StepRecord(
+                    real, fake, cond, fake_cond, score=self.score, scored_real=None, scored_fake=scored,
+                    generated=outputs,
+                )  # fmt: skip
                 term = self._add_term("generator", record, roots, seeds, scale)
             torch.autograd.backward(roots, seeds, inputs=parameters)
         return Passed((scores.detach(),), term=term)
-
-    def _score_real(self, real: Tensor | None, cond: tuple[Any, ...]) -> Scored:
-        """Return the critic's scores and outputs of real samples in a generator's step."""
-        return self.score(needed(real), *cond)
 
     def term(self, name: str, record: StepRecord) -> Tensor:
         """Return the value of a network's further term."""

@@ -19,67 +19,48 @@ def split(output: Any) -> tuple[Any, tuple[Any, ...]]:
     return (output[0], output[1:]) if isinstance(output, tuple) and output else (output, ())
 
 
-class RealPass:
-    """The critic's pass on the real samples of a step, which is taken when its result is first asked for."""
-
-    def __init__(self, take: Callable[[], Scored]) -> None:
-        self._take = take
-        self._found: Scored | None = None
-
-    def __call__(self) -> Scored:
-        if self._found is None:
-            self._found = self._take()
-        return self._found
-
-
-def needed(real: Tensor | None) -> Tensor:
-    """Return the real samples of a generator's step, or raise ValueError where it was given none."""
-    if real is None:
-        raise ValueError("generator_term: expected real samples, for their scores, got none: give generator_step real=")
-    return real
-
-
 class Outputs:
-    """The networks' further outputs in a step, as tuples: what they returned behind scores and samples.
+    """The further outputs of the networks in a step, tuples: the critic's of ``real`` and ``fake``, ``generator``'s."""
 
-    Attributes:
-        real, fake: the critic's on real and on fake samples.
-        generator: the generator's.
-    """
+    def __init__(self, record: "StepRecord") -> None:
+        self._record = record
 
-    def __init__(self, real_pass: RealPass, fake: tuple[Any, ...], generator: tuple[Any, ...]) -> None:
-        self._real_pass, self.fake, self.generator = real_pass, fake, generator
-
-    @property
-    def real(self) -> tuple[Any, ...]:
-        return self._real_pass()[1]
+    real = property(lambda self: self._record._real_pass()[1])
+    fake = property(lambda self: self._record._scored_fake[1])
+    generator = property(lambda self: self._record._generated)
 
 
 class StepRecord:
     """The tensors of one step, for a ``critic_term`` or ``generator_term`` of a :class:`fastwgan.Trainer`.
 
-    In a generator's step the scores and outputs of real samples take a pass of the critic of their own, when they are
-    first asked for.
+    In a generator's step, scores and outputs of real samples take a pass of the critic when they are first asked for.
 
     Attributes:
         real: the real samples [N, ...]; in a generator's step None where that was given none.
         fake: the generator's samples [N, ...], with their graph in a generator's step.
         real_scores, fake_scores: the critic's scores [N, ...], or one for each pack, with their graphs.
         cond, fake_cond: the conditions of real and of fake samples, as tuples.
-        outputs: the networks' further outputs, as :class:`Outputs` has them.
+        outputs: :class:`Outputs`, what the networks returned behind scores and samples.
     """
 
     def __init__(
-        self, real: Tensor | None, fake: Tensor, cond: tuple[Any, ...], fake_cond: tuple[Any, ...],
-        real_pass: Callable[[], Scored], scored: Scored, generated: tuple[Any, ...],
+        self, real: Tensor | None, fake: Tensor, cond: tuple[Any, ...], fake_cond: tuple[Any, ...], *,
+        score: Callable[..., Scored], scored_real: Scored | None, scored_fake: Scored, generated: tuple[Any, ...],
     ) -> None:  # fmt: skip
-        self.real, self.fake, self.cond, self.fake_cond, self.fake_scores = real, fake, cond, fake_cond, scored[0]
-        self._real_pass = RealPass(real_pass)
-        self.outputs = Outputs(self._real_pass, scored[1], generated)
+        self.real, self.fake, self.cond, self.fake_cond = real, fake, cond, fake_cond
+        self._score, self._scored_real, self._scored_fake, self._generated = score, scored_real, scored_fake, generated
 
-    @property
-    def real_scores(self) -> Tensor:
-        return self._real_pass()[0]
+    def _real_pass(self) -> Scored:
+        if self._scored_real is None:
+            if self.real is None:
+                expected = "expected real samples, for their scores, got none: give generator_step real="
+                raise ValueError(f"generator_term: {expected}")
+            self._scored_real = self._score(self.real, *self.cond)
+        return self._scored_real
+
+    real_scores = property(lambda self: self._real_pass()[0])
+    fake_scores = property(lambda self: self._scored_fake[0])
+    outputs = property(Outputs)
 
 
 def halves(outputs: tuple[Any, ...], rows: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

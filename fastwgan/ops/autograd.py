@@ -40,14 +40,3 @@ def apply(op: type[Op], *args: Any) -> Tensor:
     """Return an op's output, the first if it has several."""
     output = op.apply(*args)  # type: ignore[no-untyped-call]
     return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
-
-
-def differentiable(*tensors: Tensor) -> bool:
-    """Return whether a backward pass through any of the tensors may follow."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def recompute(slopes: Tensor) -> bool:
-    """Return whether a backward pass is to compute in PyTorch what the forward launch has made as ``slopes``."""
-    # Yes for a double-backward graph, which the kernel's result lacks, and where vmap hid requires_grad from it.
-    return torch.is_grad_enabled() or slopes.numel() == 0

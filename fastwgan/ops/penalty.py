@@ -9,13 +9,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastwgan import checks, reference
 from fastwgan.backend import Backend, Resolved, kernels, resolve, wide
-from fastwgan.ops.autograd import OpWithSlopes, apply, differentiable, recompute
+from fastwgan.ops.autograd import OpWithSlopes, apply
 from fastwgan.ops.calls import call_module, changed_tensors, empty_buffers, rebind_buffers
 from fastwgan.ops.rectifiers import LinearPieces
 from fastwgan.ops.samples import interpolate
 
 WRITES = "critic: expected a forward pass that writes to neither its input nor its parameters, got one that does"
 NO_DEPENDENCE = "critic: expected scores that depend on its input, got scores that do not"
+
+
+def packed(x: Tensor, pack: int) -> Tensor:
+    """Return samples [N, ...] as packs [N / pack, pack, ...]."""
+    return x if pack == 1 else x.reshape(-1, pack, *x.shape[1:])
 
 
 class _Penalty(OpWithSlopes):
@@ -31,7 +36,8 @@ class _Penalty(OpWithSlopes):
         if grad is None:
             return None, None, None, None
         gradients, cotangent = ctx.saved_tensors
-        if recompute(cotangent):
+        # In PyTorch for a graph, which the kernel's result lacks, and where vmap hid requires_grad from the launch.
+        if torch.is_grad_enabled() or not cotangent.numel():
             x, (kind, target, _) = gradients.to(wide(gradients.dtype)), ctx.options
             cotangent = reference.penalty_cotangent(x, kind=kind, target=target)[1]
         return (grad * cotangent).to(gradients.dtype), None, None, None
@@ -59,7 +65,7 @@ def penalty(gradients: Tensor, *, kind: str = "two-sided", target: float = 1.0, 
     kind, target = checks.penalty(kind, target)
     if resolve(backend, gradients.device) == "torch":
         return reference.penalty(gradients, kind=kind, target=target)
-    return apply(_Penalty, gradients, kind, target, differentiable(gradients))
+    return apply(_Penalty, gradients, kind, target, torch.is_grad_enabled() and gradients.requires_grad)
 
 
 def penalty_cotangent(
@@ -134,7 +140,7 @@ def traced_input_gradient(
 
 def gradient_penalty(
     critic: Callable[..., Tensor], real: Tensor, fake: Tensor, *, weight: float = 10.0, kind: str = "two-sided",
-    target: float = 1.0, seed: int | None = None, args: tuple[Any, ...] = (), backend: Backend = "auto",
+    target: float = 1.0, pack: int = 1, seed: int | None = None, args: tuple[Any, ...] = (), backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """Return WGAN-GP's term of the critic's loss: weight * penalty(d critic / dx) at random interpolates x.
 
@@ -146,6 +152,7 @@ def gradient_penalty(
         real, fake: samples [N, ...] of one shape, dtype and device.
         weight: lambda, >= 0.
         kind, target: see :func:`penalty`.
+        pack: how many consecutive samples get one score, one random number, and one norm together (PacGAN, CTGAN).
         seed: the seed of eps, or None to draw anew from PyTorch's CPU generator; inside torch.compile, which cannot
             read numbers back, from the device's.
         args: further positional arguments of the critic, such as labels.
@@ -165,13 +172,17 @@ def gradient_penalty(
     if not isinstance(args, (tuple, list)):
         raise TypeError(f"args: expected a tuple of arguments, got {type(args).__name__}")
     real, fake = checks.pair("real", real, "fake", fake)  # before a seed is drawn
+    if len(real) % checks.count("pack", pack):
+        raise ValueError(f"real: expected a multiple of pack={pack} samples, got {len(real)}")
     offset: int | Tensor = 0
     if seed is None and torch.compiler.is_compiling():
         seed, offset = 0, torch.randint(2**62, (), device=fake.device)  # anywhere in one stream
     elif seed is None:
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))
     with torch.enable_grad():
-        x = interpolate(real.detach(), fake.detach(), seed=seed, offset=offset, backend=backend)
+        packs = [packed(x.detach(), pack) for x in (real, fake)]
+        x = interpolate(*packs, seed=seed, offset=offset, backend=backend).view(real.shape)
         if not torch.compiler.is_compiling():
             x.requires_grad_()
-        return weight * penalty(input_gradient(critic, x, args), kind=kind, target=target, backend=backend)
+        gradients = packed(input_gradient(critic, x, args, pack=pack), pack)
+        return weight * penalty(gradients, kind=kind, target=target, backend=backend)

@@ -161,8 +161,8 @@ def passes(networks: nn.ModuleDict, step: Step, seen: Observed, *, beside: bool 
     terms, summands = step.means(scores)
     if step.term is not None:
         record = StepRecord(
-            step.real, samples[-1], step.cond, step.cond,
-            lambda: scored[0] if module is critic else split(critic(step.real, *step.cond)), scored[-1], generated,
+            step.real, samples[-1], step.cond, step.cond, score=lambda x, *cond: split(critic(x, *cond)),
+            scored_real=scored[0] if module is critic else None, scored_fake=scored[-1], generated=generated,
         )  # fmt: skip
         terms.append(step.term(record))
         found["term", f"{step.name} term"] = terms[-1].detach(), 0.0
