@@ -128,7 +128,7 @@ def traced_input_gradient(
         buffers = dict(given)
         with LinearPieces(), sdpa_kernel(SDPBackend.MATH):
             scores = forward(x, buffers)
-        checks.scores("critic", scores, len(x), pack)
+        scores = checks.scores("critic", scores, len(x), pack)
         value = scores.sum() if scale is None else scores.float().sum() * (scale * pack / len(x))
         return value, changed_tensors(given, buffers)
 
