@@ -25,12 +25,12 @@ __all__ = ["Constraint", "GradientPenalty", "NormClip", "Penalised", "Samples", 
 
 
 class Samples(NamedTuple):
-    """The samples of a critic step, with the conditions of each."""
+    """The samples of a step, None where there are none or none yet, with the conditions of each."""
 
-    real: Tensor
-    fake: Tensor
-    cond: tuple[Any, ...] = ()
-    fake_cond: tuple[Any, ...] = ()
+    real: Any
+    fake: Any
+    cond: tuple[Any, ...]
+    fake_cond: tuple[Any, ...]
     differs: tuple[int, ...] = ()  # which conditions are others for fake samples than for real ones
     outputs: tuple[Any, ...] = ()  # what the generator returned behind the fake samples
 

@@ -97,13 +97,12 @@ class Compiled(Eager):
         return Passed(scores, statistics, None if penalised is None else measured, terms)
 
     def generator(
-        self, parameters: list[nn.Parameter], frozen: list[nn.Parameter], z: Any, real: Tensor | None,
-        cond: tuple[Any, ...], fake_cond: tuple[Any, ...], batch: int, dtype: torch.dtype,
-        scale: Tensor | None = None,
+        self, parameters: list[nn.Parameter], frozen: list[nn.Parameter], given: Samples, z: Any, batch: int,
+        dtype: torch.dtype, scale: Tensor | None = None,
     ) -> Passed:  # fmt: skip
-        state, given = _state(self._generator), (z, real, cond, fake_cond, scale)
+        state = _state(self._generator)
         gradients, (rebound, scores, loss, term) = self._call(
-            self._trace_generator, batch, state, _state(self._critic), *given, batch=batch, dtype=dtype
+            self._trace_generator, batch, state, _state(self._critic), given, z, scale, batch=batch, dtype=dtype
         )
         self._hand_over(state[0], gradients)
         for module, changed in zip((self._generator, self._critic), rebound, strict=True):
@@ -148,10 +147,7 @@ class Compiled(Eager):
             total, statistics = statistics[3], statistics.detach()
             measured = term = statistics  # torch.func wants tensors
             if self._settings.critic_term is not None:
-                record = StepRecord(
-                    *samples[:4], score=partial(forward, rest), scored_real=real, scored_fake=fake,
-                    generated=samples.outputs,
-                )  # fmt: skip
+                record = StepRecord(samples, partial(forward, rest), real, fake)
                 value = self._traced_term("critic", record, (trained, rest))
                 total, term = total + value, value.detach().reshape(1)
             if penalised is not None:
@@ -174,25 +170,24 @@ class Compiled(Eager):
         return checks.scores("critic", scores, len(x), self._settings.pack), outputs
 
     def _trace_generator(
-        self, state: State, critic_state: State, z: Any, real: Tensor | None, cond: tuple[Any, ...],
-        fake_cond: tuple[Any, ...], scale: Tensor | None, *, batch: int, dtype: torch.dtype,
+        self, state: State, critic_state: State, samples: Samples, z: Any, scale: Tensor | None, *, batch: int,
+        dtype: torch.dtype,
     ) -> Any:  # fmt: skip
         factor = self._share if scale is None else self._share * scale
 
         def loss(trained: Tensors, given: Tensors, critic_state: State) -> tuple[Tensor, Any]:
             rest, critic = dict(given), (critic_state[0], dict(critic_state[1]))
             with self._autocast():
-                fake, generated = split(call_module(self._generator, trained, rest, (z, *fake_cond), self._empty[0]))
+                output = call_module(self._generator, trained, rest, (z, *samples.fake_cond), self._empty[0])
+            fake, outputs = split(output)
             fake = fake.to(dtype)
-            scored = self._traced_score(critic, fake, *fake_cond)
+            scored = self._traced_score(critic, fake, *samples.fake_cond)
             checks.scores("critic", scored[0], batch, self._settings.pack)
             total = reference.generator_loss(scored[0])
             loss = term = total.detach().reshape(1)
             if self._settings.generator_term is not None:
-                record = StepRecord(
-                    real, fake, cond, fake_cond, score=partial(self._traced_score, critic), scored_real=None,
-                    scored_fake=scored, generated=generated,
-                )  # fmt: skip
+                made = samples._replace(fake=fake, outputs=outputs)
+                record = StepRecord(made, partial(self._traced_score, critic), None, scored)
                 value = self._traced_term("generator", record, (trained, rest))
                 total, term = total + value, value.detach().reshape(1)
             rebound = changed_tensors(given, rest), changed_tensors(critic_state[1], critic[1])

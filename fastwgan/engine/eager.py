@@ -111,7 +111,7 @@ class Eager:
         if not isinstance(fake, Tensor) or _form(fake) != _form(real):
             checks.samples("generator: its output", fake, device=self._device)
             checks.like("generator: its output", fake, "real", real, shape=True)
-        return Samples(real, fake, given.cond, given.fake_cond, given.differs, outputs)
+        return given._replace(real=real, fake=fake, outputs=outputs)
 
     def critic(
         self, parameters: list[nn.Parameter], samples: Samples, batch: tuple[Tensor, ...],
@@ -130,10 +130,7 @@ class Eager:
             if not all(root.requires_grad for root in roots):
                 raise ValueError(f"critic: {NO_GRAPH}")
             if self._settings.critic_term is not None:
-                record = StepRecord(
-                    *samples[:4], score=self.score, scored_real=real, scored_fake=fake, generated=samples.outputs
-                )
-                term = self._add_term("critic", record, roots, seeds, scale)
+                term = self._add_term("critic", StepRecord(samples, self.score, real, fake), roots, seeds, scale)
             if penalised is not None:
                 hooked = any(chain.from_iterable(map(hooks_of, parameters)))  # hooks get whole gradients, once
                 if layers is not None and not hooked:
@@ -162,32 +159,25 @@ class Eager:
         return Passed((real[0].detach(), fake[0].detach()), None, penalty, term)
 
     def generator(
-        self, parameters: list[nn.Parameter], frozen: list[nn.Parameter], z: Any, real: Tensor | None,
-        cond: tuple[Any, ...], fake_cond: tuple[Any, ...], batch: int, dtype: torch.dtype,
-        scale: Tensor | None = None,
+        self, parameters: list[nn.Parameter], frozen: list[nn.Parameter], given: Samples, z: Any, batch: int,
+        dtype: torch.dtype, scale: Tensor | None = None,
     ) -> Passed:  # fmt: skip
-        """Take the gradients of the generator's loss; the critic, whose parameters are ``frozen``, gets ``dtype``.
-
-        Conditions and ``real`` samples are for the generator's term.
-        """
+        """Take the gradients of the generator's loss; the critic, whose parameters are ``frozen``, gets ``dtype``."""
         term = None
         with torch.enable_grad(), _without_gradients(frozen):
-            fake, outputs = self.samples(z, *fake_cond)
+            fake, outputs = self.samples(z, *given.fake_cond)
             fake = checks.samples("generator: its output", fake, device=self._device)
             if len(fake) != batch:
                 raise ValueError(f"generator: its output: expected shape [{batch}, ...], got {tuple(fake.shape)}")
             if not fake.requires_grad:
                 raise ValueError(f"generator: {NO_GRAPH}")
             fake = fake.to(dtype)
-            scored = scores, _ = self.score(fake, *fake_cond)
+            scored = scores, _ = self.score(fake, *given.fake_cond)
             if not scores.requires_grad:
                 raise ValueError(NO_DEPENDENCE)
             roots, seeds = [scores], [self._constant(scores, -self._share / scores.numel(), scale=scale)]
             if self._settings.generator_term is not None:
-                record = StepRecord(
-                    real, fake, cond, fake_cond, score=self.score, scored_real=None, scored_fake=scored,
-                    generated=outputs,
-                )  # fmt: skip
+                record = StepRecord(given._replace(fake=fake, outputs=outputs), self.score, None, scored)
                 term = self._add_term("generator", record, roots, seeds, scale)
             torch.autograd.backward(roots, seeds, inputs=parameters)
         return Passed((scores.detach(),), term=term)

@@ -49,24 +49,15 @@ class Steps:
         # The dtype in which the critic gets real samples: the last ones', or most likely the first ones'.
         self._sample_dtype = next(p.dtype for p in critic.parameters() if p.is_floating_point())
         self.graphs = graphs.made(settings, device, self.latents.stream, self.players, ranks)
-        self._uncaptured = self._steps_with_terms()
-
-    def _steps_with_terms(self) -> list[graphs.Work]:
-        """Return the steps that call a term of the user's, unless it is the user's word that a graph may have it."""
-        works = list[graphs.Work]()
-        if self.graphs is not None and self._settings.cuda_graph is not True:
-            if self._settings.critic_term is not None:
-                works.append(self._critic_step)
-            if self._settings.generator_term is not None:
-                works.append(self._generator_step)
-        for work in works:
-            name = work.__name__.removeprefix("_").removesuffix("_step")
-            warnings.warn(
-                f"cuda_graph: {name} steps run without CUDA graphs, as {name}_term may read what a graph would keep; "
-                "cuda_graph=True says that it does not",
-                stacklevel=4,
-            )
-        return works
+        self._uncaptured = list[str]()  # the steps that no graph may have, as they call a term of the user's
+        for name, term in (("critic", settings.critic_term), ("generator", settings.generator_term)):
+            if term is not None and self.graphs is not None and settings.cuda_graph is not True:
+                self._uncaptured.append(f"_{name}_step")
+                warnings.warn(
+                    f"cuda_graph: {name} steps run without CUDA graphs, as {name}_term may read what a graph would "
+                    "keep; cuda_graph=True says that it does not",
+                    stacklevel=3,
+                )
 
     # What a trainer calls
 
@@ -126,7 +117,7 @@ class Steps:
             if self.graphs is None:
                 return Results(work(*args))
             self.latents.place_on_device()
-            if work in self._uncaptured:
+            if work.__name__ in self._uncaptured:
                 return self.graphs.run_uncaptured(work, *args)
             return self.graphs.run(work, *args)
         except BaseException as error:
@@ -152,7 +143,7 @@ class Steps:
         parameters = self.critic.prepare()
         z = z if callable(self.latents.latent) else self.latents.normal(real.shape[0])
         n = len(conds) // 2 if differs else len(conds)
-        samples = self.passes.pair(Samples(real, real, conds[:n], conds[-n:], differs), z)
+        samples = self.passes.pair(Samples(real, None, conds[:n], conds[-n:], differs), z)
         penalised = None
         if weight:
             draw = self.latents.draw(numbers)
@@ -170,8 +161,8 @@ class Steps:
         batch, dtype, both = fixed
         parameters, n = self.generator.prepare(), len(conds) // 2 if both else len(conds)
         z, frozen = z if callable(self.latents.latent) else self.latents.normal(batch), self.critic.look().trained
-        cond, fake_cond, scale = conds[:n], conds[-n:], self.generator.guard.scale
-        found = self.passes.generator(parameters, frozen, z, real, cond, fake_cond, batch, dtype, scale)
+        given, scale = Samples(real, None, conds[:n], conds[-n:]), self.generator.guard.scale
+        found = self.passes.generator(parameters, frozen, given, z, batch, dtype, scale)
         return self.generator.settle(found)
 
     def _iteration(

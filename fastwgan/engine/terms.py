@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from fastwgan.constraints import Samples
+
 Scored = tuple[Tensor, tuple[Any, ...]]  # scores, and what else the critic returned
 Term = Callable[["StepRecord"], Tensor]
 CONSTANTS = (bool, int, float, str, type(None))
@@ -26,7 +28,7 @@ class Outputs:
         self._record = record
 
     real = property(lambda self: self._record._real_pass()[1])
-    fake = property(lambda self: self._record._scored_fake[1])
+    fake = property(lambda self: self._record._fake_outputs)
     generator = property(lambda self: self._record._generated)
 
 
@@ -44,11 +46,11 @@ class StepRecord:
     """
 
     def __init__(
-        self, real: Tensor | None, fake: Tensor, cond: tuple[Any, ...], fake_cond: tuple[Any, ...], *,
-        score: Callable[..., Scored], scored_real: Scored | None, scored_fake: Scored, generated: tuple[Any, ...],
+        self, samples: Samples, score: Callable[..., Scored], scored_real: Scored | None, scored_fake: Scored
     ) -> None:  # fmt: skip
-        self.real, self.fake, self.cond, self.fake_cond = real, fake, cond, fake_cond
-        self._score, self._scored_real, self._scored_fake, self._generated = score, scored_real, scored_fake, generated
+        self.real, self.fake, self.cond, self.fake_cond, _, self._generated = samples
+        self.fake_scores, self._fake_outputs = scored_fake
+        self._score, self._scored_real = score, scored_real
 
     def _real_pass(self) -> Scored:
         if self._scored_real is None:
@@ -58,9 +60,13 @@ class StepRecord:
             self._scored_real = self._score(self.real, *self.cond)
         return self._scored_real
 
-    real_scores = property(lambda self: self._real_pass()[0])
-    fake_scores = property(lambda self: self._scored_fake[0])
-    outputs = property(Outputs)
+    @property
+    def real_scores(self) -> Tensor:
+        return self._real_pass()[0]
+
+    @property
+    def outputs(self) -> Outputs:
+        return Outputs(self)
 
 
 def halves(outputs: tuple[Any, ...], rows: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

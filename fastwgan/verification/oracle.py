@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
 from fastwgan import checks, reference
-from fastwgan.constraints import GradientPenalty, NormClip, WeightClip
+from fastwgan.constraints import GradientPenalty, NormClip, Samples, WeightClip
 from fastwgan.engine.terms import StepRecord, Term, split
 from fastwgan.verification.observed import Observed, parts
 
@@ -160,11 +160,9 @@ def passes(networks: nn.ModuleDict, step: Step, seen: Observed, *, beside: bool 
     found |= {("forward", f"{kind} scores"): (x.detach(), 0.0) for kind, x in zip(kinds, scores, strict=True)}
     terms, summands = step.means(scores)
     if step.term is not None:
-        record = StepRecord(
-            step.real, samples[-1], step.cond, step.cond, score=lambda x, *cond: split(critic(x, *cond)),
-            scored_real=scored[0] if module is critic else None, scored_fake=scored[-1], generated=generated,
-        )  # fmt: skip
-        terms.append(step.term(record))
+        all_samples = Samples(step.real, samples[-1], step.cond, step.cond, outputs=generated)
+        real = scored[0] if module is critic else None
+        terms.append(step.term(StepRecord(all_samples, lambda x, *cond: split(critic(x, *cond)), real, scored[-1])))
         found["term", f"{step.name} term"] = terms[-1].detach(), 0.0
         summands += terms[-1].abs().item()
     roots = _seeded(scores, parts(seen.seeds, len(kinds))) if beside and step.term is None else [*terms]

@@ -38,6 +38,7 @@ ORDER = [
     "engine.ranks",
     "engine.guard",
     "engine.latents",
+    "engine.terms",
     "engine.settings",
     "engine.eager",
     "engine.compiled",
