@@ -77,8 +77,8 @@ class Trainer:
             parts are compared at each step, and warns once where it captures nothing on a GPU. True captures networks
             of any class, or raises: it is your word that their forward passes read nothing that changes but tensors
             and plain attributes of modules.
-        independent_samples: your word that no score depends on another sample of its batch, and that each tensor among
-            the critic's conditions has a row for each sample. Real and fake samples then share one pass of the critic.
+        independent_samples: your word that no score, or further output of the critic, depends on another sample of its
+            batch, and that each tensor among the critic's conditions has a row for each sample. Real and fake samples then share one pass of the critic.
             A Sequential of PyTorch's layers that keep samples apart needs no such word; see ``repr(trainer)``.
         amp: torch.bfloat16 or torch.float16 to run the networks under autocast, or None. Weights, gradients, penalty
             and statistics stay float32. With float16 each network has a loss scale: it starts at 65536, is halved where

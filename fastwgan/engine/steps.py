@@ -161,8 +161,8 @@ class Steps:
         batch, dtype, both = fixed
         parameters, n = self.generator.prepare(), len(conds) // 2 if both else len(conds)
         z, frozen = z if callable(self.latents.latent) else self.latents.normal(batch), self.critic.look().trained
-        given, scale = Samples(real, None, conds[:n], conds[-n:]), self.generator.guard.scale
-        found = self.passes.generator(parameters, frozen, given, z, batch, dtype, scale)
+        given = Samples(None if real is None else real.to(dtype), None, conds[:n], conds[-n:])
+        found = self.passes.generator(parameters, frozen, given, z, batch, dtype, self.generator.guard.scale)
         return self.generator.settle(found)
 
     def _iteration(

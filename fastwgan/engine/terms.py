@@ -57,7 +57,7 @@ class StepRecord:
             if self.real is None:
                 expected = "expected real samples, for their scores, got none: give generator_step real="
                 raise ValueError(f"generator_term: {expected}")
-            self._scored_real = self._score(self.real, *self.cond)
+            self._scored_real = self._score(self.real.clone(), *self.cond)  # as the pass may write to it
         return self._scored_real
 
     @property

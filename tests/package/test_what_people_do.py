@@ -550,3 +550,77 @@ def test_what_a_trainer_says_after_its_critic_has_changed():
     assert "as its layers mixed samples in the last step" in repr(trainer)
     trainer.step(torch.randn(N, 2))
     assert "share a pass" in repr(trainer)
+
+
+# Further terms of the losses
+
+
+def with_target(target, **options):
+    torch.manual_seed(0)
+    generator, critic = pair()
+    return Trainer(
+        generator, critic, latent=Latents(), constraint=GradientPenalty(), n_critic=2, ema=0.9,
+        generator_term=lambda s: 100 * (s.fake - target).abs().mean(), **options,
+    )  # fmt: skip
+
+
+def test_a_further_term_of_the_generators_loss_goes_through_the_whole_trainer(tmp_path):
+    """Its steps in ``fit``, averages, counts, metrics, checkpoints, and a plain loop's weights."""
+    target, data = torch.randn(N, 2, dtype=F64), [*torch.randn(8, N, 2, dtype=F64)]
+    rows, whole, half = [], with_target(target), with_target(target)
+    whole.fit(data, 8, log_every=2, callbacks=[lambda trainer, values: rows.append(values)], out=tmp_path / "a")
+    half.fit(data, 4, out=tmp_path / "b")
+    resumed = with_target(target)
+    resumed.latent.random.set_state(half.latent.random.get_state())
+    resumed.load(tmp_path / "b" / "last.pt")
+    for batch in data[4:]:
+        metrics = resumed.step(batch)
+    for name in ("generator", "critic", "ema", "generator_optimizer", "guards"):
+        assert_same_state(resumed.state_dict()[name], whole.state_dict()[name])
+    assert (whole.critic_iterations, whole.generator_iterations) == (8, 4)
+    assert rows[-1]["generator_term"] == pytest.approx(metrics.generator_term.item(), rel=1e-12)
+    assert rows[-1]["generator_loss"] == pytest.approx(metrics.generator_loss.item(), rel=1e-12)
+
+    plain, latents = pair(), Latents()
+    adams = [torch.optim.Adam(m.parameters(), lr=1e-4, betas=(0.0, 0.9)) for m in plain]
+    averaged = torch.optim.swa_utils.AveragedModel(
+        plain[0], multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    )
+    averaged.update_parameters(plain[0])
+    for i, batch in enumerate(data):
+        plain_step(*plain, adams[1], batch, latents(N, None), step=i)
+        if i % 2:
+            fake = plain[0](latents(N, None))
+            loss = -plain[1](fake).mean() + 100 * (fake - target).abs().mean()
+            adams[0].zero_grad()
+            loss.backward()
+            adams[0].step()
+            averaged.update_parameters(plain[0])
+    assert metrics.generator_loss.item() == pytest.approx(loss.item(), rel=1e-10)
+    for ours, theirs in zip((whole.generator, whole.critic), plain, strict=True):
+        torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-9, atol=1e-12)
+    average = torch.cat([x.flatten() for x in whole.averages().values()])
+    torch.testing.assert_close(average, weights(averaged.module), rtol=1e-9, atol=1e-12)
+
+
+def test_a_step_whose_term_is_not_finite_is_left_out():
+    target = torch.full((N, 2), torch.inf, dtype=F64)
+    trainer = with_target(target, nonfinite="skip")
+    before = weights(trainer.generator)
+    for _ in range(2):
+        metrics = trainer.step(torch.randn(N, 2, dtype=F64))
+    assert metrics.generator_term == torch.inf
+    target.zero_()
+    metrics = trainer.generator_step(N)
+    assert metrics.nonfinite == 0
+    assert not torch.equal(weights(trainer.generator), before)
+
+
+def test_a_copy_has_its_terms_of_its_own_networks():
+    """A term is a function of the step's record, which is of the trainer that takes the step."""
+    term = nn.Linear(2, 1).double()  # as a perceptual loss has a network of its own
+    trainer = with_target(torch.zeros(N, 2), critic_term=lambda s: term(s.real).mean() * s.real_scores.mean())
+    copied = copy.deepcopy(trainer)
+    real = torch.randn(N, 2, dtype=F64)
+    assert trainer.step(real).as_dict() == copied.step(real).as_dict()
+    assert all(p.grad is None for p in term.parameters())
