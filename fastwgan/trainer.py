@@ -55,8 +55,8 @@ class Trainer:
 
     Args:
         generator: maps latents z (and conditions) to samples [N, ...].
-        critic: maps samples [N, ...] (and conditions) to scores [N, ...]. Either may return a tuple that begins with
-            these; what is behind them is for ``critic_term`` and ``generator_term``.
+        critic: maps samples [N, ...] (and conditions) to scores [N, ...]. Either network may return a tuple that begins
+            with these, and goes on with what a term of a loss is to have.
         latent: width of a standard normal z [N, latent], or a callable (batch_size, device) -> z. With several
             processes a callable has to draw other latents in each.
         constraint: :class:`WeightClip` (WGAN), :class:`NormClip` or :class:`GradientPenalty` (WGAN-GP).
@@ -77,17 +77,18 @@ class Trainer:
             parts are compared at each step, and warns once where it captures nothing on a GPU. True captures networks
             of any class, or raises: it is your word that their forward passes read nothing that changes but tensors
             and plain attributes of modules.
-        independent_samples: your word that no score, or further output of the critic, depends on another sample of its
-            batch, and that each tensor among the critic's conditions has a row for each sample. Real and fake samples then share one pass of the critic.
-            A Sequential of PyTorch's layers that keep samples apart needs no such word; see ``repr(trainer)``.
+        independent_samples: your word that nothing the critic returns of a sample depends on another of its batch, and
+            that each tensor among its conditions has a row for each sample. Real and fake samples then share one pass
+            of the critic. A Sequential of PyTorch's layers that keep samples apart needs no such word; see
+            ``repr(trainer)``.
         amp: torch.bfloat16 or torch.float16 to run the networks under autocast, or None. Weights, gradients, penalty
             and statistics stay float32. With float16 each network has a loss scale: it starts at 65536, is halved where
             gradients overflow (that step is left out, as the first few may be) and doubled after 2000 other steps.
         ema: decay in [0, 1) of a running average of the generator's weights, or None.
-        critic_term, generator_term: functions of one :class:`StepRecord` that return a 0-d tensor with a graph, which
-            is added to what the network minimises, such as ``lambda s: 0.001 * s.real_scores.square().mean()``. A term
-            is a function of a rank's own samples, and averaged over ranks. It runs in each step, under the same
-            autocast as the networks; a CUDA graph replays it only with ``cuda_graph=True``.
+        critic_term, generator_term: functions of one :class:`StepRecord`. Each returns a 0-d tensor with a graph, which
+            is added to what its network minimises: ``lambda s: 0.001 * s.real_scores.square().mean()``. It runs in
+            each of the network's steps, under the same autocast, on a rank's own samples; steps with a term are
+            captured in CUDA graphs only with ``cuda_graph=True``.
         pack: how many consecutive samples of a batch get one score together. The penalty is then of a pack.
         nonfinite: what to do about gradients that are infinite or NaN. Such a step is left out whole: no weight and no
             optimizer's state changes, only what a forward pass itself writes, such as BatchNorm's averages. "raise"
