@@ -137,6 +137,24 @@ def test_generator_step_after_the_first_of_five():
     assert not same(ours(18)[0], theirs[0])
 
 
+def test_a_count_that_starts_again_in_each_epoch():
+    """Of 7 batches: the generator's steps are 5 and 2 critic steps apart, which no number for ``n_critic`` says."""
+    row = re.search(r"\| the same, where `i` starts again in each epoch \| `(.+)`, and in your `if` `(.+)` \|", SECTION)
+    theirs = loop(21, due=lambda i: i % 7 % 5 == 0)
+    generator, critic = networks()
+    of_generator, of_critic = optimizers(generator, critic, RMSPROP)
+    given = {"generator_optimizer": of_generator, "critic_optimizer": of_critic, "constraint": WeightClip(BOUND)}
+    names = {"trainer": Trainer(generator, critic, latent=noise, backend="torch", **given)}
+    torch.manual_seed(3)
+    for i, names["real"] in enumerate(data(21)):
+        eval(row[1], names)
+        if i % 7 % 5 == 0:
+            eval(row[2], names)
+    for mine, expected in zip((generator, critic), theirs, strict=True):
+        assert same(mine, expected)
+    assert not same(ours(21, n_critic=lambda iteration: 5 if iteration else 1)[0], theirs[0])
+
+
 def test_warmup():
     diters = [100 if i < 25 or i % 500 == 0 else 5 for i in range(1002)]
     assert [warmup_schedule(i) for i in range(1002)] == diters
