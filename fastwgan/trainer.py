@@ -77,6 +77,9 @@ class Trainer:
             :func:`fastwgan.functional.critic_loss`.
         drift: weight (>= 0) of the term mean(D(real)^2) in the critic's loss. It keeps the scores near zero.
         pack: how many consecutive samples of a batch get one score together. The penalty is then of a pack.
+        max_norm: number > 0, or a dict of them for "critic", "generator" or both, or None: a network's gradients are
+            multiplied by min(1, max_norm / (norm + 1e-6)), as by ``torch.nn.utils.clip_grad_norm_``. The norm is of all
+            of them together, averaged over all processes and without the loss scale.
         nonfinite: what to do about gradients that are infinite or NaN. Such a step is left out whole: no weight and no
             optimizer's state changes, only what a forward pass itself writes, such as BatchNorm's averages. "raise"
             raises FloatingPointError at the first, "skip" after 20 in a row; so does "raise" with float16, where steps
@@ -120,15 +123,15 @@ class Trainer:
         generator_scheduler: LRScheduler | None = None, n_critic: int | Callable[[int], int] = 5, seed: int = 0,
         backend: Backend = "auto", amp: torch.dtype | None = None, cuda_graph: bool | str = "auto",
         independent_samples: bool = False, compile: bool = False, ema: float | None = None, blend: float = 0.0,
-        drift: float = 0.0, pack: int = 1, nonfinite: str = "raise",
-        memory_format: torch.memory_format | None = None, **removed: object,
+        drift: float = 0.0, pack: int = 1, max_norm: float | dict[str, float] | None = None,
+        nonfinite: str = "raise", memory_format: torch.memory_format | None = None, **removed: object,
     ) -> None:  # fmt: skip
         checks.removed(removed, REMOVED)
         checks.refuse_inference_mode()
         generator, critic = unwrapped("generator", generator), unwrapped("critic", critic)
         settings = Settings(
             latent, constraint, n_critic, seed, backend, amp, cuda_graph, independent_samples, compile, ema, blend,
-            drift, pack, nonfinite, memory_format,
+            drift, pack, max_norm, nonfinite, memory_format,
         )  # fmt: skip
         optimizers = {"critic": critic_optimizer, "generator": generator_optimizer}
         schedulers = {"critic": critic_scheduler, "generator": generator_scheduler}
