@@ -267,7 +267,7 @@ def caught_by(fault: Fault) -> str:
         plant(fault, tree)
         env = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         env["FASTWGAN_KERNELS"] = "interpreter"  # compiles nothing
-        for suite in sorted((RUN, PROJECT, OBJECTIVES, GUARD, CLIPPED, GRAPHS, CODE), key=lambda suite: suite != fault.first):
+        for suite in sorted((RUN, PROJECT, OBJECTIVES, GUARD, CLIPPED, GRAPHS, CODE), key=fault.first.__ne__):
             command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--deselect"]
             # Which any change fails.
             command.append("tests/tools/test_compiled.py::test_generated_code_is_the_committed")
