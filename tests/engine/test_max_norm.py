@@ -473,8 +473,8 @@ def test_sparse_gradients_are_refused_where_they_would_be_clipped(max_norm, back
     assert torch.equal(weights(critic), before)
 
 
-def test_a_scheduler_and_our_adam_of_two_dtypes(backend, device):
-    """A network of two dtypes has two launches of guard and update, and one norm."""
+def test_a_network_of_two_dtypes_has_one_norm(backend, device):
+    """And two launches each of the guard and the update."""
 
     class Critic(nn.Module):
         def __init__(self):
