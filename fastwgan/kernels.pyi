@@ -23,6 +23,7 @@ class guard:
             tally: torch.Tensor,
             gate: torch.Tensor,
             scale: torch.Tensor | None,
+            max_norm: float | None = None,
         ) -> torch.Tensor: ...
 
 class interpolate:

@@ -291,12 +291,20 @@ TALLY = 9  # the length of a tally
 GROWTH_INTERVAL, LEAST_SCALE, MOST_SCALE = 2000, 1.0, 2.0**24  # of a loss scale
 
 
+def norm(gradients: list[Tensor]) -> Tensor:
+    """Return the norm of all gradients together, 0-d, float32 or wider."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm([*map(_wide, gradients)])))  # type: ignore
+
+
 @torch.no_grad()
-def guard_(gradients: list[Tensor], tally: Tensor, gate: Tensor, scale: Tensor | None = None) -> None:
+def guard_(
+    gradients: list[Tensor], tally: Tensor, gate: Tensor, scale: Tensor | None = None, max_norm: float | None = None
+) -> None:
     """Count what is not finite in a network's gradients, and say in ``gate`` whether to leave the step out.
 
     ``gradients`` include the loss scale. Written are ``tally``, [TALLY] int64, where :class:`Tally` says; and ``gate``,
-    [2] float32: 1 to leave the step out, else 0; what gradients are to be multiplied by. ``scale``, [2] float32 or
+    [2] float64: 1 to leave the step out, else 0; what gradients are to be multiplied by: 1 / scale, and unless the step
+    is left out min(1, max_norm / (norm + 1e-6)), as in ``torch.nn.utils.clip_grad_norm_``. ``scale``, [2] float32 or
     None, is the loss scale, and how many steps it has served: it is halved after a step left out and doubled after
     GROWTH_INTERVAL in a row that were not, from LEAST_SCALE up to MOST_SCALE. Micikevicius et al., arXiv 1710.03740.
     """
@@ -309,9 +317,10 @@ def guard_(gradients: list[Tensor], tally: Tensor, gate: Tensor, scale: Tensor |
     tally[Tally.STEPS] += 1
     tally[Tally.LAST] = torch.where(skip, tally[Tally.STEPS], tally[Tally.LAST])
     tally[Tally.LONGEST] = torch.maximum(tally[Tally.LONGEST], tally[Tally.IN_A_ROW])
-    gate[0] = skip
+    gate[0], gate[1] = skip, 1.0 if scale is None else 1 / scale[0]
+    if max_norm is not None:
+        gate[1] *= torch.where(skip, 1, (max_norm / (norm(gradients) * gate[1] + 1e-6)).clamp(max=1))
     if scale is not None:
-        gate[1] = 1 / scale[0]
         served = scale[1] + 1
         grown = served >= GROWTH_INTERVAL
         halved, doubled = (0.5 * scale[0]).clamp(min=LEAST_SCALE), (2 * scale[0]).clamp(max=MOST_SCALE)

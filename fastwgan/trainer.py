@@ -90,6 +90,9 @@ class Trainer:
             each of the network's steps, under the same autocast, on a rank's own samples; steps with a term are
             captured in CUDA graphs only with ``cuda_graph=True``.
         pack: how many consecutive samples of a batch get one score together. The penalty is then of a pack.
+        max_norm: number > 0, or a dict of them for "critic", "generator" or both, or None: a network's gradients are
+            multiplied by min(1, max_norm / (norm + 1e-6)), as by ``torch.nn.utils.clip_grad_norm_``. The norm is of all
+            of them together, averaged over all processes and without the loss scale.
         nonfinite: what to do about gradients that are infinite or NaN. Such a step is left out whole: no weight and no
             optimizer's state changes, only what a forward pass itself writes, such as BatchNorm's averages. "raise"
             raises FloatingPointError at the first, "skip" after 20 in a row; so does "raise" with float16, where steps
@@ -133,7 +136,8 @@ class Trainer:
         generator_scheduler: LRScheduler | None = None, n_critic: int | Callable[[int], int] = 5, seed: int = 0,
         backend: Backend = "auto", amp: torch.dtype | None = None, cuda_graph: bool | str = "auto",
         independent_samples: bool = False, compile: bool = False, ema: float | None = None,
-        critic_term: Term | None = None, generator_term: Term | None = None, pack: int = 1, nonfinite: str = "raise",
+        critic_term: Term | None = None, generator_term: Term | None = None, pack: int = 1,
+        max_norm: float | dict[str, float] | None = None, nonfinite: str = "raise",
         memory_format: torch.memory_format | None = None, **removed: object,
     ) -> None:  # fmt: skip
         checks.removed(removed, REMOVED)
@@ -141,7 +145,7 @@ class Trainer:
         generator, critic = unwrapped("generator", generator), unwrapped("critic", critic)
         settings = Settings(
             latent, constraint, n_critic, seed, backend, amp, cuda_graph, independent_samples, compile, ema,
-            critic_term, generator_term, pack, nonfinite, memory_format,
+            critic_term, generator_term, pack, max_norm, nonfinite, memory_format,
         )  # fmt: skip
         optimizers = {"critic": critic_optimizer, "generator": generator_optimizer}
         schedulers = {"critic": critic_scheduler, "generator": generator_scheduler}

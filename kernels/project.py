@@ -92,7 +92,7 @@ def _project_row(
 def _project_kernel(
     table_ptr,  # [tensors, table.COLUMNS] int64: HYPER_ROW is the size of a tensor's rows
     owner_ptr,  # [chunks] int32, the tensor each program works on
-    gate_ptr,  # [2] float32
+    gate_ptr,  # [2] float64
     count_ptr,  # [1] int64, zero between launches
     share_ptr,  # [1] float32
     counter_ptr,  # [1] int32
@@ -128,7 +128,7 @@ class Project:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._dtype, self._acc = triton_dtype(dtype), triton_dtype(accumulator(dtype))
         self._tables = Tables()
-        self._open = torch.tensor([0.0, 1.0], device=device)
+        self._open = torch.tensor([0.0, 1.0], dtype=torch.float64, device=device)
 
     def launch(
         self, params: Sequence[torch.Tensor], sizes: Sequence[int], bound: float, gate: torch.Tensor | None = None

@@ -98,7 +98,7 @@ def _update_kernel(
     table_ptr,  # [tensors, table.COLUMNS] int64
     owner_ptr,  # [chunks] int32, the tensor each program works on
     hyper_ptr,  # [rows, table.HYPER_COLUMNS] in the accumulator's dtype
-    gate_ptr,  # [2] float32
+    gate_ptr,  # [2] float64
     count_ptr,  # [1] int64, zero between launches
     share_ptr,  # [1] float32
     counter_ptr,  # [1] int32
@@ -153,7 +153,7 @@ class Update:
         self._dtype = triton_dtype(dtype)
         self.hyper = Mirror(accumulator(dtype), device)  # to be set to other numbers for launches that a graph replays
         self._tables = Tables()
-        self._open = torch.tensor([0.0, 1.0], device=device)
+        self._open = torch.tensor([0.0, 1.0], dtype=torch.float64, device=device)
 
     def launch(
         self, algorithm: str, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor],

@@ -2,7 +2,7 @@
 
 A step with such a gradient is left out whole. The verdict is made and obeyed on the device; the host hears of it later,
 without waiting, and raises once too many steps in a row were left out. The loss scale of float16 training is the
-guard's as well, as it goes by the same verdict.
+guard's as well, as it goes by the same verdict; and so is clipping by norm, whose factor the update obeys.
 """
 
 import math
@@ -36,12 +36,15 @@ def statistics(scores: tuple[Tensor, ...], backend: Resolved) -> Tensor:
 class Guard:
     """Checks a network's gradients before each of its updates; more than ``limit`` steps left out in a row raise."""
 
-    def __init__(self, name: str, module: nn.Module, backend: Resolved, *, limit: int, scaled: bool) -> None:
-        self._name, self._module, self._backend, self._limit = name, module, backend, limit
+    def __init__(
+        self, name: str, module: nn.Module, backend: Resolved, *, limit: int, scaled: bool,
+        max_norm: float | None = None,
+    ) -> None:  # fmt: skip
+        self._name, self._module, self._backend, self._limit, self.max_norm = name, module, backend, limit, max_norm
         self._device = next(module.parameters()).device
         self._tally = torch.zeros(TALLY, dtype=torch.int64, device=self._device)
         # 1 to leave the step out, else 0; what gradients are to be multiplied by.
-        self.gate = torch.tensor([0.0, 1.0], device=self._device)
+        self.gate = torch.tensor([0.0, 1.0], dtype=torch.float64, device=self._device)
         self._scale = torch.tensor([FIRST_SCALE, 0.0], device=self._device) if scaled else None
         self.dense = True  # whether sparse gradients are refused, which some of PyTorch's optimizers take
         self._kernel: Any = None
@@ -83,19 +86,20 @@ class Guard:
         gradients = self.gradients(parameters)
         if self._backend == "triton":
             self._kernel = self._kernel or kernels.guard.Guard()
-            found = self._kernel.launch(gradients, scores, self._tally, self.gate, self._scale)
+            found = self._kernel.launch(gradients, scores, self._tally, self.gate, self._scale, self.max_norm)
             return found[:-1] if scores else None, found[-1]
-        quick = self._device.type == "cpu" and self._scale is None
-        # One sum each shows that all is finite; one that overflowed only sends us the longer way.
-        if quick and math.isfinite(sum([g.sum().item() for g in gradients])):
+        quick, cap = self._device.type == "cpu" and self._scale is None, self.max_norm
+        sizes = [reference.norm(gradients)] if quick and cap is not None else gradients
+        # One sum each, or the norm, shows that all is finite; one that overflowed only sends us the longer way.
+        if quick and math.isfinite(sum([g.sum().item() for g in sizes])):
             tally, gate = self._tally.numpy(), self.gate.numpy()  # whose elements are set in a tenth of the time
             tally[Tally.NONFINITE] = tally[Tally.IN_A_ROW] = gate[0] = 0
             tally[Tally.STEPS] += 1
+            gate[1] = 1.0 if cap is None else min(1.0, cap / (sizes[0].item() + 1e-6))
         else:
-            reference.guard_(gradients, self._tally, self.gate, self._scale)
-        return cache(partial(statistics, scores, self._backend)) if scores else None, self._tally[
-            Tally.NONFINITE
-        ].clone()
+            reference.guard_(gradients, self._tally, self.gate, self._scale, self.max_norm)
+        means = cache(partial(statistics, scores, self._backend)) if scores else None
+        return means, self._tally[Tally.NONFINITE].clone()
 
     def watch(self, checkpoint: str | None, *, wait: bool = False) -> None:
         """Raise FloatingPointError if too many steps in a row were left out, as far as the host knows by now.

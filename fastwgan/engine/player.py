@@ -45,7 +45,8 @@ class Player:
         self._backend = resolve(settings.backend, next(module.parameters()).device)
         scaled = settings.amp == torch.float16  # whose loss scale finds its range by steps that are left out
         limit = 0 if settings.nonfinite == "raise" and not scaled else PATIENCE - 1
-        self.guard = Guard(name, module, self._backend, limit=limit, scaled=scaled)
+        norm = settings.max_norm.get(name) if isinstance(settings.max_norm, dict) else settings.max_norm
+        self.guard = Guard(name, module, self._backend, limit=limit, scaled=scaled, max_norm=norm)
         self._constraint = constraint if constraint is not None and constraint.bounds_weights else None
         self._held: list[nn.Parameter] = []
         self._excluded: set[nn.Parameter] = set()
@@ -236,7 +237,7 @@ class Player:
     ) -> tuple[Lazy, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
         """Return (score statistics, penalty statistics, nonfinite, term) of all ranks, and set the guard's gate."""
         guard = self.guard
-        guard.dense = self.gated is not None or self._ranks.world > 1
+        guard.dense = self.gated is not None or self._ranks.world > 1 or guard.max_norm is not None
         if self._ranks.world == 1:
             found, nonfinite = guard.check(watch.parameters, scores if known is None else ())
             return known if found is None else found, penalty, nonfinite, term  # type: ignore[return-value]

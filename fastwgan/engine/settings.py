@@ -54,6 +54,7 @@ class Settings:
     critic_term: Term | None
     generator_term: Term | None
     pack: int
+    max_norm: float | dict[str, float] | None
     nonfinite: str
     memory_format: torch.memory_format | None
 
@@ -77,6 +78,11 @@ class Settings:
             checks.count("n_critic", self.n_critic)
         checks.seed("seed", self.seed)
         checks.count("pack", self.pack)
+        limits = self.max_norm if isinstance(self.max_norm, dict) else {"critic": self.max_norm}
+        if not {"critic", "generator"} >= limits.keys() > set():
+            raise ValueError(f"max_norm: expected the keys 'critic', 'generator' or both, got {[*limits]}")
+        for limit in () if self.max_norm is None else limits.values():
+            checks.number("max_norm", limit, minimum=0, exclusive=True)
         if self.nonfinite not in ("raise", "skip"):
             raise ValueError(f"nonfinite: expected 'raise' or 'skip', got {self.nonfinite!r}")
         if self.ema is not None and checks.number("ema", self.ema, minimum=0) >= 1:

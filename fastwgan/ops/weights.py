@@ -84,7 +84,7 @@ def project_and_count_(
     """Do what :func:`clip_norms_` does, with a ``per`` of "weight" :func:`clip_weights_`. For the trainer.
 
     Return the share of rows, or weights, on their bound, None of none: of those whose norm was the bound or more.
-    ``gate`` is [2] float32, or None: 1 to leave the weights alone, else 0; the share is NaN then.
+    ``gate`` is [2] float64, or None: 1 to leave the weights alone, else 0; the share is NaN then.
     """
     shares = []
     for params, limit, runs in _by_kind(parameters, bound, backend):
@@ -104,7 +104,7 @@ def project_and_count_(
                 share = _projector(device, dtype, stream).launch(works, sizes, float(bound), gate)
             write_back(params, works)
         elif gate is not None and gate[0]:  # on a GPU this waits, as PyTorch's optimizers do
-            share = gate.new_tensor(nan)
+            share = gate.new_tensor(nan, dtype=torch.float32)
         elif per == "weight":
             reference.clip_weights_(params, bound)
             share, _ = saturation(params, bound)

@@ -29,7 +29,7 @@ _Member = tuple[Tensor, Options, float | None]  # a parameter, its group, and th
 class Together(NamedTuple):
     """The work of a trainer's step in the optimizer's launch, beside the update."""
 
-    gate: Tensor | None = None  # [2] float32: 1 to leave the step out, else 0; a factor of gradients
+    gate: Tensor | None = None  # [2] float64: 1 to leave the step out, else 0; a factor of gradients
     averages: dict[Tensor, Tensor] | None = None  # running averages of weights, float32 or wider
     decay: float = 0.0  # of these
     bound: float | None = None  # to clamp weights to
@@ -302,7 +302,7 @@ class Gated(Optimizer):
         found: Tensor = self.found_inf  # type: ignore[attr-defined]
         scale: Tensor | None = getattr(self, "grad_scale", None)  # None once gradients have been unscaled
         factor = torch.ones_like(found) if scale is None else 1 / scale
-        return torch.stack((found.reshape(()), factor.reshape(()))).float()
+        return torch.stack((found.reshape(()), factor.reshape(()))).double()
 
     def _check_member(self, p: Tensor, bound: float | None) -> None:
         """Raise unless a kernel given addresses alone would read and write the right memory."""

@@ -52,7 +52,7 @@ _PATTERNS = (
     "(min|max)(.ftz)?.NaN.f32|abs.b?f16(x2)?|ex2.approx(.ftz)?.f32|rcp.approx.ftz.f64",
     f"setp.{_RELATION}.{_INTEGER}|setp.(eq|ne).b(16|32|64)|setp.({_RELATION}u?|nan|num).(b?f16|f32|f64)",
     f"cvt.{_INTEGER}.{_INTEGER}|cvt.rn.f(32|64).{_INTEGER}|cvt.rzi.s32.f(32|64)",
-    "cvt.f32.b?f16|cvt.f64.f32|cvt.rn.f32.f64|cvt.rn.b?f16(x2)?.f32",
+    "cvt.f(32|64).b?f16|cvt.f64.f32|cvt.rn.f32.f64|cvt.rn.b?f16(x2)?.f32",
     f"ld.param.[bus](32|64)|ld(.volatile)?.global(.cg)?(.v2|.v4)?.(b16|b32|b64|{_INTEGER})",
     f"(st.global|ld.shared|st.shared)(.v2|.v4)?.(b16|b32|b64|{_INTEGER})",
     "(atom|red).global.gpu.(relaxed|acq_rel).(add.u(32|64)|max.[us](32|64)|exch.b(32|64))",

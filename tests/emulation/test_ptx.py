@@ -82,6 +82,8 @@ WORDS = np.array([0, 1, -1, 2**31 - 1, -(2**31), 0x12345678, -0x12345678, 97], n
         ("cvt.rn.bf16x2.f32 %r5, %r4, %r3;\nmov.b32 {%rs1, _}, %r5;\ncvt.f32.bf16 %r5, %rs1;",
          lambda a, b: torch.from_numpy(a).bfloat16().float().numpy()),
         ("cvt.rn.f16.f32 %rs1, %r3;\ncvt.f32.f16 %r5, %rs1;", lambda a, b: torch.from_numpy(a).half().float().numpy()),
+        ("cvt.rn.f16.f32 %rs1, %r3;\ncvt.f64.f16 %rd5, %rs1;\ncvt.rn.f32.f64 %r5, %rd5;",
+         lambda a, b: torch.from_numpy(a).half().float().numpy()),
         ("cvt.rn.f16x2.f32 %r5, %r3, %r4;\nmov.b32 {_, %rs1}, %r5;\ncvt.f32.f16 %r5, %rs1;",
          lambda a, b: torch.from_numpy(a).half().float().numpy()),
         ("ex2.approx.f32 %r5, 0f00000000;", lambda a, b: 0 * b.view(np.int32) + 1),

@@ -189,6 +189,9 @@ EQUAL = {  # name: (how far the weights may be from those of one process, what t
     "sgd": (1e-12, partial_pair, {"constraint": PENALTY, "critic_optimizer": "SGD"}),
     "expanded": (1e-12, expanded_pair, {"constraint": CLIP}),
     "wrapped": (1e-12, mlp_pair, {"constraint": PENALTY, "wrap": True}),
+    "max_norm": (1e-12, mlp_pair, {"constraint": PENALTY, "max_norm": 0.01}),
+    "max_norm sgd": (1e-12, partial_pair, {"constraint": PENALTY, "critic_optimizer": "SGD", "max_norm": 0.01}),
+    "triton max_norm": (1e-6, mlp_pair, {"constraint": CLIP, "max_norm": {"critic": 1e-4}, **TRITON}),
 }
 METRICS_DIGITS = {1e-12: 1e-9, 1e-6: 1e-4, 1e-3: 3e-2}
 

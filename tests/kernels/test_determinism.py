@@ -61,6 +61,20 @@ def projection(per, device):
     return launch
 
 
+def clipping(device):
+    """A function that looks at the same gradients, to be clipped, and gives what the gate says and the statistics."""
+    torch.manual_seed(3)
+    launcher, scores = kernels.guard.Guard(), [torch.randn(700, device=device) for _ in range(2)]
+    gradients = [torch.randn(n, device=device) for n in (1, 700, 9000, 3, 2048)]
+
+    def launch():
+        tally = torch.zeros(kernels.guard.TALLY, dtype=torch.int64, device=device)
+        gate = torch.zeros(2, dtype=torch.float64, device=device)
+        return launcher.launch(gradients, tuple(scores), tally, gate, None, 0.5), gate
+
+    return launch
+
+
 def assert_same_bits(actual, expected):
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == e.dtype
@@ -75,6 +89,7 @@ LAUNCHES = {
     "scores in bfloat16": lambda device: results("critic_loss", (11_000,), torch.bfloat16, device),
     "projection of rows": lambda device: projection("row", device),
     "projection of tensors": lambda device: projection("tensor", device),
+    "norm to clip by": clipping,
     "RMSprop": lambda device: updates("RMSprop", device),
     "Adam": lambda device: updates("Adam", device),
 }

@@ -81,13 +81,15 @@ def no_synchronisation():
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True], ids=["eager", "graphed"])
+@pytest.mark.parametrize("max_norm", [None, 0.01], ids=["", "clipped"])
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_steps_do_not_wait_for_the_device(name, cuda_graph):
+def test_steps_do_not_wait_for_the_device(name, max_norm, cuda_graph):
     workload = WORKLOADS[name]
     generator, critic = workload.generator(8).to(DEVICE), workload.critic(8).to(DEVICE)
     trainer = Trainer(
-        generator, critic, latent=workload.latent, constraint=workload.constraint, n_critic=2, cuda_graph=cuda_graph
-    )
+        generator, critic, latent=workload.latent, constraint=workload.constraint, n_critic=2, cuda_graph=cuda_graph,
+        max_norm=max_norm,
+    )  # fmt: skip
     real = torch.randn(8, *workload.shape, device=DEVICE)
     for _ in range(2 * (WARM_UP + 2)):  # what compiles or captures may wait
         trainer.step(real)

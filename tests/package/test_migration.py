@@ -160,6 +160,26 @@ def test_warmup():
     assert [warmup_schedule(i) for i in range(1002)] == diters
 
 
+# The table: gradients clipped by norm
+
+
+@pytest.mark.parametrize("optimizer", [RMSPROP, ADAM, (torch.optim.SGD, {"lr": 1e-2})], ids=["RMSprop", "Adam", "SGD"])
+def test_clipped_gradients(optimizer):
+    (cell,) = re.findall(r"^\| `nn.utils.clip_grad_norm_\(D.*\(\), c\)` \| `max_norm=(.+)` \|$", SECTION, re.MULTILINE)
+
+    def clipped(critic, real, fake):
+        subtract(critic, real, fake)
+        norms.append(nn.utils.clip_grad_norm_(critic.parameters(), 0.02))
+
+    norms, options = [], {"optimizer": optimizer}
+    theirs, mine = loop(20, clipped, **options), ours(20, max_norm=eval(cell, {"c": 0.02}), **options)
+    assert min(norms) > 0.02
+    for network, expected in zip(mine, theirs, strict=True):
+        assert same(network, expected)
+    for other in (ours(20, **options), ours(20, max_norm={"critic": 0.03}, **options)):
+        assert not same(other[1], theirs[1])
+
+
 # The table: signs
 
 

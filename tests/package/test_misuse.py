@@ -481,6 +481,18 @@ MAKING = [
             ("blend", "a (finite )?number", ((1.5, ValueError), (-0.1, ValueError), ("1", TypeError))),
             ("drift", "a finite number", ((-0.1, ValueError), (float("inf"), ValueError))),
             ("drift", "a number", ((None, TypeError), (True, TypeError))),
+            (
+                "max_norm", "a (finite )?number",
+                (
+                    (0, ValueError), (-1.0, ValueError), (float("inf"), ValueError), (float("nan"), ValueError),
+                    (True, TypeError), ("1", TypeError), ([1.0], TypeError), ({"critic": 0.0}, ValueError),
+                    ({"critic": 1.0, "generator": None}, TypeError), ({"generator": "1"}, TypeError),
+                ),
+            ),
+            (
+                "max_norm", "the keys 'critic', 'generator' or both",
+                (({}, ValueError), ({"discriminator": 1.0}, ValueError), ({"critic": 1.0, 0: 1.0}, ValueError)),
+            ),
             ("compile", "a bool", (("yes", TypeError), (1, TypeError), (None, TypeError))),
             ("cuda_graph", "'auto', True or False", (("yes", ValueError), (1, ValueError), (None, ValueError))),
             (

@@ -193,6 +193,7 @@ class Case:
             "ema": draw("ema", None, 0.0, 0.9), "n_critic": draw("n_critic", 1, 2, 3, lambda i: 1 + i % 3),
             "drift": draw("drift", 0.0, 0.0, 0.01), "blend": draw("blend", 0.0, 0.0, 0.5, 1.0),
             "independent_samples": keeps_apart and self.cond != "matrix" and draw("independent_samples", False, True),
+            "max_norm": draw("max_norm", None, None, 0.1, {"critic": 0.1}, {"critic": 0.3, "generator": 0.03}),
         }  # fmt: skip
 
     def draw(self, name, *options):
@@ -348,6 +349,9 @@ class Loop:
     def update(self, role, loss):
         getattr(self, role).zero_grad()
         loss.backward()
+        limits = self.options["max_norm"]
+        if limit := limits.get(role) if isinstance(limits, dict) else limits:
+            nn.utils.clip_grad_norm_(getattr(self, role).parameters(), limit)
         getattr(self, f"{role}_optimizer").step()
         if scheduler := getattr(self, f"{role}_scheduler"):
             scheduler.step()

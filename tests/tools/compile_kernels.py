@@ -69,11 +69,15 @@ def _update(
     )  # fmt: skip
 
 
-def _guard(dtype: torch.dtype, numel: int, scores: tuple[torch.Tensor, ...], scaled: bool) -> None:
+def _guard(
+    dtype: torch.dtype, numel: int, scores: tuple[torch.Tensor, ...], scaled: bool, max_norm: float | None = None,
+    others: tuple[torch.dtype, ...] = (),
+) -> None:  # fmt: skip
     gradients = [torch.empty(numel, dtype=dtype, device="meta")] * 6
+    gradients += [torch.empty(numel, dtype=other, device="meta") for other in others]
     tally = torch.empty(guard.TALLY, dtype=torch.int64, device="meta")
-    gate, scale = torch.empty(2, device="meta"), torch.empty(2, device="meta")
-    guard.Guard().launch(gradients, scores, tally, gate, scale if scaled else None)
+    gate, scale = torch.empty(2, dtype=torch.float64, device="meta"), torch.empty(2, device="meta")
+    guard.Guard().launch(gradients, scores, tally, gate, scale if scaled else None, max_norm)
 
 
 def _project(shape: tuple[int, ...], size: int, dtype: torch.dtype) -> None:
@@ -151,10 +155,13 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     for algorithm in ("rmsprop", "adam"):
         name = f"update {algorithm} averaged"
         yield name, algorithm == "adam", partial(_update, 6, 5000, algorithm, False, False, 0.01, dtype, True)
-    for count, scaled in product(range(3), (False, True)):
-        name = f"guard {count} scores" + " scaled" * scaled
-        yield name, (count, scaled) == (2, False), partial(_guard, dtype, 5000, (new(64),) * count, scaled)
-    yield "guard of a large network", True, partial(_guard, dtype, 2**25, (new(64), new(64)), False)
+    for count, scaled, max_norm in product(range(3), (False, True), (None, 0.1)):
+        name = f"guard {count} scores" + " scaled" * scaled + " clipped" * (max_norm is not None)
+        yield name, (count, scaled) == (2, False), partial(_guard, dtype, 5000, (new(64),) * count, scaled, max_norm)
+    for name, max_norm in (("guard of a large network", None), ("guard of a large network clipped", 0.1)):
+        yield name, True, partial(_guard, dtype, 2**25, (new(64), new(64)), False, max_norm)
+    if dtype == torch.float64:  # in which the squares of others are added then
+        yield "guard of all dtypes clipped", False, partial(_guard, dtype, 5000, (new(64),) * 2, False, 0.1, DTYPES)
     for n in (1, 17, HUGE):
         yield f"guard {n}", False, partial(_guard, dtype, n, (new(n), new(17)), False)
     for size in (4608, 1, 1025, 2049):  # each block size

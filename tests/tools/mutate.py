@@ -24,6 +24,7 @@ CODE = "tools/test_compiled.py"  # compiles for GPUs, which takes minutes
 GRAPHS = "emulation/test_recording.py engine/test_graphs.py"
 GUARD = "engine/test_guard.py engine/test_ema.py engine/test_amp.py"
 PROJECT = "ops/test_project.py"
+CLIPPED = "engine/test_max_norm.py"
 OBJECTIVES = "engine/test_objectives.py"
 
 
@@ -193,7 +194,7 @@ FAULTS = [
     Fault("every step counted as left out", "guard", "tl.load(tally_ptr + SKIPPED) + skip.to(tl.int64)", "tl.load(tally_ptr + SKIPPED) + 1", GUARD),
     Fault("longest row forgotten", "guard", "tl.maximum(tl.load(tally_ptr + LONGEST), row)", "row", GUARD),
     Fault("gate always open", "guard", "tl.store(gate_ptr, skip.to(tl.float32))", "tl.store(gate_ptr, 0.0)", GUARD),
-    Fault("scale for its inverse", "guard", "divide(tl.full([], 1, tl.float32), scale)", "scale", GUARD),
+    Fault("scale for its inverse", "guard", "divide(factor, scale.to(factor.dtype))", "scale", GUARD),
     Fault("scale not halved", "guard", "tl.maximum(0.5 * scale, LEAST_SCALE)", "scale", GUARD),
     Fault("scale shrinks to nothing", "guard", "tl.maximum(0.5 * scale, LEAST_SCALE)", "0.5 * scale", GUARD),
     Fault("scale not doubled", "guard", "tl.minimum(2 * scale, MOST_SCALE)", "scale", GUARD),
@@ -205,6 +206,11 @@ FAULTS = [
     Fault("scores shared by more programs than sum them", "guard", "tl.minimum(tl.num_programs(0), MAX_PROGRAMS)", "tl.num_programs(0)", GUARD),
     Fault("blocks of one size in tables of another", "guard", "addresses(own, block, members, capture=capture)", "addresses(own, BLOCK, members, capture=capture)", GUARD),
     Fault("verdict before the last dtype", "guard", "        if FINAL:\n", "        if True:\n", GUARD),
+    Fault("norm of the last dtype's gradients", "guard", "squares_ptr + before + program", "squares_ptr + program", CLIPPED),
+    Fault("norm of the first chunks", "guard", "for first in range(0, before + chunks,", "for first in range(0, tl.minimum(before + chunks, 4 * MAX_PROGRAMS),", CLIPPED),
+    Fault("norm of the scaled gradients", "guard", "divide(sqrt(tl.sum(sums, axis=0)), scale.to(acc))", "sqrt(tl.sum(sums, axis=0))", CLIPPED),
+    Fault("a float64 norm clipped to a float32 bound", "guard", "tl.full([], MAX_NORM, acc)", "tl.full([], MAX_NORM, tl.float32).to(acc)", CLIPPED),
+    Fault("factor of a step that is left out", "guard", "tl.where(skip, 1, tl.minimum(clipped, 1))", "tl.minimum(clipped, 1)", CLIPPED),
     # project
     Fault("gate ignored", "project", "tl.where(skip, 0, tl.load(entry_ptr + table.HYPER_ROW))", "tl.load(entry_ptr + table.HYPER_ROW)", PROJECT),
     Fault("norm not rooted", "project", "root = sqrt(square)", "root = square", PROJECT),
@@ -261,7 +267,7 @@ def caught_by(fault: Fault) -> str:
         plant(fault, tree)
         env = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         env["FASTWGAN_KERNELS"] = "interpreter"  # compiles nothing
-        for suite in sorted((RUN, PROJECT, OBJECTIVES, GUARD, GRAPHS, CODE), key=lambda suite: suite != fault.first):
+        for suite in sorted((RUN, PROJECT, OBJECTIVES, GUARD, CLIPPED, GRAPHS, CODE), key=fault.first.__ne__):
             command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--deselect"]
             # Which any change fails.
             command.append("tests/tools/test_compiled.py::test_generated_code_is_the_committed")

@@ -14,10 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # Every kernel, on sizes to either side of a block and a program, aligned and not, in all dtypes.
-TESTS = ("kernels/test_memory", "engine/test_guard", "engine/test_ema", "ops/test_project", "kernels/test_matrix")
+TESTS = (
+    "kernels/test_memory", "engine/test_guard", "engine/test_max_norm", "engine/test_ema", "ops/test_project",
+    "kernels/test_matrix",
+)  # fmt: skip
 CHOSEN = (
     "not torch- and (stay_inside or are_filled or test_means_of_scores or averages_are_the_recurrence or test_batches "
-    "or test_the_share_on_the_bound or number_of_tensors or (test_penalty_cotangent and 16385))"
+    "or test_the_share_on_the_bound or number_of_tensors or by_and_by or (test_penalty_cotangent and 16385))"
 )
 OURS = ("--kernel-name", "regex=_(guard|scores|objective|interpolate|perturb|penalty|project|update)_kernel")
 TOOLS = {
