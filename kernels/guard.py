@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from . import arrival, table
-from .arithmetic import divide, sqrt
 from .arrival import MAX_PROGRAMS, is_last, mean_of_partials, zero
 from .layout import accumulator, triton_dtype
 from .scores import store_statistics, store_sums
@@ -45,7 +44,7 @@ def _guard_kernel(
     b_ptr,  # [b_numel] scores
     stats_ptr,  # [5] mean a, mean b, mean a - mean b, mean b - mean a; [2] -mean a; or [1]; the last is the count
     partial_ptr,  # [2, MAX_PROGRAMS]
-    squares_ptr,  # [chunks of all launches of the step] float32, or float64 if a gradient is, where MAX_NORM is given
+    squares_ptr,  # [chunks of all launches of the step] float64, where MAX_NORM is given: no sum of squares overflows
     counter_ptr,  # [1] int32
     chunks: tl.int32,
     before: tl.int32,  # chunks in the launches of the step before this one
@@ -73,7 +72,7 @@ def _guard_kernel(
             tl.atomic_add(tally_ptr + COUNT, found.to(tl.int64), sem="relaxed")
             tl.atomic_max(tally_ptr + REACHED, tensors - tl.load(row_ptr + table.HYPER_ROW), sem="relaxed")
         if MAX_NORM is not None:
-            wide = g.to(squares_ptr.dtype.element_ty)
+            wide = g.to(tl.float64)
             tl.store(squares_ptr + before + program, tl.sum(wide * wide, axis=0))
 
     if FORM != "none":
@@ -94,19 +93,17 @@ def _guard_kernel(
             skipped = tl.load(tally_ptr + SKIPPED) + skip.to(tl.int64)
             step = tl.load(tally_ptr + STEPS) + 1
             longest = tl.maximum(tl.load(tally_ptr + LONGEST), row)
-            scale, factor = tl.full([], 1, tl.float32), tl.full([], 1, tl.float32)
+            scale, factor = tl.full([], 1, tl.float32), tl.full([], 1, tl.float64)
             if SCALED:
                 scale = tl.load(scale_ptr)
                 served = tl.load(scale_ptr + 1) + 1
             if MAX_NORM is not None:
-                acc = squares_ptr.dtype.element_ty
-                sums = tl.zeros([4 * MAX_PROGRAMS], acc)
+                sums = tl.zeros([4 * MAX_PROGRAMS], tl.float64)
                 for first in range(0, before + chunks, 4 * MAX_PROGRAMS):
                     slots = first + tl.arange(0, 4 * MAX_PROGRAMS)
                     sums += tl.load(squares_ptr + slots, slots < before + chunks, other=0, cache_modifier=".cg")
-                norm = divide(sqrt(tl.sum(sums, axis=0)), scale.to(acc))
-                clipped = divide(tl.full([], MAX_NORM, acc), norm + tl.full([], 1e-6, acc))
-                factor = tl.where(skip, 1, tl.minimum(clipped, 1))
+                norm = tl.sqrt(tl.sum(sums, axis=0)) / scale
+                factor = tl.where(skip, factor, tl.minimum(MAX_NORM / (norm + 1e-6), factor))
             tl.debug_barrier()  # every thread has loaded all of these before one of them stores any
             tl.store(tally_ptr + NONFINITE, nonfinite)
             last: tl.constexpr = 4 if FORM == "critic" else 1 if FORM == "generator" else 0
@@ -120,7 +117,7 @@ def _guard_kernel(
                 tl.store(tally_ptr + LAST, step)
             tl.store(gate_ptr, skip.to(tl.float32))
             if SCALED or MAX_NORM is not None:
-                tl.store(gate_ptr + 1, divide(factor, scale.to(factor.dtype)))
+                tl.store(gate_ptr + 1, factor / scale)
             if SCALED:
                 grown = served >= GROWTH_INTERVAL
                 halved, doubled = tl.maximum(0.5 * scale, LEAST_SCALE), tl.minimum(2 * scale, MOST_SCALE)
@@ -157,8 +154,7 @@ class Guard:
             blocks = min(triton.cdiv(max(a.numel(), b.numel()), SCORES_BLOCK), MAX_PROGRAMS)
             squares, before = stats, 0
             if max_norm is not None:  # a place for each chunk, even of the smaller blocks
-                dtype = torch.float64 if torch.float64 in by_dtype else torch.float32
-                squares = stats.new_empty(sum([triton.cdiv(g.numel(), BLOCK) for g in gradients]), dtype=dtype)
+                squares = stats.new_empty(sum([triton.cdiv(g.numel(), BLOCK) for g in gradients]), dtype=torch.float64)
             for k, (dtype, members) in enumerate(by_dtype.items(), 1):
                 own = [gradients[i] for i in members]
                 block = LARGE_BLOCK if sum(map(torch.Tensor.numel, own)) >= LARGE else BLOCK
