@@ -116,12 +116,8 @@ def offset(offset: object, device: torch.device) -> int | Tensor:
 
 
 def scores(name: str, scores: object, batch: int, pack: int = 1, device: torch.device | None = None) -> Tensor:
-    """Return the scores, if they are a floating tensor with an entry, along its first dimension, to ``pack`` samples.
-
-    A network may return other things behind them, in a tuple.
-    """
-    if isinstance(scores, tuple) and scores:
-        scores = scores[0]
+    """Return scores, alone or first in a tuple, if they are a floating tensor [N / pack, ...], or raise."""
+    scores = scores[0] if isinstance(scores, tuple) and scores else scores
     scores = tensor(f"{name}: its output", scores, device=device)
     if scores.dim() == 0 or scores.shape[0] * pack != batch:
         packs = f" for {batch} samples in packs of {pack}" if pack > 1 else ""

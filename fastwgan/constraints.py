@@ -293,13 +293,11 @@ class GradientPenalty(Constraint):
         for both in pairs if self.at == "interpolates" else ():
             rows = all(checks.is_batched(c, len(real)) and c.is_floating_point() for c in both)
             if not rows or both[0].shape != both[1].shape:
-                got = " and ".join(
-                    f"{c.dtype} {tuple(c.shape)}" if isinstance(c, Tensor) else type(c).__name__ for c in both
-                )
+                got = [f"{c.dtype} {tuple(c.shape)}" if isinstance(c, Tensor) else type(c).__name__ for c in both]
                 raise ValueError(
                     "fake_cond: expected conditions between which the penalty can interpolate, floating tensors of "
-                    f"one shape with a row for each sample, got {got}: give labels as one-hot floats, or real and fake "
-                    'samples the same conditions, or take GradientPenalty(at="real")'
+                    f"one shape with a row for each sample, got {' and '.join(got)}: give labels as one-hot floats, or "
+                    'real and fake samples the same conditions, or take GradientPenalty(at="real")'
                 )
 
     def points(self, samples: Samples, weight: float, draw: Draw, pack: int, backend: Resolved) -> Penalised:

@@ -126,9 +126,8 @@ class Compiled(Eager):
             return self.term(name, record)
 
     def _trace_critic(
-        self, state: State, samples: Samples, batch: tuple[Tensor, ...], penalised: Penalised | None,
-        scale: Tensor | None,
-    ) -> Any:  # fmt: skip
+        self, state: State, samples: Samples, batch: Any, penalised: Penalised | None, scale: Tensor | None
+    ) -> Any:
         factor, pack = self._share if scale is None else self._share * scale, self._settings.pack
 
         def loss(trained: Tensors, given: Tensors) -> tuple[Tensor, Any]:

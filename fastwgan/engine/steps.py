@@ -75,15 +75,12 @@ class Steps:
         self._count(numbers, real)
         return found
 
-    def take_generator_step(
-        self, batch: int, cond: Part, fake_cond: Part | None = None, real: Tensor | None = None
-    ) -> Results:  # fmt: skip
+    def take_generator_step(self, batch: int, cond: Part, fake_cond: Part | None, real: Tensor | None) -> Results:
         """Return the results of a generator step, whose term may use ``real`` samples and their conditions."""
         z = self.latents.given(batch) if callable(self.latents.latent) else None
         if self._settings.generator_term is None:
-            real, cond, fake_cond = None, cond if fake_cond is None else fake_cond, None
-        both = fake_cond is not None
-        fixed = batch, self._sample_dtype, both
+            real, cond, fake_cond = None, fake_cond or cond, None
+        fixed = batch, self._sample_dtype, len(cond)
         return self._run(self._generator_step, fixed, real, z, *cond, *(fake_cond or ()))
 
     def takes_whole(self, n: int) -> bool:
@@ -155,13 +152,10 @@ class Steps:
         found = self.passes.critic(parameters, samples, batch, penalised, layers=self.sharing.layers, scale=scale)
         return self.critic.settle(found)
 
-    def _generator_step(
-        self, fixed: tuple[int, torch.dtype, bool], real: Tensor | None, z: Any, *conds: Any
-    ) -> Settled:  # fmt: skip
-        batch, dtype, both = fixed
-        parameters, n = self.generator.prepare(), len(conds) // 2 if both else len(conds)
+    def _generator_step(self, fixed: tuple[int, torch.dtype, int], real: Any, z: Any, *conds: Any) -> Settled:
+        (batch, dtype, n), parameters = fixed, self.generator.prepare()
         z, frozen = z if callable(self.latents.latent) else self.latents.normal(batch), self.critic.look().trained
-        given = Samples(None if real is None else real.to(dtype), None, conds[:n], conds[-n:])
+        given = Samples(None if real is None else real.to(dtype), None, conds[:n], conds[n:] or conds)
         found = self.passes.generator(parameters, frozen, given, z, batch, dtype, self.generator.guard.scale)
         return self.generator.settle(found)
 
@@ -177,7 +171,7 @@ class Steps:
             outputs += self._critic_step((weight, own, ()), real, None, *cond)
             self._count(0, real)
         given = None if self._settings.generator_term is None else real
-        return *outputs, *self._generator_step((real.shape[0], self._sample_dtype, False), given, None, *cond)
+        return *outputs, *self._generator_step((real.shape[0], self._sample_dtype, len(cond)), given, None, *cond)
 
     # State
 

@@ -45,12 +45,10 @@ class StepRecord:
         outputs: :class:`Outputs`, what the networks returned behind scores and samples.
     """
 
-    def __init__(
-        self, samples: Samples, score: Callable[..., Scored], scored_real: Scored | None, scored_fake: Scored
-    ) -> None:  # fmt: skip
+    def __init__(self, samples: Samples, score: Callable[..., Scored], real: Scored | None, fake: Scored) -> None:
         self.real, self.fake, self.cond, self.fake_cond, _, self._generated = samples
-        self.fake_scores, self._fake_outputs = scored_fake
-        self._score, self._scored_real = score, scored_real
+        self.fake_scores, self._fake_outputs = fake
+        self._score, self._scored_real = score, real
 
     def _real_pass(self) -> Scored:
         if self._scored_real is None:
