@@ -2,7 +2,6 @@
 losses are written out and differentiated by autograd; their noise; and what they launch.
 """
 
-import functools
 import math
 
 import pytest
@@ -43,9 +42,7 @@ def test_steps_of_convolutions_and_separate_passes(name, pair, backend):
 
 
 @pytest.mark.parametrize("name", ["lazy", "lazy DRAGAN", "R2", "WGAN-div"])
-def test_compiled_steps(name, monkeypatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+def test_compiled_steps(name, traced_only):
     with torch._dynamo.config.patch(error_on_recompile=True):  # another scale or offset is no other program
         compare("mlp", PENALTIES[name], backend="torch", compile=True)
 
