@@ -134,7 +134,7 @@ def _rows(networks: nn.ModuleDict, step: Step, latent: Latent | None, backend: B
         module, optimizer, take = (getattr(trainer, name + suffix) for suffix in ("", "_optimizer", "_step"))
         seen.forget()
         before = {path: p.detach().clone() for path, p in module.named_parameters()}
-        extra = {} if name == "critic" or step.term is None else {"real": step.real}
+        extra = {"real": step.real} if name == "generator" else {}
         metrics = take(given, *step.cond, **extra)
         taken = replace(step, name=name, z=seen.z)
         eagers = [passes(apart, taken, seen), passes(beside, taken, seen, beside=True)]
