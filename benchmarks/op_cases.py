@@ -13,13 +13,13 @@ from fastwgan import functional, reference
 from fastwgan.backend import resolve
 from fastwgan.engine.guard import Guard
 from fastwgan.ops.penalty import penalty_cotangent
-from fastwgan.ops.scores import objective, score_statistics
+from fastwgan.ops.scores import score_statistics
 from fastwgan.optim.base import Together
 
 __all__ = ["BATCH", "OPS", "Builder", "Case", "Made"]
 
 CLIP, LR, BETAS, WEIGHT, BATCH = 0.01, 5e-5, (0.0, 0.9), 10.0, 64
-BLEND, DRIFT, NOISE, DECAY, ROW = 0.3, 0.001, 0.1, 0.999, 1024
+NOISE, DECAY, ROW = 0.1, 0.999, 1024
 MOST_COMPILED = 20  # tensors: an update of hundreds takes a minute to compile
 
 
@@ -263,46 +263,6 @@ def _scores_builders(case: Case, device: torch.device) -> dict[str, Builder]:
     return {"eager": lambda: Made(eager, eager), "fastwgan": lambda: Made(ours, lambda: list(ours()))}
 
 
-def _objective_of(real: Tensor, fake: Tensor) -> Tensor:
-    gan = torch.nn.functional.softplus(fake).mean() + torch.nn.functional.softplus(-real).mean()
-    loss: Tensor = BLEND * gan + (1 - BLEND) * (fake.mean() - real.mean()) + DRIFT * (real**2).mean()
-    return loss
-
-
-def _objective_builders(case: Case, device: torch.device) -> dict[str, Builder]:
-    """The blended loss with a drift, and its gradients at the scores."""
-    torch.manual_seed(0)
-    real, fake = torch.randn(case.elements, device=device) + 2, torch.randn(case.elements, device=device) + 1
-    leaves = [x.clone().requires_grad_() for x in (real, fake)]
-
-    def eager() -> list[Tensor]:
-        loss = _objective_of(*leaves)
-        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
-
-    def compiled() -> Made:
-        both = torch.compile(torch.func.grad_and_value(_objective_of, argnums=(0, 1)))
-
-        def results() -> list[Tensor]:
-            gradients, loss = both(real, fake)
-            return [loss, *gradients]
-
-        return Made(lambda: both(real, fake), results)
-
-    ours = partial(
-        objective, real, fake, blend=BLEND, drift=DRIFT, weight=1.0, scale=None, backend=resolve("auto", device)
-    )  # fmt: skip
-
-    def ours_for_check() -> list[Tensor]:
-        statistics, slopes = ours()
-        return [statistics[3], *slopes.tensor_split(2)]
-
-    return {
-        "eager": lambda: Made(eager, eager),
-        "compiled": compiled,
-        "fastwgan": lambda: Made(ours, ours_for_check),
-    }
-
-
 class Op(NamedTuple):
     """An op that is timed.
 
@@ -329,5 +289,4 @@ OPS = {
     "perturb": Op(_perturb_builders, ("randn", "fastwgan"), 8),
     "penalty": Op(_penalty_builders, ("eager", "compiled", "fastwgan"), 8),
     "scores": Op(_scores_builders, ("eager", "fastwgan"), 8),
-    "objective": Op(_objective_builders, ("eager", "compiled", "fastwgan"), 16),
 }

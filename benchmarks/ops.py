@@ -30,7 +30,7 @@ def cases(device: torch.device) -> list[Case]:
     found = [
         *(Case(op, n, m) for op in ("RMSprop", "Adam") for n, m in sizes),
         *(Case(op, BATCH * n) for op in ("interpolate", "perturb", "penalty") for n in (784, 12_288, 196_608, 2**21)),
-        *(Case(op, n) for op in ("scores", "objective") for n in (64, 2**12, 2**18, 2**20, 2**24, 2**26)),
+        *(Case("scores", n) for n in (64, 2**12, 2**18, 2**20, 2**24, 2**26)),
         *(Case(op, n, 16) for op in ("Adam averaged", "guard", "project") for n in (2**20, 2**26)),
     ]  # fmt: skip
     found = [case for case in found if device.type == "cuda" or case.elements <= LARGEST_ON_CPU]

@@ -25,7 +25,7 @@ from benchmarks.op_cases import OPS, Case
 from benchmarks.record import environment, write
 from benchmarks.steps import Schedule, message
 from fastwgan.cli.common import Parser
-from fastwgan.kernels import guard, interpolate, objective, penalty, perturb, project, scores, update
+from fastwgan.kernels import guard, interpolate, penalty, perturb, project, scores, update
 
 SAMPLES, REPEATS = 9, 10  # of a setting, and calls to a sample, on a GPU
 ON_CPU = 2**13  # elements there, where this only shows that it works
@@ -58,7 +58,6 @@ SWEEPS = {
     "perturb": Sweep(Case("perturb", 2**26), perturb, {"BLOCK": POWERS[:4]}, (2, 4, 8)),
     "project": Sweep(Case("project", 2**26), project, {"MIN_BLOCK": (1024, 2048)}, (2, 4, 8)),
     "scores": Sweep(Case("scores", 2**26), scores, SUMS, (4, 8)),
-    "objective": Sweep(Case("objective", 2**26), objective, SUMS, (4, 8)),
 }
 
 

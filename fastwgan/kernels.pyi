@@ -32,18 +32,6 @@ class interpolate:
         real: torch.Tensor, fake: torch.Tensor, seed: int, offset: int | torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
-class objective:
-    @staticmethod
-    def objective(
-        a: torch.Tensor,
-        b: torch.Tensor | None,
-        blend: float,
-        drift: float,
-        weight: float = 1.0,
-        scale: torch.Tensor | None = None,
-        slopes: torch.dtype | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
-
 class penalty:
     @staticmethod
     def gradient_penalty(

@@ -293,8 +293,8 @@ GROWTH_INTERVAL, LEAST_SCALE, MOST_SCALE = 2000, 1.0, 2.0**24  # of a loss scale
 
 def norm(gradients: list[Tensor]) -> Tensor:
     """Return the norm of all gradients together, 0-d float64: no square of a wide one overflows."""
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients])
+    return norms.square().sum().sqrt()
 
 
 @torch.no_grad()

@@ -186,7 +186,7 @@ class Eager:
         """Return the value of a network's further term."""
         with self._autocast():
             value = getattr(self._settings, f"{name}_term")(record)
-        return checks.term(f"{name}_term", value)
+        return checks.term(f"{name}_term", value, self._device)
 
     def _add_term(
         self, name: str, record: StepRecord, roots: list[Tensor], seeds: list[Tensor], scale: Tensor | None

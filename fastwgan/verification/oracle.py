@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from fastwgan import checks, reference
 from fastwgan.constraints import GradientPenalty, NormClip, Samples, WeightClip
-from fastwgan.engine.terms import StepRecord, Term, split
+from fastwgan.engine.terms import StepRecord, Term, halves, split
 from fastwgan.verification.observed import Observed, parts
 
 Constraint = WeightClip | NormClip | GradientPenalty
@@ -50,7 +50,7 @@ class Step:
     constraint: Constraint
     pack: int
     seed: int
-    terms: Mapping[str, Term]  # by their keywords; further terms of the losses
+    terms: dict[str, Any]  # further ones of the losses, or None, by their keywords
     name: str = "critic"  # of the network that takes it, or "generator"
     z: Any = None  # latents, once they are drawn
 
@@ -150,10 +150,10 @@ def passes(networks: nn.ModuleDict, step: Step, seen: Observed, *, beside: bool 
     made: Any = seen.fake if given else own
     found: Found = {} if beside else {("generate", "fake samples"): (made.detach(), 0.0)}
     samples = (step.real, made.to(step.real.dtype))[-len(kinds) :]
-    together = beside and len(seen.scores) == 1 and step.term is None
-    if together:
+    if beside and len(seen.scores) == 1 < len(kinds):
         cond = (torch.cat([c] * len(kinds)) if checks.is_batched(c, len(step.real)) else c for c in step.cond)
-        scored = [(x, ()) for x in split(critic(torch.cat(samples), *cond))[0].tensor_split(len(kinds))]
+        both, rest = split(critic(torch.cat(samples), *cond))
+        scored = [*zip(both.tensor_split(len(kinds)), halves(rest, len(both)), strict=True)]
     else:
         scored = [split(critic(x, *step.cond)) for x in samples]
     scores = [x for x, _ in scored]
@@ -163,10 +163,10 @@ def passes(networks: nn.ModuleDict, step: Step, seen: Observed, *, beside: bool 
         all_samples = Samples(step.real, samples[-1], step.cond, step.cond, outputs=generated)
         real = scored[0] if module is critic else None
         terms.append(step.term(StepRecord(all_samples, lambda x, *cond: split(critic(x, *cond)), real, scored[-1])))
-        found["term", f"{step.name} term"] = terms[-1].detach(), 0.0
+        found["term", f"{step.name} term"] = terms[-1].detach().to(step.real.dtype), 0.0
         summands += terms[-1].abs().item()
     roots = _seeded(scores, parts(seen.seeds, len(kinds))) if beside and step.term is None else [*terms]
-    if together and roots:
+    if beside and roots:
         roots = [torch.stack(roots).sum()]  # in one backward pass, whose sums over the batch may cancel
     if step.penalty:
         x = seen.x if beside else None
@@ -181,7 +181,7 @@ def passes(networks: nn.ModuleDict, step: Step, seen: Observed, *, beside: bool 
         summands += step.weight * step.penalties(gradient.detach(), sign=-1).item()
         # It still wants a gradient if it depends on the critic's parameters.
         found["input gradient", "at the points"] = gradient.detach().requires_grad_(gradient.requires_grad), 0.0
-    found["loss", f"{step.name} loss"] = torch.stack(terms).sum().detach(), summands
+    found["loss", f"{step.name} loss"] = torch.stack(terms).sum().detach().to(step.real.dtype), summands
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     by_parameter = gradients(roots, [*trained.values()])
     largest = max(g.norm().item() for g, _ in by_parameter)

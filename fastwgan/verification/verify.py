@@ -37,7 +37,6 @@ from fastwgan.verification.report import Report, Row
 from fastwgan.version import __version__
 
 RANDOM = {"dropout": _DropoutNd, "instance noise": models.InstanceNoise}  # layers to be put into evaluation mode
-TERMS = "critic_term", "generator_term"
 UNTOLD = "latent: expected a width or a callable, as the generator's first layer does not tell it; got None"
 
 
@@ -89,7 +88,7 @@ def verify(
         raise RuntimeError("torch.distributed: expected a single process, got one of several")
     if torch.is_autocast_enabled(device.type):
         raise RuntimeError("torch.autocast: expected a call outside of it, got one inside")
-    terms = {name: term for name, term in zip(TERMS, (critic_term, generator_term), strict=True) if term is not None}
+    terms: dict[str, Any] = {"critic_term": critic_term, "generator_term": generator_term}
     ran, streams = resolve(backend, device), process_streams(device)
     try:
         with torch.enable_grad():  # whatever the caller has
@@ -108,7 +107,7 @@ def verify(
         rows=tuple(rows), constraint=f"{type(constraint).__name__}({options})", backend=ran, batch=len(real), seed=seed,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         dtype=str(dtype).removeprefix("torch."), versions=versions, notes=tuple(notes),
-        terms=tuple(terms),
+        terms=tuple(name for name, term in terms.items() if term is not None),
     )  # fmt: skip
 
 
@@ -122,9 +121,8 @@ def _rows(networks: nn.ModuleDict, step: Step, latent: Latent | None, backend: B
     width = _width(template["generator"]) if latent is None else latent
     known = not step.cond and layers(template["critic"], step.real.dim()) is not None  # as hooks hide it
     ours, apart, beside, exact = (_copy(template) for _ in range(4))
-    terms: dict[str, Any] = dict(step.terms)
     trainer = Trainer(
-        *ours.values(), latent=width, independent_samples=known, constraint=step.constraint, **terms,
+        *ours.values(), latent=width, independent_samples=known, constraint=step.constraint, **step.terms,
         pack=step.pack, seed=step.seed, backend=backend, cuda_graph=False, nonfinite="skip",
     )  # fmt: skip
     _check_networks(template, step, width, guessed=latent is None)
@@ -134,7 +132,7 @@ def _rows(networks: nn.ModuleDict, step: Step, latent: Latent | None, backend: B
         module, optimizer, take = (getattr(trainer, name + suffix) for suffix in ("", "_optimizer", "_step"))
         seen.forget()
         before = {path: p.detach().clone() for path, p in module.named_parameters()}
-        extra = {} if name == "critic" or step.term is None else {"real": step.real}
+        extra = {"real": step.real} if name == "generator" else {}
         metrics = take(given, *step.cond, **extra)
         taken = replace(step, name=name, z=seen.z)
         eagers = [passes(apart, taken, seen), passes(beside, taken, seen, beside=True)]

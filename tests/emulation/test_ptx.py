@@ -350,7 +350,6 @@ BYTES = {  # of an element that is loaded, and stored
     "perturb": ("_perturb_kernel", 4, 4),
     "penalty": ("_penalty_kernel", 4, 4),
     "scores": ("_scores_kernel", 8, 0),
-    "objective": ("_objective_kernel", 8, 8),
 }
 
 

@@ -3,9 +3,11 @@
 import copy
 import functools
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from graphed_trainers import Recorded, batches, made
 from small_trainers import assert_same_state, quietly, until_it_raises, weights
 from torch import nn
@@ -279,23 +281,83 @@ def test_an_overflow_halves_the_scale_and_leaves_the_step_out(constraint, backen
     assert trainer._steps.generator.guard.scale == 65536
 
 
+TERMS = {
+    "blend": {
+        "critic_term": lambda s: F.softplus(-s.real_scores).mean() + F.softplus(s.fake_scores).mean()
+        + 0.1 * s.real_scores.square().mean(),
+        "generator_term": lambda s: F.softplus(-s.fake_scores).mean(),
+    },
+    "relativistic": {
+        "critic_term": lambda s: F.softplus(s.fake_scores - s.real_scores).mean(),
+        "generator_term": lambda s: F.softplus(s.real_scores - s.fake_scores).mean() + (s.fake - s.real).abs().mean(),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
-def test_gradients_of_other_objectives_are_scaled_and_no_more(constraint, backend, device):
-    """Whatever the scale, the same step to half precision."""
-    steps = []
+def test_gradients_of_other_objectives_are_scaled_and_no_more(constraint, terms, backend, device):
+    """Whatever the scale, the same step to half precision, and the same values."""
+    steps, values = [], []
     for scale in (1.0, 1024.0):
-        trainer = scaled_trainer(backend, constraint, device, blend=0.5, drift=0.1, nonfinite="skip")
+        trainer = scaled_trainer(backend, constraint, device, nonfinite="skip", **TERMS[terms])
         start = torch.cat((weights(trainer.critic), weights(trainer.generator)))
         for guard in (trainer._steps.critic.guard, trainer._steps.generator.guard):
             guard.scale.fill_(scale)
         for _ in range(2):
             metrics = trainer.step(torch.linspace(-1, 1, 80, device=device).view(8, 10))
             assert metrics.nonfinite == 0
+        assert metrics.critic_term.dtype == metrics.generator_term.dtype == torch.float32
+        values.append(torch.stack((metrics.critic_term, metrics.generator_term)))
         states = [*trainer.critic_optimizer.state.values(), *trainer.generator_optimizer.state.values()]
         squares = [state["square_avg" if constraint == "clip" else "exp_avg_sq"] for state in states]
         steps.append(torch.cat([x.flatten() for x in squares]).sqrt())
         assert not torch.equal(torch.cat((weights(trainer.critic), weights(trainer.generator))), start)
     assert (steps[0] - steps[1]).norm() <= 0.02 * steps[1].norm()
+    torch.testing.assert_close(*values, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("amp", [F16, BF16])
+@pytest.mark.parametrize("network", ["critic", "generator"])
+def test_gradients_of_terms_under_autocast(network, amp, backend, device):
+    """Within half precision of float64, beside plain PyTorch under autocast, which a term runs under as networks do."""
+    torch.manual_seed(0)
+    z, real = torch.randn(16, 6, device=device), torch.randn(16, 10, device=device)
+    generator, critic = models.mlp([6, 16, 10]).to(device), mlp_critic().to(device)
+    twins, ran = copy.deepcopy((generator, critic)), []
+
+    def term(s):
+        ran.append(torch.is_autocast_enabled(s.fake.device.type))
+        return F.softplus(s.fake_scores - s.real_scores).mean()
+
+    def gradients(dtype):
+        networks = copy.deepcopy(twins)
+        trained = networks[network == "critic"]
+        with torch.autocast(device.type, amp) if dtype == amp else nullcontext():
+            made, scored = (m if dtype == amp else m.to(dtype) for m in networks)
+            x, own = (y if dtype == amp else y.to(dtype) for y in (z, real))
+            fake = made(x)
+            fake_scores, real_scores = scored(fake), scored(own)
+            value = F.softplus(fake_scores - real_scores).mean()
+        base = fake_scores.to(F64).mean() - real_scores.to(F64).mean()
+        loss = (base if network == "critic" else -fake_scores.to(F64).mean()) + value
+        factor = 1024.0 if amp == F16 and dtype == amp else 1.0
+        (factor * loss).backward()
+        return torch.cat([p.grad.flatten().double() / factor for p in trained.parameters()])
+
+    exact, eager = gradients(F64), gradients(amp)
+    optimizer = torch.optim.SGD((critic if network == "critic" else generator).parameters(), lr=0.5)
+    trainer = Trainer(
+        generator, critic, latent=lambda n, d: z, amp=amp, backend=backend,
+        **{f"{network}_term": term, f"{network}_optimizer": optimizer},
+    )  # fmt: skip
+    for guard in (trainer._steps.critic.guard, trainer._steps.generator.guard) if amp == F16 else ():
+        guard.scale.fill_(1024.0)  # as a mean in float16 has no gradient of 65536
+    metrics = trainer.critic_step(real) if network == "critic" else trainer.generator_step(16, real=real)
+    assert metrics.nonfinite == 0
+    assert ran == [True]
+    fused = torch.cat([p.grad.flatten().double() for p in getattr(trainer, network).parameters()])
+    assert (fused - exact).norm() <= 2 * (eager - exact).norm() + 4 * EPS[amp] * exact.norm()
 
 
 def test_a_scale_that_comes_down_for_too_long_raises(backend, device, monkeypatch):

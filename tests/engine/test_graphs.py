@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from count_launches import Live
 from graphed_trainers import Recorded, assert_close_weights, batches, made
 from small_trainers import CONSTRAINTS, PAIRS, assert_same_state, quietly, weights
@@ -54,16 +55,25 @@ def test_graphed_steps_are_the_eager_ones(constraint, pair, graphed):
     assert torch.equal(trainer._steps.latents.stream.get_state(), eager._steps.latents.stream.get_state())
 
 
+DRIFT = {"critic_term": lambda s: 0.1 * s.real_scores.square().mean()}
+RELATIVISTIC = {  # whose generator's term takes a pass of real samples
+    "critic_term": lambda s: F.softplus(s.fake_scores - s.real_scores).mean(),
+    "generator_term": lambda s: F.softplus(s.real_scores - s.fake_scores).mean(),
+}
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        {"blend": 0.3, "drift": 0.01, "constraint": GradientPenalty()},
-        {"drift": 0.1, "constraint": WeightClip(0.05)},
+        {"constraint": GradientPenalty(), **RELATIVISTIC},
+        {"constraint": WeightClip(0.05), **RELATIVISTIC},
+        {"constraint": WeightClip(0.05), **DRIFT},
         {"constraint": GradientPenalty(at="perturbed")},
     ],
+    ids=["relativistic", "relativistic clip", "drift", "perturbed"],
 )
 def test_other_objectives_in_graphs(options, graphed):
-    """The same losses, and new noise in each replay, in steps and in whole iterations."""
+    """The same losses, of each step's own samples, and new noise in each replay, in steps and in whole iterations."""
     runs = []
     for cuda_graph in (False, True):
         trainer, shape = made(graphed, cuda_graph, **options)
@@ -76,9 +86,93 @@ def test_other_objectives_in_graphs(options, graphed):
     assert Recorded.made == 3
     assert_close_weights(trainer, eager, 1e-6)
     for a, e in zip(actual, expected, strict=True):
+        assert a.keys() == e.keys()
         for name in e:
             assert a[name] == pytest.approx(e[name], rel=1e-4, abs=1e-5), name
     assert trainer.state_dict()["eps_offset"] == eager.state_dict()["eps_offset"]
+
+
+@pytest.mark.parametrize(
+    ("terms", "left", "graphs_made"),
+    [
+        ({"critic_term": DRIFT["critic_term"]}, ["critic"], 1),
+        ({"generator_term": RELATIVISTIC["generator_term"]}, ["generator"], 1),
+        (RELATIVISTIC, ["critic", "generator"], 0),
+    ],
+    ids=["critic", "generator", "both"],
+)
+def test_a_term_is_captured_only_if_the_user_says_so(terms, left, graphs_made, graphed):
+    """It may read what a graph would keep, as these do; told once. Steps of the other network are captured still."""
+    runs, factors = [], {"critic": 1.0, "generator": 1.0}
+
+    def of(name):
+        return lambda s: factors[name.removesuffix("_term")] * terms[name](s)
+
+    for cuda_graph in (False, "auto"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.manual_seed(0)
+            generator, critic, shape, latent = PAIRS["mlp"](torch.float32)
+            trainer = Trainer(
+                generator.to(graphed), critic.to(graphed), latent=latent, backend="triton", cuda_graph=cuda_graph,
+                n_critic=2, constraint=WeightClip(0.05), **{name: of(name) for name in terms},
+            )  # fmt: skip
+            data = batches(graphed, shape, 28)
+            for i in range(0, 20):
+                factors.update(critic=1.0 + i, generator=1.0 - i)
+                metrics = trainer.step(data[i])
+            assert trainer.batches_at_once() == 1
+            for i in range(20, 28, 2):  # as an iteration could be one graph
+                factors.update(critic=1.0 + i, generator=1.0 - i)
+                metrics = trainer.iteration(data[i : i + 2])[-1]
+        told = [(w.filename, str(w.message)) for w in caught if "cuda_graph" in str(w.message)]
+        assert told == [
+            (
+                __file__,
+                f"cuda_graph: {name} steps run without CUDA graphs, as {name}_term may read what a graph would keep; "
+                "cuda_graph=True says that it does not",
+            )
+            for name in left if cuda_graph
+        ]  # fmt: skip
+        runs.append((trainer, metrics.as_dict()))
+    (eager, expected), (trainer, actual) = runs
+    assert Recorded.made == graphs_made
+    assert_close_weights(trainer, eager, 1e-6)
+    assert actual == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+class Labelled(nn.Module):
+    """A network of its input and a row of numbers beside it."""
+
+    def __init__(self, *widths):
+        super().__init__()
+        self.layers = models.mlp(widths, slope=0.2)
+
+    def forward(self, x, label):
+        return self.layers(torch.cat((x, label), 1))
+
+
+@pytest.mark.parametrize("constraint", [WeightClip(0.05), GradientPenalty()])
+def test_conditions_of_fake_samples_in_graphs(constraint, graphed):
+    """Others in each replay; and where they are the real ones' again, another graph."""
+    runs = []
+    for cuda_graph in (False, True):
+        torch.manual_seed(0)
+        networks = Labelled(6 + 3, 16, 10).to(graphed), Labelled(10 + 3, 16, 1).to(graphed)
+        trainer = Trainer(
+            *networks, latent=6, constraint=constraint, backend="triton", cuda_graph=cuda_graph, n_critic=1
+        )
+        data, labels = batches(graphed, (10,), 14), batches(graphed, (3,), 28)
+        metrics = []
+        for i, real in enumerate(data):
+            fake_cond = (labels[14 + i],) if i < 7 else None
+            metrics.append(trainer.step(real, labels[i], fake_cond=fake_cond).as_dict())
+        runs.append((trainer, metrics))
+    (eager, expected), (trainer, actual) = runs
+    assert Recorded.made == 3, "the generator's has one set of conditions in any case"
+    assert_close_weights(trainer, eager, 1e-6)
+    for a, e in zip(actual, expected, strict=True):
+        assert a == pytest.approx(e, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

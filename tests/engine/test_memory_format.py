@@ -15,6 +15,12 @@ LAST = torch.channels_last
 CPU = torch.device("cpu")
 
 
+TERMS = {
+    "critic_term": lambda s: (s.real_scores - 2 * s.fake_scores).square().mean(),
+    "generator_term": lambda s: (s.real_scores - s.fake_scores).square().mean() + (s.fake - s.real).abs().mean(),
+}
+
+
 def is_last(x):
     """Whether it lies so, and not contiguous as well."""
     return x.is_contiguous(memory_format=LAST) and not x.is_contiguous()
@@ -51,7 +57,8 @@ def trained(trainer, shape, steps=4, dtype=F64):
         ("conv", {"constraint": GradientPenalty(), "ema": 0.9}),
         ("conv", {"constraint": GradientPenalty(at="real", kind="zero-centered"), "n_critic": 1}),
         ("conv", {"constraint": GradientPenalty(), "compile": True}),
-        ("packed", {"constraint": GradientPenalty(), "pack": 2, "blend": 0.3, "drift": 0.01}),
+        ("packed", {"constraint": GradientPenalty(), "pack": 2, **TERMS}),
+        ("conv", {"constraint": WeightClip(0.05), "compile": True, **TERMS}),
         ("batchnorm", {"constraint": WeightClip(0.05)}),
         ("batchnorm", {"constraint": GradientPenalty(), "ema": 0.9}),
     ],

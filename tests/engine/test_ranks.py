@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastwgan import Adam, GradientPenalty, NormClip, RMSprop, WeightClip, models
+from fastwgan import Adam, GradientPenalty, NormClip, RMSprop, WeightClip, functional, models
 from fastwgan import Trainer as _Trainer
 from fastwgan.engine.ranks import Ranks
 
@@ -103,7 +104,7 @@ def weights(trainer):
 
 
 def trained(pair, *, steps=11, seed=0, dtype=F64, condition=False, iterations=False, wrap=False, lr=3e-3,
-            backend="torch", **options):  # fmt: skip
+            backend="torch", fake_condition=False, **options):  # fmt: skip
     """What steps on parts of fixed batches lead to: (weights, [metrics of each step])."""
     torch.manual_seed(seed)
     generator, critic, shape = pair(dtype)
@@ -126,10 +127,11 @@ def trained(pair, *, steps=11, seed=0, dtype=F64, condition=False, iterations=Fa
         real = torch.randn(BATCH, *shape, generator=data, dtype=torch.float64).to(dtype)
         y = torch.randn(BATCH, 3, generator=data, dtype=torch.float64).to(dtype)
         batches.append((part(real), part(y)) if condition else (part(real),))
+    given = [{"fake_cond": (batches[i - 1][1],)} if fake_condition else {} for i in range(steps)]
     if iterations:
         metrics = [m for i in range(0, steps - steps % 3, 3) for m in trainer.iteration(batches[i : i + 3])]
     else:
-        metrics = [trainer.step(*batch) for batch in batches]
+        metrics = [trainer.step(*batch, **own) for batch, own in zip(batches, given, strict=True)]
     outcome = weights(trainer)
     if "ema" in options:
         outcome = torch.cat((outcome, *(x.double().flatten() for x in trainer.averages().values())))
@@ -160,6 +162,16 @@ def expanded_pair(dtype):
 
 
 CLIP, PENALTY = WeightClip(0.05), GradientPenalty()
+BLEND = {
+    "critic_term": lambda s: 0.3 * (F.softplus(-s.real_scores).mean() + F.softplus(s.fake_scores).mean()
+                                    - functional.critic_loss(s.real_scores, s.fake_scores))
+                             + 0.05 * s.real_scores.square().mean(),
+    "generator_term": lambda s: 0.3 * (F.softplus(-s.fake_scores).mean() - functional.generator_loss(s.fake_scores)),
+}  # fmt: skip
+RELATIVISTIC = {
+    "critic_term": lambda s: F.softplus(s.fake_scores - s.real_scores).mean(),
+    "generator_term": lambda s: F.softplus(s.real_scores - s.fake_scores).mean() + (s.fake - s.real).abs().mean(),
+}
 TRITON = {"dtype": F32, "lr": 1e-4, "backend": "triton", "steps": 4}
 EQUAL = {  # name: (how far the weights may be from those of one process, what to train)
     "clip": (1e-12, mlp_pair, {"constraint": CLIP}),
@@ -183,7 +195,16 @@ EQUAL = {  # name: (how far the weights may be from those of one process, what t
     "ema": (1e-12, mlp_pair, {"constraint": PENALTY, "ema": 0.9}),
     "bfloat16": (1e-3, mlp_pair, {"constraint": PENALTY, "dtype": F32, "amp": torch.bfloat16, "lr": 1e-4}),
     "partial": (1e-12, partial_pair, {"constraint": CLIP}),
-    "blend, drift": (1e-12, mlp_pair, {"constraint": PENALTY, "blend": 0.3, "drift": 0.05}),
+    "blend, drift": (1e-12, mlp_pair, {"constraint": PENALTY, **BLEND}),
+    "triton blend, drift": (1e-6, mlp_pair, {"constraint": CLIP, **BLEND, **TRITON}),
+    "relativistic": (1e-12, mlp_pair, {"constraint": CLIP, **RELATIVISTIC}),
+    "relativistic pack": (1e-12, packed_pair, {"constraint": PENALTY, "pack": 2, **RELATIVISTIC}),
+    "relativistic iteration": (1e-12, mlp_pair, {"constraint": PENALTY, "iterations": True, **RELATIVISTIC}),
+    "fake condition": (
+        1e-12,
+        conditional_pair,
+        {"constraint": PENALTY, "condition": True, "fake_condition": True, **RELATIVISTIC},
+    ),
     "norms": (1e-12, mlp_pair, {"constraint": NormClip(0.5)}),
     "perturbed": (1e-12, packed_pair, {"constraint": GradientPenalty(at="perturbed"), "pack": 2}),
     "sgd": (1e-12, partial_pair, {"constraint": PENALTY, "critic_optimizer": "SGD"}),
@@ -448,6 +469,7 @@ def check_settings():
         make(generator, critic, latent=LATENT, critic_optimizer=learning),
         make(generator, mlp_pair()[1].requires_grad_(rank == 0).append(nn.Linear(1, 1)), latent=LATENT),
         make(generator, critic, latent=LATENT, n_critic=[lambda i: 2, lambda i: 3][rank]),
+        make(generator, critic, latent=LATENT, critic_term=[None, BLEND["critic_term"]][rank]),
     )
 
 
@@ -658,7 +680,7 @@ def test_batches_of_different_sizes_are_refused(two):
 def test_settings_that_differ_between_ranks_are_refused(two):
     for rank, errors in enumerate(two["settings"]):
         names = ["critic.weight", "critic.bias", "n_critic", "critic_optimizer", "critic.1.weight", "no error"]
-        assert [error.split(":")[0] for error in errors] == names
+        assert [error.split(":")[0] for error in errors] == [*names, "critic_term"]
         assert errors[2] == f"n_critic: expected the same on all ranks, got {3 + rank} on rank {rank} and " + (
             f"{4 - rank} on rank {1 - rank}"
         )

@@ -195,19 +195,6 @@ def test_noise_addresses_past_2_31(shape):
 
 
 @pytest.mark.interpreted
-def test_objectives_address_past_2_31():
-    block, programs = kernels.objective.BLOCK, kernels.objective.MAX_PROGRAMS
-    size = 2**31 + programs * block - 5
-    x, small = (torch.empty(n, dtype=torch.float16, device="meta") for n in (size, 4))
-    at = asked(lambda: kernels.objective.objective(small, x, 0.5, 0.1, slopes=torch.float16))
-    starts = range((programs - 1) * block, size, programs * block)
-    loaded, stored = at("load", 1, 2), at("store", 2, 2)
-    assert len(loaded) == sum(min(block, size - start) for start in starts)
-    assert loaded[-1] == size - 1
-    assert [i - 4 for i in stored] == loaded
-
-
-@pytest.mark.interpreted
 @pytest.mark.parametrize("shape", [(700_001, 3072), (6001, 2**19 + 5)], ids=["one read", "two reads"])
 def test_penalty_addresses_past_2_31(shape):
     assert shape[0] * shape[1] > 2**31

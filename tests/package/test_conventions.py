@@ -352,13 +352,20 @@ BLENDED = {
 }
 
 
+def terms(cell):
+    """The terms that README's cell has, by their keywords."""
+    names = {"F": nn.functional, "functional": functional, "alpha": ALPHA}
+    return {name: eval(code, dict(names)) for name, code in re.findall(r"`(\w+_term)=(lambda s: .+?)`", cell)}
+
+
 @covers(*BLENDED)
 @pytest.mark.parametrize("row", BLENDED)
 def test_logistic_losses(row):
-    text = SIGNS[row] if SIGNS[row] != "the same" else SIGNS[next(iter(BLENDED))]
-    (blend,) = re.findall(r"^`blend=(.+)`$", text)
+    cell = SIGNS[row] if SIGNS[row] != "the same" else SIGNS[next(iter(BLENDED))]
+    own = terms(cell)
+    assert list(own) == ["critic_term", "generator_term"]
     theirs = train(*BLENDED[row])
-    for mine, expected in zip(ours(20, blend=eval(blend, {"alpha": ALPHA})), theirs, strict=True):
+    for mine, expected in zip(ours(20, **own), theirs, strict=True):
         assert same(mine, expected)
     assert not same(ours(20)[1], theirs[1])
 
@@ -526,9 +533,9 @@ def test_dragan_of_the_paper():
 
 @covers("drift, `0.001 * mean(D(real) ** 2)`")
 def test_drift():
-    (drift,) = re.findall(r"^`drift=(.+)`$", PENALTIES["drift, `0.001 * mean(D(real) ** 2)`"])
-    critic = steep()
-    taken, metrics, real, fake, eps = step(GradientPenalty(10), steep(), drift=float(drift))
+    own, critic = terms(PENALTIES["drift, `0.001 * mean(D(real) ** 2)`"]), steep()
+    assert list(own) == ["critic_term"]
+    taken, metrics, real, fake, eps = step(GradientPenalty(10), steep(), **own)
     loss = critic(fake).mean() - critic(real).mean() + 10 * textbook(critic, real, fake, eps)
     loss = loss + 0.001 * (critic(real) ** 2).mean()
     assert_alike(taken, list(gradients(loss, critic)))

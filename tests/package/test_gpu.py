@@ -40,9 +40,7 @@ def test_each_op_is_one_launch(op):
     inputs = [torch.randn(300, 7, device=DEVICE) for _ in range(OPS[op].tensors)]
     names = kernels_of(lambda: OPS[op].fused(*inputs))
     kernel = op.split()[0]
-    if kernel.endswith("_loss"):  # with a second word it is a blend with another loss
-        kernel = "objective" if " " in op else "scores"
-    assert names == [f"_{kernel}_kernel"]
+    assert names == [f"_{'scores' if kernel.endswith('_loss') else kernel}_kernel"]
 
 
 def test_each_launch_of_a_critic_step_is_one():

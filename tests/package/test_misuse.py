@@ -19,6 +19,7 @@ import fastwgan.backend
 from fastwgan import Adam, GradientPenalty, NormClip, RMSprop, Trainer, WeightClip, functional
 
 REAL = torch.linspace(-1, 1, 24).view(8, 3)
+ROW = torch.linspace(0, 2, 8).view(8, 1)
 NETWORKS = ("generator", "critic", "generator_optimizer", "critic_optimizer")
 CLIP, PENALTY = WeightClip(0.05), GradientPenalty()
 
@@ -114,6 +115,14 @@ def of_step(t):
     return t.step(REAL)
 
 
+def of_real(s):
+    return s.real_scores.mean() - s.fake_scores.mean()
+
+
+def conditional(layers, x, *cond):
+    return layers(x) + sum(c if isinstance(c, float) else c.float().mean(1, keepdim=True) for c in cond)
+
+
 def exhausted(t):
     batches = iter([REAL] * 3)
     list(batches)
@@ -167,7 +176,9 @@ STEPS = [
         for kind, call in (("critic", of_critic), ("step", of_step))
         for name, spoil, error, message in (
             ("none", after(lambda y: None), TypeError, "expected a tensor, got NoneType"),
-            ("tuple", after(lambda y: (y,)), TypeError, "expected a tensor, got tuple"),
+            ("list", after(lambda y: [y]), TypeError, "expected a tensor, got list"),
+            ("empty-tuple", after(lambda y: ()), TypeError, "expected a tensor, got tuple"),
+            ("tuple-of-none", after(lambda y: (None, y)), TypeError, "expected a tensor, got NoneType"),
             ("int", after(torch.Tensor.int), TypeError, "expected float16.*got torch.int32"),
             ("0-d", after(torch.Tensor.sum), ValueError, r"expected shape \[N, ...\], got a 0-d tensor"),
             ("empty", after(lambda y: y[:0]), ValueError, r"expected at least one element, got shape \(0, 3\)"),
@@ -200,7 +211,9 @@ STEPS = [
         for kind, constraint in (("clip", CLIP), ("penalty", PENALTY))
         for name, change, error, message in (
             ("none", lambda y: None, TypeError, "critic: its output: expected a tensor, got NoneType"),
-            ("tuple", lambda y: (y, y), TypeError, "critic: its output: expected a tensor, got tuple"),
+            ("list", lambda y: [y, y], TypeError, "critic: its output: expected a tensor, got list"),
+            ("empty-tuple", lambda y: (), TypeError, "critic: its output: expected a tensor, got tuple"),
+            ("tuple-of-none", lambda y: (None, y), TypeError, "critic: its output: expected a tensor, got NoneType"),
             ("int", lambda y: y.int(), TypeError, "critic: its output: expected float16.*got torch.int32"),
             ("float", lambda y: y.sum().item(), TypeError, "critic: its output: expected a tensor, got float"),
             ("complex", lambda y: y.cfloat(), TypeError, "critic: its output: expected float16.*got torch.complex64"),
@@ -257,6 +270,74 @@ STEPS = [
         },
         TypeError, "critic: expected dense gradients, got torch.sparse_coo for layers.0.weight",
     ),
+    # terms; a trainer that has them takes no step
+    *(
+        case(f"{name}-term-{kind}", call, {"options": {f"{name}_term": term}, "warm": False}, error, message and
+             f"{name}_term: its result: {message}")
+        for name, call in (("critic", of_critic), ("generator", of_generator))
+        for kind, term, error, message in (
+            ("float", lambda s: 0.5, TypeError, "expected a tensor, got float"),
+            ("none", lambda s: None, TypeError, "expected a tensor, got NoneType"),
+            ("int", lambda s: torch.ones(()).int(), TypeError, "expected float16.*got torch.int32"),
+            ("of-samples", lambda s: s.fake_scores, ValueError,
+             r"expected a 0-d tensor, such as a mean, got shape \(8, 1\)"),
+            ("empty", lambda s: s.fake_scores[:0], ValueError, "expected at least one element"),
+            ("detached", lambda s: s.fake_scores.mean().detach(), ValueError,
+             "expected to depend on the (critic|generator), got one without a graph"),
+            ("meta", lambda s: s.fake_scores.mean().to("meta"), ValueError,
+             "expected a tensor on cpu, got one on meta"),
+            ("raises", raising, KeyError, ""),
+        )
+    ),
+    case("critic-term-of-no-such-thing", of_critic, {"options": {"critic_term": lambda s: s.scores}, "warm": False},
+         AttributeError, ".*StepRecord.* has no attribute 'scores'"),
+    case("generator-term-without-real", of_generator, {"options": {"generator_term": of_real}, "warm": False},
+         ValueError, "generator_term: expected real samples, for their scores, got none: give generator_step real="),
+    *(
+        case(f"generator-step-real-{kind}", lambda t, real=real: t.generator_step(8, real=real), {}, error, message)
+        for kind, real, error, message in (
+            ("list", [1.0], TypeError, "real: expected a tensor, got list"),
+            ("few", REAL[:4], ValueError, "real: expected batch_size=8 samples, got 4"),
+            ("meta", REAL.to("meta"), ValueError, "real: expected a tensor on cpu, got one on meta"),
+        )
+    ),
+    *(
+        case(
+            f"outputs-of-both-{kind}", of_critic,
+            {
+                "c": lambda layers, x, further=further: (layers(x), further(x)),
+                "options": {"independent_samples": True},
+            },
+            ValueError,
+            f"critic: its output: expected further outputs with a row for each sample .*, got {got}: leave independent",
+        )
+        for kind, further, got in (
+            ("mean", lambda x: x.mean(), r"shape \(\)"),
+            ("weights", lambda x: torch.ones(3, 2), r"shape \(3, 2\)"),
+            ("object", lambda x: [torch.Size((1,)), object()], "object"),
+        )
+    ),
+    # conditions of fake samples
+    *(
+        case(f"fake-cond-{kind}-{name}", lambda t, call=call, cond=cond, fake=fake: call(t, *cond, fake_cond=fake),
+             {"g": conditional, "c": conditional, "options": {"constraint": PENALTY}}, error, f"fake_cond: {message}")
+        for name, call in (
+            ("critic", lambda t, *cond, **own: t.critic_step(REAL, *cond, **own)),
+            ("step", lambda t, *cond, **own: t.step(REAL, *cond, **own)),
+        )
+        for kind, cond, fake, error, message in (
+            ("tensor", (ROW,), ROW, TypeError, "expected a tuple of conditions, got Tensor"),
+            ("none", (ROW,), (), ValueError, "expected 1 conditions, as real samples have, got 0"),
+            ("many", (), (ROW,), ValueError, "expected 0 conditions, as real samples have, got 1"),
+            ("labels", (ROW,), (ROW.long(),), ValueError,
+             r"expected conditions between which the penalty can interpolate, .* got torch.float32 \(8, 1\) and "
+             r"torch.int64 \(8, 1\): give labels as one-hot floats"),
+            ("wide", (ROW,), (ROW.repeat(1, 2),), ValueError, r"expected .*, got .* \(8, 1\) and .* \(8, 2\): give"),
+            ("number", (1.0,), (2.0,), ValueError, "expected .*, got float and float: give labels"),
+        )
+    ),
+    case("fake-cond-generator", lambda t: t.generator_step(8, ROW, fake_cond=(ROW, ROW)), {"g": conditional},
+         ValueError, "fake_cond: expected 1 conditions, as real samples have, got 2"),
     # packs
     case("pack-real", lambda t: t.step(REAL[:7]), {"options": {"pack": 2}, "warm": False},
          ValueError, "real: expected a multiple of pack=2 samples, got 7"),
@@ -478,9 +559,8 @@ MAKING = [
                 "ema", "a (finite )?number",
                 ((1.0, ValueError), (-0.1, ValueError), (float("nan"), ValueError), ("0.9", TypeError)),
             ),
-            ("blend", "a (finite )?number", ((1.5, ValueError), (-0.1, ValueError), ("1", TypeError))),
-            ("drift", "a finite number", ((-0.1, ValueError), (float("inf"), ValueError))),
-            ("drift", "a number", ((None, TypeError), (True, TypeError))),
+            ("critic_term", "a function of the step's record", ((0.1, TypeError), (torch.ones(()), TypeError))),
+            ("generator_term", "a function of the step's record", ((True, TypeError), ("drift", TypeError))),
             (
                 "max_norm", "a (finite )?number",
                 (
@@ -501,6 +581,11 @@ MAKING = [
             ),
         )
         for value, error in values
+    ),
+    *(
+        case(f"{name}-removed", lambda name=name: {name: 0.1},
+             TypeError, f"{name}: was removed; write critic_term=lambda s: {name}")
+        for name in ("blend", "drift")
     ),
     case("cuda_graph-cpu", lambda: {"cuda_graph": True},
          RuntimeError, "cuda_graph: True was asked for, but the networks are"),
@@ -797,12 +882,14 @@ ALONE = [
     case("scale-two", perturbed(scale=torch.ones(2)),
          ValueError, "scale: expected one float32 element on cpu, got torch.float32 of shape"),
     case("scale-meta", perturbed(scale=META[0, :1]), ValueError, "scale: expected one float32 element on cpu, got"),
-    case("blend-above-one", lambda: functional.critic_loss(X, X, blend=1.1),
-         ValueError, r"blend: expected a number in \[0, 1\], got 1.1"),
-    case("blend-negative", lambda: functional.generator_loss(X, blend=-1),
-         ValueError, "blend: expected a finite number >= 0, got -1"),
-    case("drift-nan", lambda: functional.critic_loss(X, X, drift=float("nan")),
-         ValueError, "drift: expected a finite number >= 0, got nan"),
+    case("blend-removed", lambda: functional.critic_loss(X, X, blend=0.5),
+         TypeError, r"blend: was removed; write \(1 - blend\) \* critic_loss\(\.\.\.\) \+ blend \* "),
+    case("blend-of-generator-removed", lambda: functional.generator_loss(X, blend=1),
+         TypeError, r"blend: was removed; write \(1 - blend\) \* generator_loss\(\.\.\.\) \+ blend \* "),
+    case("drift-removed", lambda: functional.critic_loss(X, X, drift=0.1),
+         TypeError, r"drift: was removed; write critic_loss\(\.\.\.\) \+ drift \* real_scores"),
+    case("unknown-keyword", lambda: functional.critic_loss(X, X, weight=0.1),
+         TypeError, "got an unexpected keyword argument 'weight'"),
     case("backend-unknown", interpolated(backend="cuda"),
          ValueError, "backend: expected 'auto', 'triton' or 'torch', got"),
     case("gradients-0-d", lambda: functional.penalty(X[0, 0]),

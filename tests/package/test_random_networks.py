@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 
-from fastwgan import Adam, GradientPenalty, NormClip, RMSprop, Trainer, WeightClip, models, reference
+from fastwgan import Adam, GradientPenalty, NormClip, RMSprop, Trainer, WeightClip, functional, models, reference
 
 F64 = torch.float64
 C, V = 6, 6  # channels inside the networks; the width of latents, and of a matrix that is a condition
@@ -191,7 +191,7 @@ class Case:
         self.options = {
             "backend": self.backend, "constraint": self.constraint, "pack": self.pack,
             "ema": draw("ema", None, 0.0, 0.9), "n_critic": draw("n_critic", 1, 2, 3, lambda i: 1 + i % 3),
-            "drift": draw("drift", 0.0, 0.0, 0.01), "blend": draw("blend", 0.0, 0.0, 0.5, 1.0),
+            **self.draw_terms(),
             "independent_samples": keeps_apart and self.cond != "matrix" and draw("independent_samples", False, True),
             "max_norm": draw("max_norm", None, None, 0.1, {"critic": 0.1}, {"critic": 0.3, "generator": 0.03}),
         }  # fmt: skip
@@ -211,6 +211,26 @@ class Case:
         if draw("clip", "weights", "weights", "norms") == "weights":
             return WeightClip(draw("bound", 0.05, 0.3), exclude)
         return NormClip(draw("bound", 0.3, 1.0), draw("per", "row", "tensor"), exclude)
+
+    def draw_terms(self):
+        """Return the terms that make the losses those of :class:`Loop`, where they are others than WGAN's."""
+        self.drift, self.blend = self.draw("drift", 0.0, 0.0, 0.01), self.draw("blend", 0.0, 0.0, 0.5, 1.0)
+        self.pairs = self.draw("pairs", 0.0, 0.0, 0.3)
+
+        def critic_term(s):
+            gan = F.softplus(-s.real_scores).mean() + F.softplus(s.fake_scores).mean()
+            blended = self.blend * (gan - functional.critic_loss(s.real_scores, s.fake_scores))
+            pairs = self.pairs * F.softplus(s.fake_scores - s.real_scores).mean()
+            return blended + self.drift * s.real_scores.square().mean() + pairs
+
+        def generator_term(s):
+            blended = self.blend * (F.softplus(-s.fake_scores).mean() - functional.generator_loss(s.fake_scores))
+            if not self.pairs:
+                return blended  # with no pass of real samples
+            return blended + self.pairs * F.softplus(s.real_scores - s.fake_scores).mean()
+
+        terms = {"critic_term": critic_term} if self.drift or self.blend or self.pairs else {}
+        return terms | ({"generator_term": generator_term} if self.blend or self.pairs else {})
 
     def draw_optimizer(self, role):
         """(its name, or None for the default; its options; whether it has groups; the name of its schedule)."""
@@ -344,7 +364,7 @@ class Loop:
         """Return the metrics of a step."""
         due = self.left() == 1
         metrics = self.critic_step(latents.popleft(), real, cond)
-        return metrics | ({"generator_loss": self.generator_step(latents.popleft(), len(real), cond)} if due else {})
+        return metrics | ({"generator_loss": self.generator_step(latents.popleft(), real, cond)} if due else {})
 
     def update(self, role, loss):
         getattr(self, role).zero_grad()
@@ -361,8 +381,11 @@ class Loop:
         return x + scale * reference.normals(self.case.seed, self.offset, len(x), x[0].numel(), **options).view(x.shape)
 
     def blended(self, x):
-        blend = self.options["blend"]
+        blend = self.case.blend
         return (blend * torch.logaddexp(x, torch.zeros_like(x)) + (1 - blend) * x).mean()
+
+    def paired(self, x):
+        return self.case.pairs * torch.logaddexp(x, torch.zeros_like(x)).mean()
 
     def points(self, real, fake):
         """(where the penalty is taken, how many random numbers that takes)."""
@@ -392,7 +415,7 @@ class Loop:
         used = 0
         real_scores, fake_scores = self.critic(real, *cond), self.critic(fake, *cond)
         loss = self.blended(fake_scores) + self.blended(-real_scores)
-        loss = loss + self.options["drift"] * real_scores.square().mean()
+        loss = loss + self.case.drift * real_scores.square().mean() + self.paired(fake_scores - real_scores)
         metrics = {"wasserstein": real_scores.mean() - fake_scores.mean()}
         if isinstance(self.constraint, GradientPenalty) and self.steps % self.constraint.every == 0:
             x, used = self.points(real, fake)
@@ -417,11 +440,14 @@ class Loop:
                 rows = p.data.view(len(p) if clip.per == "row" else 1, -1)
                 rows.mul_((clip.bound / rows.norm(2, dim=1, keepdim=True)).clamp(max=1))
 
-    def generator_step(self, z, n, cond):
+    def generator_step(self, z, real, cond):
         for p in self.generator.parameters():
             self.ema.setdefault(p, p.detach().clone())
         fake = self.generator(z, *cond)
-        loss = self.blended(-self.critic(fake, *cond))
+        scores = self.critic(fake, *cond)
+        loss = self.blended(-scores)
+        if self.case.pairs:
+            loss = loss + self.paired(self.critic(real, *cond) - scores)
         self.update("generator", loss)
         decay = self.options["ema"] or 0.0
         for p, average in self.ema.items():

@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastwgan.kernels import guard, interpolate, objective, penalty, perturb, project, scores, table, update
+from fastwgan.kernels import guard, interpolate, penalty, perturb, project, scores, table, update
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -109,7 +109,6 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
             yield f"interpolate {size} unaligned", False, partial(draw, _unaligned(x), x, 7, 2**40)
             yield f"interpolate {size} unaligned fake", False, partial(draw, x, _unaligned(x), 7, _unaligned(on_device))
 
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
     noise = perturb.perturb
     scale = torch.empty((), device="meta")
     for size in (3072, 784, 1, 3, 17, 2**18, 2049, HUGE):
@@ -119,19 +118,8 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
             yield f"perturb {size} on device", False, partial(noise, x, scale, 7, on_device)
             yield f"perturb {size} unaligned", False, partial(noise, _unaligned(x), 0.1, 7, 2**40)
 
-    loss = objective.objective
-    for n, m in ((2**20, 2**20), (1, 17), (17, 1), (4096, None), (HUGE, HUGE + 1)):
-        a, b = new(n), None if m is None else new(m)
-        yield f"objective {n}, {m}", n == 2**20, partial(loss, a, b, 0.3, 0.01, 0.5, None, dtype)
-    for blend, drift, slopes in ((1.0, 0.0, None), (0.5, 0.0, wide), (0.0, 0.01, dtype)):
-        scaled = scale if slopes == dtype else None
-        yield (
-            f"objective {blend} {drift} {slopes}",
-            False,
-            partial(loss, new(64), new(64), blend, drift, 1.0, scaled, slopes),
-        )
-
     run = penalty.gradient_penalty
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     for size in (3072, 3 * 256 * 256):
         reads = "one read" if size <= penalty.MAX_BLOCK else "two reads"
         yield f"penalty {reads}", True, partial(run, new(64, size), "two-sided", 1.0, 10.0, dtype)

@@ -22,7 +22,7 @@ CHOSEN = (
     "not torch- and (stay_inside or are_filled or test_means_of_scores or averages_are_the_recurrence or test_batches "
     "or test_the_share_on_the_bound or number_of_tensors or by_and_by or (test_penalty_cotangent and 16385))"
 )
-OURS = ("--kernel-name", "regex=_(guard|scores|objective|interpolate|perturb|penalty|project|update)_kernel")
+OURS = ("--kernel-name", "regex=_(guard|scores|interpolate|perturb|penalty|project|update)_kernel")
 TOOLS = {
     "memcheck": OURS,
     "racecheck": OURS,

@@ -11,28 +11,53 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from small_trainers import assert_same_state
 from torch import nn
 
 import fastwgan
-from fastwgan import GradientPenalty, NormClip, WeightClip, cli, models, reference
+from fastwgan import GradientPenalty, NormClip, WeightClip, cli, functional, models, reference
 from fastwgan.backend import kernels
 from fastwgan.cli import verify as command
 from fastwgan.engine import eager, structure
+from fastwgan.metrics import Metrics
 from fastwgan.ops import rectifiers
 from fastwgan.streams import process_streams
 from fastwgan.verification.report import Report, Row
 
 CLIP, PENALTY = WeightClip(), GradientPenalty()
 CONSTRAINTS = {"clip": CLIP, "penalty": PENALTY}
-ALL = {"blend": 0.3, "drift": 0.1}
+DRIFT = {"critic_term": lambda s: 0.1 * s.real_scores.square().mean()}
+
+
+def blend(alpha, drift=0.0):
+    """The terms that make the losses those of a blend with the GAN's."""
+
+    def critic_term(s):
+        gan = F.softplus(-s.real_scores).mean() + F.softplus(s.fake_scores).mean()
+        drifted = drift * s.real_scores.square().mean()
+        return alpha * (gan - functional.critic_loss(s.real_scores, s.fake_scores)) + drifted
+
+    def generator_term(s):
+        return alpha * (F.softplus(-s.fake_scores).mean() - functional.generator_loss(s.fake_scores))
+
+    return {"critic_term": critic_term, "generator_term": generator_term}
+
+
+ALL = blend(0.3, drift=0.1)
+RELATIVISTIC = {
+    "critic_term": lambda s: F.softplus(s.fake_scores - s.real_scores).mean(),
+    "generator_term": lambda s: F.softplus(s.real_scores - s.fake_scores).mean(),
+}
 FORMS = {
     "norm clip": {"constraint": NormClip(0.1)},
     "norm clip of tensors": {"constraint": NormClip(0.5, per="tensor", exclude="*.bias")},
     "DRAGAN": {"constraint": GradientPenalty(at="perturbed", noise=0.1)},
-    "blend": {"constraint": CLIP, "blend": 0.3},
-    "the GAN": {"constraint": PENALTY, "blend": 1.0},
-    "drift": {"constraint": PENALTY, "drift": 0.1},
+    "blend": {"constraint": CLIP, **blend(0.3)},
+    "the GAN": {"constraint": PENALTY, **blend(1.0)},
+    "drift": {"constraint": PENALTY, **DRIFT},
+    "relativistic": {"constraint": PENALTY, **RELATIVISTIC},
+    "to a target": {"constraint": CLIP, "generator_term": lambda s: (s.fake - s.real).abs().mean()},
     "all under a norm clip": {"constraint": NormClip(0.1), **ALL},
     "all under a penalty": {"constraint": PENALTY, **ALL},
     "all of DRAGAN": {"constraint": GradientPenalty(at="perturbed"), **ALL},
@@ -103,7 +128,7 @@ def test_passes_whatever_the_seed(options, device):
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("networks", ["mlp", "conv"])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_objective_passes(form, networks, backend, device):
+def test_every_form_passes(form, networks, backend, device):
     options = FORMS[form] | {"backend": backend}
     if networks == "mlp":
         report = small(device=device, **options)
@@ -115,10 +140,11 @@ def test_every_objective_passes(form, networks, backend, device):
     noisy = {step: [name for op, name in rows[step] if op == "perturb"] for step in rows}
     points = ["points"] if getattr(constraint, "at", None) == "perturbed" else []
     assert noisy == {"critic": points, "generator": []}
-    for step, names in (("critic", ("blend", "drift")), ("generator", ("blend",))):
-        objective = any(name in options for name in names)
-        assert (("objective", "loss") in rows[step]) is objective
-        assert (("scores", "seed at fake scores") in rows[step]) is not objective
+    for step in ("critic", "generator"):
+        has_term = f"{step}_term" in options
+        assert (("term", f"{step} term") in rows[step]) is has_term
+        assert ("loss", f"{step} loss") in rows[step]
+        assert (("scores", "seed at fake scores") in rows[step]) is not has_term
     assert (("project", "saturation") in rows["critic"]) is isinstance(constraint, NormClip)
 
 
@@ -139,7 +165,7 @@ def test_a_backward_pass_that_cancels_is_no_fault():
     critic = nn.Sequential(nn.Linear(10, 2), nn.LayerNorm(2), nn.Softplus(), nn.Linear(2, 1)).double()
     with torch.no_grad():
         critic[0].weight *= 100
-    check(generator, critic, torch.randn(16, 10).double(), blend=0.3, backend="torch")
+    check(generator, critic, torch.randn(16, 10).double(), backend="torch", **blend(0.3))
 
 
 def test_norms_of_many_elements_in_float64():
@@ -285,6 +311,39 @@ def test_every_form_of_constraint_passes(constraint, device):
     assert any(row.op == ("penalty" if isinstance(constraint, GradientPenalty) else "clamp") for row in report.rows)
 
 
+class Classifying(nn.Module):
+    """A critic that returns scores and logits, or a generator that returns its features behind its samples."""
+
+    def __init__(self, fan_in, fan_out, further):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(fan_in, 24), nn.LeakyReLU(0.2), nn.Linear(24, 16), nn.Tanh())
+        self.first, self.second = nn.Linear(16, fan_out), nn.Linear(16, further)
+
+    def forward(self, x, labels):
+        h = self.body(x)
+        return self.first(h), self.second(h)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_terms_of_further_outputs_pass(constraint, backend, device):
+    labels = torch.randint(3, (16,), device=device)
+    terms = {
+        "critic_term": lambda s: (
+            F.cross_entropy(s.outputs.real[0], s.cond[0]) + F.cross_entropy(s.outputs.fake[0], s.fake_cond[0])
+        ),
+        "generator_term": lambda s: (
+            F.cross_entropy(s.outputs.fake[0], s.fake_cond[0])
+            + (s.outputs.real[0].mean(0) - s.outputs.fake[0].mean(0)).square().sum()
+            + 0.1 * s.outputs.generator[0].square().mean()
+        ),
+    }
+    networks = Classifying(6, 10, 2).to(device), Classifying(10, 1, 3).to(device)
+    given = {"cond": (labels,), "latent": 6, "constraint": CONSTRAINTS[constraint], "backend": backend, **terms}
+    report = check(*networks, torch.randn(16, 10, device=device), **given)
+    assert {row.step for row in report.rows if row.op == "term"} == {"critic", "generator"}
+
+
 def test_a_latent_of_ones_own():
     latents = []
 
@@ -358,30 +417,17 @@ IN_KERNELS = {  # a fault: (form, file, old, new, the op to be named)
                                     "tl.where(w < 0, bound, bound)", "project"),
     "rows on the bound miscounted": ("norm clip", "project", "(finite & (norm >= bound))", "(finite & (norm < bound))",
                                      "project"),
-    "slopes of the wrong sign": ("blend", "objective", "slope = SIGN * (", "slope = -SIGN * (", "objective"),
-    "a sigmoid of the other side": ("the GAN", "objective", "tl.where(y >= 0, 1, small)", "tl.where(y >= 0, small, 1)",
-                                    "objective"),
-    "slopes over a wrong count": ("blend", "objective", "mean(weight, a_numel)", "mean(weight, a_numel + 1)",
-                                  "objective"),
-    "drift's slope by half": ("drift", "objective", "slope += 2 * DRIFT * x", "slope += DRIFT * x", "objective"),
-    "drift's value doubled": ("drift", "objective", "value += DRIFT", "value += 2 * DRIFT", "objective"),
-    "drift on fake scores": ("drift", "objective", "            0.0, SLOPES", "            DRIFT, SLOPES", "objective"),
-    "blend off by 1%": ("blend", "objective", "(BLEND * sigmoid", "(1.01 * BLEND * sigmoid", "objective"),
 }  # fmt: skip
-IN_GENERATOR = {  # likewise, in the generator's step
-    "blend ignored": ("blend", "objective", "acc, -1, BLEND,", "acc, -1, BLEND if CRITIC else 0.0,", "objective"),
-}
 
 
-@pytest.mark.parametrize("fault", [*IN_KERNELS, *IN_GENERATOR])
+@pytest.mark.parametrize("fault", IN_KERNELS)
 def test_a_fault_in_a_kernel_is_named(fault, planted, device):
     """Without it these steps pass, by the tests above."""
-    form, file, old, new, op = (IN_KERNELS | IN_GENERATOR)[fault]
+    form, file, old, new, op = IN_KERNELS[fault]
     planted(file, old, new)
     report = small(device=device, backend="triton", **(FORMS.get(form) or {"constraint": CONSTRAINTS[form]}))
     assert not report.passed
-    expected = ("generator" if fault in IN_GENERATOR else "critic", op)
-    assert (report.failed[0].step, report.failed[0].op) == expected, report
+    assert (report.failed[0].step, report.failed[0].op) == ("critic", op), report
 
 
 def one_norm(original):
@@ -417,14 +463,40 @@ def one_noise(original):
     return lambda x, **options: x + original(torch.zeros_like(x[:1]), **options)
 
 
-def drifting(original):
-    """On fake scores, too."""
-    return lambda *args, **options: original(*args, **options | {"drift": 0.1})
+def doubled(original):
+    """The term's part of the gradient."""
+
+    def add_term(passes, name, record, roots, seeds, scale):
+        value = original(passes, name, record, roots, seeds, scale)
+        seeds[-1] = 2 * seeds[-1]
+        return value
+
+    return add_term
 
 
-def unblended(original):
-    """The generator's."""
-    return lambda real, fake, **options: original(real, fake, **options | ({"blend": 0.0} if real is None else {}))
+def forgotten(original):
+    """The generator's term's part of the gradient."""
+
+    def add_term(passes, name, record, roots, seeds, scale):
+        value = original(passes, name, record, roots, seeds, scale)
+        if name == "generator":
+            del roots[-1], seeds[-1]
+        return value
+
+    return add_term
+
+
+def heavier(original):
+    return lambda passes, name, record: 1.01 * original(passes, name, record)
+
+
+def shifted(original):
+    """In real samples' stead."""
+    return lambda passes, real, cond: original(passes, real + 0.01, cond)
+
+
+def without_term(original):
+    return property(lambda metrics: metrics._loss)
 
 
 def negated(original):
@@ -479,8 +551,12 @@ ELSEWHERE = {  # a fault: (form, backend, what holds it, its name, what makes a 
                                    ("critic", "project")),
     "torch: norms 1% narrow": ("norm clip", "torch", reference, "clip_norms_", tighter, ("critic", "project")),
     "torch: one noise for the batch": ("DRAGAN", "torch", reference, "perturb", one_noise, ("critic", "perturb")),
-    "torch: drift on fake scores": ("drift", "torch", reference, "score_slopes", drifting, ("critic", "objective")),
-    "torch: blend ignored": ("blend", "torch", eager, "objective", unblended, ("generator", "objective")),
+    "a term's gradient doubled": ("drift", "triton", eager.Eager, "_add_term", doubled, ("critic", "backward")),
+    "a term without a gradient": ("blend", "triton", eager.Eager, "_add_term", forgotten, ("generator", "backward")),
+    "torch: a term off by 1%": ("drift", "torch", eager.Eager, "term", heavier, ("critic", "term")),
+    "real scores of other samples": ("relativistic", "triton", eager.Eager, "_score_real", shifted,
+                                     ("generator", "term")),
+    "a loss without its term": ("blend", "torch", Metrics, "critic_loss", without_term, ("critic", "loss")),
     "torch: bound 1% narrow": ("clip", "torch", reference, "clip_weights_", tighter, ("critic", "clamp")),
 }  # fmt: skip
 
@@ -582,7 +658,7 @@ def test_report_as_text():
 
 
 def test_report_as_json():
-    report = small(GradientPenalty(weight=5.0), blend=0.5)
+    report = small(GradientPenalty(weight=5.0), **blend(0.5))
     result = json.loads(json.dumps(report.as_dict(), allow_nan=False))
     assert result["passed"] is True
     assert len(result["rows"]) == len(report.rows)
@@ -591,8 +667,8 @@ def test_report_as_json():
         "eager": report.rows[0].eager, "tolerance": report.rows[0].tolerance, "passed": True,
     }  # fmt: skip
     assert result["constraint"] == "GradientPenalty(weight=5.0)"
-    assert result["options"] == {"blend": 0.5}
-    assert report.title.startswith("GradientPenalty(weight=5.0), blend=0.5: ")
+    assert result["terms"] == ["critic_term", "generator_term"]
+    assert report.title.startswith("GradientPenalty(weight=5.0) with critic_term with generator_term: ")
     assert (result["backend"], result["dtype"], result["batch"]) == (report.backend, "float32", 16)
     assert result["versions"]["torch"] == torch.__version__
 
@@ -640,9 +716,11 @@ MISUSE = {
     "constraint": ({"constraint": "clip"}, TypeError,
                    "constraint: expected WeightClip, NormClip or GradientPenalty, got str"),
     "unknown constraint": ({"constraint": Subclass()}, TypeError, "constraint: expected .*Penalty, got Subclass"),
-    "blend": ({"blend": 1.5}, ValueError, r"blend: expected a number in \[0, 1\], got 1.5"),
-    "blend str": ({"blend": "all"}, TypeError, "blend: expected a number, got str"),
-    "drift": ({"drift": -1}, ValueError, "drift: expected a finite number >= 0, got -1"),
+    "term": ({"critic_term": 0.1}, TypeError, "critic_term: expected a function of the step's record, got float"),
+    "term of a sample": ({"generator_term": lambda s: s.fake_scores}, ValueError,
+                         r"generator_term: its result: expected a 0-d tensor, such as a mean, got shape \(16, 1\)"),
+    "blend": ({"blend": 0.5}, TypeError, "blend: was removed; write critic_term=lambda s: blend"),
+    "drift": ({"drift": 0.1}, TypeError, "drift: was removed; write critic_term=lambda s: drift"),
     "noise": ({"instance_noise": 0.1}, TypeError,
               r"instance_noise: was removed; wrap the critic: fastwgan\.models\.InstanceNoise\(critic, scale\)$"),
     "no such argument": ({"depth": 3}, TypeError, "got an unexpected keyword argument 'depth'$"),
@@ -695,7 +773,8 @@ def pair():
 
 def arguments():
     generator, critic, real = pair()
-    return {"generator": generator, "critic": critic, "real": real, "latent": 6, "constraint": WeightClip(0.02)}
+    return {"generator": generator, "critic": critic, "real": real, "latent": 6, "constraint": WeightClip(0.02),
+            "critic_term": lambda s: 0.1 * s.real_scores.square().mean()}
 
 def two():
     return pair()[:2]
@@ -730,12 +809,10 @@ def test_command_on_a_users_networks(users, capsys):
 
 
 def test_command_takes_a_factorys_arguments(users, capsys):
-    options = ["--backend", "torch", "--seed", "3", "--blend", "0.3", "--drift", "0.1"]
+    options = ["--backend", "torch", "--seed", "3"]
     assert cli.main(["verify", "--networks", "theirs:arguments", *options]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert text.startswith(
-        "theirs:arguments: WeightClip(bound=0.02), blend=0.3, drift=0.1: torch on cpu, float32, batch 16"
-    )
+    assert text.startswith("theirs:arguments: WeightClip(bound=0.02) with critic_term: torch on cpu, float32, batch 16")
 
 
 def test_command_prints_the_report(users, capsys):
@@ -765,11 +842,10 @@ def test_command_fails_on_a_fault(users, capsys, monkeypatch):
         (["--networks", "theirs:nothing"], "--networks: theirs:nothing raised AttributeError"),
         (["--networks", "theirs:broken"], "--networks: theirs:broken raised KeyError('theirs')"),
         (["--networks", "theirs:two"], "--networks: expected theirs:two to return (generator, critic, real) or a dict"),
-        (["--networks", "theirs:unknown"], "real, latent, constraint, depth"),
+        (["--networks", "theirs:unknown"], "real, latent, constraint, critic_term, depth"),
         (["--networks", "theirs:pair", "--workload", "mlp"], "--workload: names built-in networks, and"),
         (["--workload", "vae"], "invalid choice: 'vae'"),
-        (["--networks", "theirs:pair", "--blend", "2"], "blend: expected a number in [0, 1], got 2.0"),
-        (["--drift", "much"], "argument --drift: invalid float value: 'much'"),
+        (["--networks", "theirs:pair", "--drift", "0.1"], "unrecognized arguments: --drift 0.1"),
         (["--device", "nowhere"], "--device: nowhere cannot be used"),
         (["--json", "no/where.json"], "--json: no is no directory"),
         (["--seed", "-1"], "--seed: expected an int from 0"),
