@@ -17,8 +17,8 @@ from fastwgan.engine.terms import Term
 
 REMOVED = {
     "blend": "write critic_term=lambda s: blend * (F.softplus(-s.real_scores).mean() + F.softplus(s.fake_scores).mean()"
-    " - fastwgan.functional.critic_loss(s.real_scores, s.fake_scores)) and generator_term=lambda s: blend * "
-    "(F.softplus(-s.fake_scores).mean() - fastwgan.functional.generator_loss(s.fake_scores))",
+    " - fastwgan.functional.critic_loss(s.real_scores, s.fake_scores)) and generator_term=lambda s: blend * (F.softplus"
+    "(-s.fake_scores).mean() - fastwgan.functional.generator_loss(s.fake_scores)), F being torch.nn.functional",
     "drift": "write critic_term=lambda s: drift * s.real_scores.square().mean()",
     "instance_noise": "wrap the critic: fastwgan.models.InstanceNoise(critic, scale)",
     "max_skipped": "leave it out: a step that is left out 20 times in a row raises",

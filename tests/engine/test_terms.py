@@ -5,6 +5,7 @@ differentiated by autograd; conditions of fake samples; and what to write for th
 import copy
 import functools
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -379,6 +380,39 @@ def test_conditions_that_are_the_same_are_no_others():
     assert torch.equal(found[0], found[2])
 
 
+# The same in README
+
+
+ROWS = {
+    "drift": DRIFT, "alpha of the non-saturating GAN": BLEND, "hinge": HINGE, "relativistic pairs": RELATIVISTIC,
+    "classes, AC-GAN": AC, "L1 to a target": L1, "feature matching": FEATURES,
+    "CTGAN's condition": None,  # in test_ctgan.py
+}  # fmt: skip
+README = (Path(__file__).parents[2] / "README.md").read_text()
+(TABLE,) = re.findall(r"^\| term \| of the critic.*\n\|(?:---\|)+\n((?:\|.*\n)+)", README, re.MULTILINE)
+CELLS = [[cell.strip() for cell in row.strip("|").split("|")] for row in TABLE.splitlines()]
+
+
+@pytest.mark.parametrize(("cells", "row"), [*zip(CELLS, ROWS, strict=True)], ids=ROWS)
+def test_readme_has_these_lines(cells, row):
+    title, *lines = cells
+    assert title.startswith(row)
+    random = torch.Generator().manual_seed(0)
+    real, fake, real_scores, fake_scores, *logits = torch.randn(6, SAMPLES, CLASSES, dtype=F64, generator=random)
+    cond, fake_cond = labels(random)
+    outputs = SimpleNamespace(real=logits[:1], fake=logits[1:], generator=logits[:1])
+    record = SimpleNamespace(
+        real=real, fake=fake, real_scores=real_scores, fake_scores=fake_scores, cond=cond, fake_cond=fake_cond,
+        outputs=outputs,
+    )  # fmt: skip
+    terms = ROWS[row] or {"generator_term": lambda s: F.cross_entropy(s.outputs.generator[0], *s.fake_cond)}
+    names = {"F": F, "L": functional, "alpha": alpha, "cond_loss": F.cross_entropy}
+    for name, line in zip(("critic_term", "generator_term"), lines, strict=True):
+        assert bool(line) is (name in terms)
+        if line:
+            assert torch.equal(eval(f"lambda s: {line.strip('`')}", names)(record), terms[name](record))
+
+
 # What a term costs
 
 
@@ -532,7 +566,7 @@ def advised(call, name, **given):
 
 def terms_of(advice):
     """The terms of such advice, by their keywords."""
-    lines = re.split(r" and (?=generator_term=)", advice)
+    lines = re.split(r" and (?=generator_term=)", advice.removesuffix(", F being torch.nn.functional"))
     return {name: eval(line, dict(NAMES)) for name, line in (line.split("=", 1) for line in lines)}
 
 
