@@ -93,8 +93,7 @@ class Compiled(Eager):
         )
         self._hand_over(state[0], gradients)
         rebind_buffers(self._critic, rebound)
-        terms = None if self._settings.critic_term is None else term
-        return Passed(scores, statistics, None if penalised is None else measured, terms)
+        return Passed(scores, statistics, measured if penalised else None, term if self._settings.critic_term else None)
 
     def generator(
         self, parameters: list[nn.Parameter], frozen: list[nn.Parameter], given: Samples, z: Any, batch: int,
@@ -107,7 +106,7 @@ class Compiled(Eager):
         self._hand_over(state[0], gradients)
         for module, changed in zip((self._generator, self._critic), rebound, strict=True):
             rebind_buffers(module, changed)
-        return Passed((scores,), loss, term=None if self._settings.generator_term is None else term)
+        return Passed((scores,), loss, term=term if self._settings.generator_term else None)
 
     @staticmethod
     @torch.no_grad()

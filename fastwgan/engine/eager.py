@@ -74,11 +74,6 @@ class Eager:
         wanted = amp is not None or torch.is_autocast_enabled(kind)
         return torch.autocast(kind, amp, cache_enabled=False) if wanted else nullcontext()
 
-    def _criticise(self, samples: Tensor, *cond: Any) -> Any:
-        """Return what the critic does of samples."""
-        with self._autocast():
-            return self._critic(samples, *cond)
-
     def score(self, samples: Tensor, *cond: Any) -> Scored:
         """Return the critic's scores, and what it returned behind them."""
         with self._autocast():
@@ -141,11 +136,11 @@ class Eager:
                 if scale is not None:
                     rounded = (scale / (len(x) // pack)).half()  # as in the loss; float16 holds no 65536
                     seeds_like = rounded.expand_as
-                score: Callable[..., Any] = self._criticise
+                score: Callable[..., Any] = self.score
                 if rectified := layers is not None and InstanceNoise not in map(type, layers):
                     score = partial(self._score_by, layers)
                 elif joined:
-                    score, cond = lambda x: self._criticise(*penalised.inputs(x)), ()
+                    score, cond = lambda x: self.score(*penalised.inputs(x)), ()
                 gradients = input_gradient(score, x.requires_grad_(), cond, seeds_like, pack, rectified=rectified)
                 unscaled = gradients.detach() if scale is None else gradients.detach() / rounded.float()
                 of_packs = unscaled if pack == 1 else packed(unscaled, pack)

@@ -25,11 +25,6 @@ MOST_CAPTURED = 8  # critic steps in a graph of a whole iteration, which bounds 
 Part = tuple[Any, ...]  # conditions, or real samples and their conditions
 
 
-def _differ(a: Any, b: Any) -> bool:
-    """Return whether two conditions are not the same: another tensor is another one, whatever is in it."""
-    return a is not b and (isinstance(a, Tensor) or isinstance(b, Tensor) or not equal(a, b))
-
-
 class Steps:
     """The steps of two networks."""
 
@@ -65,8 +60,11 @@ class Steps:
         """Return the results of a critic step whose penalty has a weight, or none at 0."""
         differs: tuple[int, ...] = ()
         if fake_cond is not None:
-            pairs: list[tuple[Any, Any]] = [*zip(cond, fake_cond, strict=True)]
-            differs = tuple(i for i, pair in enumerate(pairs) if _differ(*pair))
+            pairs = dict(enumerate(zip(cond, fake_cond, strict=True)))
+            # Another tensor is another condition, whatever is in it.
+            differs = tuple(
+                i for i, (c, f) in pairs.items() if c is not f and (isinstance(c, Tensor) or not equal(c, f))
+            )
             self._constraint.check_conditions(real, [pairs[i] for i in differs])
         z = self.latents.given(real.shape[0]) if callable(self.latents.latent) else None
         numbers = self._constraint.random_numbers(real.shape[0], self._pack) if weight else 0
