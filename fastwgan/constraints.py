@@ -309,7 +309,7 @@ class GradientPenalty(Constraint):
                     parts = [x.reshape(len(real), -1).to(real.dtype) for x in (pair[i], *(own[j] for j in joined))]
                     pair[i] = torch.cat(parts, 1)
             pair = pair if pack == 1 else [packed(x, pack) for x in pair]
-            x = interpolates(*pair, draw.seed, draw.offset, backend)
+            x = interpolates(pair[0], pair[1], draw.seed, draw.offset, backend)
             x = x if pack == 1 else x.flatten(0, 1)
             return Penalised(x.detach(), cond, weight, self.kind, self.target, joined, tuple(real.shape))
         if self.at == "perturbed":

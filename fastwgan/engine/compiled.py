@@ -93,7 +93,8 @@ class Compiled(Eager):
         )
         self._hand_over(state[0], gradients)
         rebind_buffers(self._critic, rebound)
-        return Passed(scores, statistics, measured if penalised else None, term if self._settings.critic_term else None)
+        term = None if self._settings.critic_term is None else term
+        return Passed(scores, statistics, measured if penalised else None, term)
 
     def generator(
         self, parameters: list[nn.Parameter], frozen: list[nn.Parameter], given: Samples, z: Any, batch: int,
@@ -106,7 +107,7 @@ class Compiled(Eager):
         self._hand_over(state[0], gradients)
         for module, changed in zip((self._generator, self._critic), rebound, strict=True):
             rebind_buffers(module, changed)
-        return Passed((scores,), loss, term=term if self._settings.generator_term else None)
+        return Passed((scores,), loss, term=None if self._settings.generator_term is None else term)
 
     @staticmethod
     @torch.no_grad()
