@@ -163,11 +163,11 @@ def bound(name: str, bound: object, dtype: torch.dtype) -> float:
 
 
 def term(name: str, value: object, device: torch.device) -> Tensor:
-    """Return the result of a term of a loss, in float32 or wider, if it is a floating 0-d tensor, or raise."""
+    """Return a copy of a term of a loss, in float32 or wider, if it is a floating 0-d tensor, or raise."""
     value = tensor(f"{name}: its result", value, device=device)
     if value.dim():
         raise ValueError(f"{name}: its result: expected a 0-d tensor, such as a mean, got shape {tuple(value.shape)}")
-    return value.to(wide(value.dtype))
+    return value.to(wide(value.dtype), copy=True)  # as it may be a parameter, which the step changes
 
 
 def per(per: object) -> str:

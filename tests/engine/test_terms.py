@@ -329,6 +329,24 @@ def test_a_term_of_the_networks_themselves(make, constraint, how, request):
     assert_as_plain((generator, critic, *rest), constraint, terms=terms, losses=losses, **settings)
 
 
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_a_terms_value_is_that_of_before_the_update(how, request):
+    """Though the term is a parameter itself."""
+    if how == "compiled":
+        request.getfixturevalue("traced_only")
+    generator, critic, shape, latent = plain()
+    critic.register_parameter("extra", nn.Parameter(torch.tensor(0.04, dtype=F64)))
+    trainer = Trainer(
+        generator, critic, latent=latent, constraint=CLIP, compile=how == "compiled", backend="torch",
+        critic_term=lambda s: critic.extra,
+    )  # fmt: skip
+    for _ in range(2):
+        before = critic.extra.item()
+        metrics = trainer.critic_step(torch.randn(4, *shape, dtype=F64))
+        assert critic.extra.item() < before
+        assert metrics.critic_term == before
+
+
 # Conditions of fake samples that are others than the real ones'
 
 

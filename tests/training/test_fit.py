@@ -216,6 +216,21 @@ def test_rows_are_averages_over_their_steps(tmp_path):
         assert row["skipped"] == "0"
 
 
+def test_rows_have_terms_in_them(tmp_path):
+    terms = {
+        "critic_term": lambda s: s.real_scores.square().mean(),
+        "generator_term": lambda s: (s.fake - s.real).abs().mean(),
+    }
+    trainer, twin, batches = make(n_critic=2, **terms), make(n_critic=2, **terms), stream()
+    fit(trainer, stream(), 4, out=tmp_path, log_every=4)
+    steps = [twin.step(next(batches)).as_dict() for _ in range(4)]
+    (row,) = read_log(tmp_path)
+    for name in ("critic_term", "generator_term", "critic_loss", "generator_loss"):
+        values = [step[name] for step in steps if name in step]
+        assert len(values) == (2 if name.startswith("generator") else 4)
+        assert float(row[name]) == pytest.approx(sum(values) / len(values), rel=1e-12)
+
+
 def test_no_step_waits_for_the_device(trainer, monkeypatch):
     """Whatever reads a tensor would; the trainer's own steps are tested elsewhere."""
     reads = []
