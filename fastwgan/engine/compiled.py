@@ -138,8 +138,7 @@ class Compiled(Eager):
 
             if len(batch) == 1:
                 both, outputs = forward(rest, *batch, *conditions_of_both(samples))
-                of_each = halves(outputs, len(both))
-                real, fake = (both[: len(both) // 2], of_each[0]), (both[len(both) // 2 :], of_each[1])
+                real, fake = zip(both.chunk(2), halves(outputs, len(both)), strict=True)
             else:
                 real, fake = forward(rest, batch[0], *samples.cond), forward(rest, batch[1], *samples.fake_cond)
             statistics = reference.score_statistics(real[0], fake[0])
