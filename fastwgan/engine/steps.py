@@ -73,7 +73,7 @@ class Steps:
         self._count(numbers, real)
         return found
 
-    def take_generator_step(self, batch: int, cond: Part, fake_cond: Part | None, real: Tensor | None) -> Results:
+    def take_generator_step(self, batch: int, cond: Part, fake_cond: Part | None = None, real: Any = None) -> Results:
         """Return the results of a generator step, whose term may use ``real`` samples and their conditions."""
         z = self.latents.given(batch) if callable(self.latents.latent) else None
         if self._settings.generator_term is None:

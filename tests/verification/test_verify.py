@@ -492,7 +492,7 @@ def heavier(original):
 
 def shifted(original):
     """In real samples' stead."""
-    return lambda passes, real, cond: original(passes, real + 0.01, cond)
+    return lambda samples, *scored: original(samples._replace(real=samples.real + 0.01), *scored)
 
 
 def without_term(original):
@@ -554,8 +554,7 @@ ELSEWHERE = {  # a fault: (form, backend, what holds it, its name, what makes a 
     "a term's gradient doubled": ("drift", "triton", eager.Eager, "_add_term", doubled, ("critic", "backward")),
     "a term without a gradient": ("blend", "triton", eager.Eager, "_add_term", forgotten, ("generator", "backward")),
     "torch: a term off by 1%": ("drift", "torch", eager.Eager, "term", heavier, ("critic", "term")),
-    "real scores of other samples": ("relativistic", "triton", eager.Eager, "_score_real", shifted,
-                                     ("generator", "term")),
+    "real scores of other samples": ("relativistic", "triton", eager, "StepRecord", shifted, ("generator", "term")),
     "a loss without its term": ("blend", "torch", Metrics, "critic_loss", without_term, ("critic", "loss")),
     "torch: bound 1% narrow": ("clip", "torch", reference, "clip_weights_", tighter, ("critic", "clamp")),
 }  # fmt: skip
