@@ -102,8 +102,8 @@ def _guard_kernel(
                 for first in range(0, before + chunks, 4 * MAX_PROGRAMS):
                     slots = first + tl.arange(0, 4 * MAX_PROGRAMS)
                     sums += tl.load(squares_ptr + slots, slots < before + chunks, other=0, cache_modifier=".cg")
-                norm = tl.sqrt(tl.sum(sums, axis=0)) / scale
-                factor = tl.where(skip, factor, tl.minimum(MAX_NORM / (norm + 1e-6), factor))
+                norm = tl.sqrt(tl.sum(sums, axis=0)) / scale + tl.full([], 1e-6, tl.float64)
+                factor = tl.where(skip, factor, tl.minimum(tl.full([], MAX_NORM, tl.float64) / norm, factor))
             tl.debug_barrier()  # every thread has loaded all of these before one of them stores any
             tl.store(tally_ptr + NONFINITE, nonfinite)
             last: tl.constexpr = 4 if FORM == "critic" else 1 if FORM == "generator" else 0
