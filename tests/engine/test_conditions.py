@@ -203,6 +203,29 @@ def test_graphed_steps(name, graphed):
         torch.testing.assert_close(weights(getattr(found[0], part)), weights(getattr(found[1], part)))
 
 
+def test_fit_by_a_step_of_ones_own():
+    """As README has it."""
+
+    class Own(Trainer):
+        def step(self, real, c, other):
+            return super().step(real, c, fake_cond=(other,))
+
+    random = torch.Generator().manual_seed(3)
+    data = [tuple(torch.randn(N, n, dtype=F64, generator=random) for n in (WIDTH, 2, 2)) for _ in range(4)]
+    found = []
+    for kind in (Own, Trainer):
+        generator, critic = networks()
+        trainer = kind(generator, critic, latent=4, constraint=GradientPenalty(), n_critic=2, seed=SEED)
+        if kind is Own:
+            trainer.fit(data, 4)
+        else:
+            for real, c, other in data:
+                trainer.step(real, c, fake_cond=[other])
+        found.append(trainer.state_dict())
+    for name in ("critic", "generator", "critic_optimizer"):
+        assert_same_state(found[0][name], found[1][name])
+
+
 # Further outputs
 
 
