@@ -41,10 +41,8 @@ def _optimizer(name: str) -> Any:
     )
 
 
-def _conditions(cond: tuple[Any, ...], fake_cond: object) -> tuple[Any, ...] | None:
-    """Return the conditions of fake samples, or None where they are the real ones', if they fit those."""
-    if fake_cond is None:
-        return None
+def _conditions(cond: tuple[Any, ...], fake_cond: object) -> tuple[Any, ...]:
+    """Return the conditions of fake samples, if they fit the real ones'."""
     if not isinstance(fake_cond, (tuple, list)):
         raise TypeError(f"fake_cond: expected a tuple of conditions, got {type(fake_cond).__name__}")
     if len(fake_cond) != len(cond):
@@ -201,7 +199,7 @@ class Trainer:
             TypeError, ValueError: ``real`` or a network's output cannot be used. No weight is changed then.
         """
         self._check_real(real)
-        return self._critic_step(real, cond, _conditions(cond, fake_cond))
+        return self._critic_step(real, cond, fake_cond if fake_cond is None else _conditions(cond, fake_cond))
 
     def _critic_step(self, real: Tensor, cond: tuple[Any, ...], fake_cond: tuple[Any, ...] | None) -> Metrics:
         weight = self.constraint.penalty_weight(self.critic_iterations)
@@ -232,7 +230,7 @@ class Trainer:
         ``real`` are as many samples for ``generator_term``, whose conditions are ``cond``. Those of the fake samples
         are ``fake_cond``, if given. Errors: as :meth:`critic_step`.
         """
-        fake_cond = _conditions(cond, fake_cond)
+        fake_cond = fake_cond if fake_cond is None else _conditions(cond, fake_cond)
         if real is not None:
             self._check_real(real)
             if len(real) != batch_size:
@@ -258,7 +256,8 @@ class Trainer:
         As :meth:`critic_step`; ``generator_loss`` is set when a generator step was due.
         """
         self._check_real(real)
-        fake_cond, left = _conditions(cond, fake_cond), self._critic_steps_left()
+        fake_cond = fake_cond if fake_cond is None else _conditions(cond, fake_cond)
+        left = self._critic_steps_left()
         if left <= 1:
             self._steps.generator.follow()  # before the critic is changed
         metrics = self._critic_step(real, cond, fake_cond)

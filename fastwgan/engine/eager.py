@@ -87,7 +87,8 @@ class Eager:
     def score(self, samples: Tensor, *cond: Any) -> Scored:
         """Return the critic's scores, and what it returned behind them."""
         with self._autocast():
-            scores, outputs = split(self._critic(samples, *cond))
+            output = self._critic(samples, *cond)
+        scores, outputs = (output, ()) if isinstance(output, Tensor) else split(output)
         return checks.scores("critic", scores, samples.shape[0], self._settings.pack, self._device), outputs
 
     def _score_by(self, layers: Sequence[nn.Module], samples: Tensor) -> Tensor:
@@ -98,7 +99,8 @@ class Eager:
     def samples(self, z: Any, *cond: Any) -> tuple[Any, tuple[Any, ...]]:
         """Return the generator's samples, whatever they are, and what it returned behind them."""
         with self._autocast():
-            return split(self._generator(z, *cond))
+            made = self._generator(z, *cond)
+        return (made, ()) if isinstance(made, Tensor) else split(made)
 
     def pair(self, given: Samples, z: Any) -> Samples:
         """Return real samples, and fake ones of their shape and dtype, made without a graph through the generator."""
