@@ -21,7 +21,7 @@ from fastwgan import checks
 from fastwgan.backend import resolve
 from fastwgan.constraints import Penalised, Samples
 from fastwgan.engine.settings import Settings
-from fastwgan.engine.terms import Scored, StepRecord, halves
+from fastwgan.engine.terms import Scored, StepRecord, halves, split
 from fastwgan.models import InstanceNoise
 from fastwgan.ops.penalty import NO_DEPENDENCE, WRITES, input_gradient, packed, penalty_cotangent
 from fastwgan.ops.rectifiers import through
@@ -90,7 +90,7 @@ class Eager:
         """Return the generator's samples, whatever they are, and what it returned behind them."""
         with self._autocast():
             output = self._generator(z, *cond)
-        return (output[0], output[1:]) if isinstance(output, tuple) and output else (output, ())
+        return (output, ()) if isinstance(output, Tensor) else split(output)
 
     def pair(self, given: Samples, z: Any) -> Samples:
         """Return real samples, and fake ones of their shape and dtype, made without a graph through the generator."""

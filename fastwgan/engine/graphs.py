@@ -135,13 +135,13 @@ class _Graph:
 
     def __init__(self, args: tuple[Any, ...]) -> None:
         self.args = tuple(torch.empty_like(x) if isinstance(x, Tensor) else x for x in args)
-        self._tensors = [i for i, x in enumerate(args) if isinstance(x, Tensor)]
         self.runs = 0
         self.replay: Callable[[], None] | None = None
 
     def fill(self, args: tuple[Any, ...]) -> None:
-        for i in self._tensors:
-            self.args[i].copy_(args[i].detach(), non_blocking=True)
+        for static, x in zip(self.args, args, strict=True):
+            if isinstance(x, Tensor):
+                static.copy_(x.detach(), non_blocking=True)
 
     def pack(self, outputs: Outputs) -> None:
         """Have all outputs in one tensor, so that one launch copies them."""
