@@ -87,7 +87,7 @@ def _compiled() -> Path:
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # one of several processes, which have a core each, as what they start
         torch.set_num_threads(1)
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ["OMP_NUM_THREADS"] = "1"  # not what the first process has named, from which these inherit
     else:
         # Named, it holds for all runs of the command line, some of which are compared bit for bit.
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
