@@ -372,7 +372,10 @@ class Loop:
         loss.backward()
         limits = self.options["max_norm"]
         if limit := limits.get(role) if isinstance(limits, dict) else limits:
-            nn.utils.clip_grad_norm_(getattr(self, role).parameters(), limit)
+            parameters = [p for p in getattr(self, role).parameters() if p.grad is not None]
+            for p in parameters:
+                p.grad = p.grad.clone()  # of memory of its own: two may share some, which is then scaled twice in place
+            nn.utils.clip_grad_norm_(parameters, limit)
         getattr(self, f"{role}_optimizer").step()
         if scheduler := getattr(self, f"{role}_scheduler"):
             scheduler.step()
