@@ -247,8 +247,7 @@ class Player:
         for i in without:  # another rank may have used it
             trained[i].grad = torch.zeros_like(trained[i])
             used[i] = 0
-        extra = [x for x in (term, penalty) if x is not None]
-        parts = (own.new_full((1,), scores[-1].numel()), used, own, *extra)
+        parts = (own.new_full((1,), scores[-1].numel()), used, own, *[x for x in (term, penalty) if x is not None])
         gradients = guard.gradients(watch.parameters)
         table = self._ranks.sum_(gradients, torch.cat(parts))
         sizes, counts, own, *rest = torch.split(table, [len(part) for part in parts], dim=1)

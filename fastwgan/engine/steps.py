@@ -63,7 +63,7 @@ class Steps:
             pairs = dict(enumerate(zip(cond, fake_cond, strict=True)))
             # Another tensor is another condition, whatever is in it.
             differs = tuple(
-                i for i, (c, f) in pairs.items() if c is not f and (isinstance(c, Tensor) or not equal(c, f))
+                i for i, (a, b) in pairs.items() if a is not b and (isinstance(a, Tensor) or not equal(a, b))
             )
             self._constraint.check_conditions(real, [pairs[i] for i in differs])
         z = self.latents.given(real.shape[0]) if callable(self.latents.latent) else None

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from fastwgan.backend import wide
 from fastwgan.constraints import Samples
 
 Scored = tuple[Tensor, tuple[Any, ...]]  # scores, and what else the critic returned
@@ -40,27 +41,27 @@ class StepRecord:
     Attributes:
         real: the real samples [N, ...]; in a generator's step None where that was given none.
         fake: the generator's samples [N, ...], with their graph in a generator's step.
-        real_scores, fake_scores: the critic's scores [N, ...], or one for each pack, with their graphs.
+        real_scores, fake_scores: the critic's scores [N, ...] in float32 or wider, or one for each pack, with graphs.
         cond, fake_cond: the conditions of real and of fake samples, as tuples.
         outputs: :class:`Outputs`, what the networks returned behind scores and samples.
     """
 
     def __init__(self, samples: Samples, score: Callable[..., Scored], real: Scored | None, fake: Scored) -> None:
         self.real, self.fake, self.cond, self.fake_cond, _, self._generated = samples
-        self.fake_scores, self._fake_outputs = fake
-        self._score, self._scored_real = score, real
+        scores, self._fake_outputs = fake
+        self.fake_scores, self._score, self._scored_real = scores.to(wide(scores.dtype)), score, real
 
     def _real_pass(self) -> Scored:
         if self._scored_real is None:
             if self.real is None:
-                expected = "expected real samples, for their scores, got none: give generator_step real="
-                raise ValueError(f"generator_term: {expected}")
+                raise ValueError("generator_term: expected real samples, got none: give generator_step real=")
             self._scored_real = self._score(self.real.clone(), *self.cond)  # as the pass may write to it
         return self._scored_real
 
     @property
     def real_scores(self) -> Tensor:
-        return self._real_pass()[0]
+        scores, _ = self._real_pass()
+        return scores.to(wide(scores.dtype))
 
     @property
     def outputs(self) -> Outputs:

@@ -73,7 +73,7 @@ def critic_loss(real_scores: Tensor, fake_scores: Tensor, *, backend: Backend = 
     Raises:
         TypeError, ValueError: an argument is not a floating tensor, is empty, or they do not match.
 
-    >>> critic_loss(torch.tensor([3.0, 1.0]), torch.tensor([0.5]))
+    >>> critic_loss(Tensor([3.0, 1.0]), Tensor([0.5]))
     tensor(-1.5000)
     """
     checks.removed(removed, REMOVED)
@@ -92,7 +92,7 @@ def generator_loss(fake_scores: Tensor, *, backend: Backend = "auto", **removed:
     Raises:
         TypeError, ValueError: ``fake_scores`` is not a floating tensor or is empty.
 
-    >>> generator_loss(torch.tensor([3.0, 1.0]))
+    >>> generator_loss(Tensor([3.0, 1.0]))
     tensor(-2.)
     """
     checks.removed(removed, REMOVED_OF_GENERATOR)
@@ -113,7 +113,7 @@ def wasserstein_loss(y_true: Tensor, y_pred: Tensor, *, backend: Backend = "auto
     Raises:
         TypeError, ValueError: an argument is not a floating tensor, is empty, or they do not match.
 
-    >>> wasserstein_loss(torch.tensor([-1.0, 1.0]), torch.tensor([3.0, 1.0]))
+    >>> wasserstein_loss(Tensor([-1.0, 1.0]), Tensor([3.0, 1.0]))
     tensor(-1.)
     """
     y_true, y_pred = checks.pair("y_true", y_true, "y_pred", y_pred)
@@ -131,7 +131,7 @@ def hinge_critic_loss(real_scores: Tensor, fake_scores: Tensor, *, backend: Back
     Raises:
         TypeError, ValueError: an argument is not a floating tensor, is empty, or they do not match.
 
-    >>> hinge_critic_loss(torch.tensor([3.0, 0.0]), torch.tensor([-0.5]))
+    >>> hinge_critic_loss(Tensor([3.0, 0.0]), Tensor([-0.5]))
     (tensor(0.5000), tensor(0.5000))
     """
     fake_scores, real_scores = checks.pair("fake_scores", fake_scores, "real_scores", real_scores, shape=False)

@@ -637,3 +637,30 @@ def test_a_context_of_the_callers_round_many_steps_does_no_harm(amp):
         runs.append(torch.tensor(scores))
     torch.testing.assert_close(*runs, rtol=0, atol=0.0 if amp else 0.02)
     assert (runs[1].diff() != 0).all()
+
+
+@pytest.mark.parametrize("amp", [BF16, F16])
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_terms_get_scores_that_no_square_takes_out_of_range(how, amp, request):
+    """Scores of 1000, whose squares float16 does not hold."""
+    if how == "compiled":
+        request.getfixturevalue("traced_only")
+    torch.manual_seed(0)
+    critic = nn.Sequential(nn.Linear(4, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1))
+    nn.init.constant_(critic[2].bias, 1000.0)
+    dtypes = set()
+
+    def term(s):
+        dtypes.update((s.real_scores.dtype, s.fake_scores.dtype))
+        return 0.0005 * (s.real_scores.square().mean() + s.fake_scores.square().mean())
+
+    trainer = Trainer(
+        nn.Linear(3, 4), critic, latent=3, amp=amp, backend="torch", n_critic=1, compile=how == "compiled",
+        critic_term=term, generator_term=term, constraint=GradientPenalty(),
+    )  # fmt: skip
+    for _ in range(8):  # the first may be left out to find the loss scale
+        metrics = trainer.step(torch.randn(8, 4))
+    assert metrics.nonfinite == 0
+    assert dtypes == {torch.float32}
+    for value in (metrics.critic_term, metrics.generator_term):
+        torch.testing.assert_close(value, torch.tensor(1000.0), rtol=0.02, atol=0)

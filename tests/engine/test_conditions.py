@@ -379,7 +379,7 @@ def test_a_term_that_cannot_be_used(name, term, error, message):
 def test_real_samples_that_a_generators_step_was_not_given():
     torch.manual_seed(0)
     trainer = Trainer(Doubled(), Several(), latent=4, generator_term=lambda s: s.real_scores.mean() + s.fake.mean())
-    with pytest.raises(ValueError, match="generator_term: expected real samples, for their scores, got none: give gen"):
+    with pytest.raises(ValueError, match="generator_term: expected real samples, got none: give gen"):
         trainer.generator_step(N)
     with pytest.raises(ValueError, match="real: expected batch_size=8 samples, got 4"):
         trainer.generator_step(N, real=torch.randn(4, WIDTH))

@@ -292,7 +292,7 @@ STEPS = [
     case("critic-term-of-no-such-thing", of_critic, {"options": {"critic_term": lambda s: s.scores}, "warm": False},
          AttributeError, ".*StepRecord.* has no attribute 'scores'"),
     case("generator-term-without-real", of_generator, {"options": {"generator_term": of_real}, "warm": False},
-         ValueError, "generator_term: expected real samples, for their scores, got none: give generator_step real="),
+         ValueError, "generator_term: expected real samples, got none: give generator_step real="),
     *(
         case(f"generator-step-real-{kind}", lambda t, real=real: t.generator_step(8, real=real), {}, error, message)
         for kind, real, error, message in (
