@@ -25,7 +25,7 @@ __all__ = ["Constraint", "GradientPenalty", "NormClip", "Penalised", "Samples", 
 
 
 class Samples(NamedTuple):
-    """The samples of a step, None where there are none or none yet, with the conditions of each."""
+    """Real and fake samples of a step, with the conditions of each. None stands for those that are not there yet."""
 
     real: Any
     fake: Any
@@ -43,7 +43,7 @@ class Penalised(NamedTuple):
     weight: float
     kind: str
     target: float
-    joined: tuple[int, ...] = ()  # conditions that lie in x, flat, behind samples of a shape
+    joined: tuple[int, ...] = ()  # x is [N, size] then: samples of ``shape``, and behind them these conditions
     shape: tuple[int, ...] = ()
 
     def inputs(self, x: Tensor) -> tuple[Any, ...]:
@@ -87,7 +87,7 @@ class Constraint:
         return 0
 
     def check_conditions(self, real: Tensor, pairs: Iterable[tuple[Any, Any]]) -> None:
-        """Raise ValueError if real and fake samples may not have two conditions, of which these are the pairs."""
+        """Raise ValueError for a pair of different conditions, of real and of fake samples, that cannot be used."""
 
     def points(self, samples: Samples, weight: float, draw: Draw, pack: int, backend: Resolved) -> Penalised:
         """Return the points that are penalised in a step."""
@@ -304,7 +304,7 @@ class GradientPenalty(Constraint):
         real, fake, cond, fake_cond, joined, _ = samples
         if self.at == "interpolates":
             pair = [real.detach(), fake]
-            if joined:  # the critic compares samples with their conditions, so points lie between these, too
+            if joined:  # the critic compares samples together with their conditions, so the points have both
                 for i, own in enumerate((cond, fake_cond)):
                     parts = [x.reshape(len(real), -1).to(real.dtype) for x in (pair[i], *(own[j] for j in joined))]
                     pair[i] = torch.cat(parts, 1)

@@ -129,8 +129,8 @@ class Steps:
     def _critic_step(self, fixed: tuple[float, int, tuple[int, ...]], real: Tensor, z: Any, *conds: Any) -> Settled:
         """Return the results of a critic step: draw, make fakes, choose points, share, differentiate, settle.
 
-        The points take so many ``numbers`` of the stream of eps. Where some conditions ``differs``, those of fake
-        samples stand behind all of the real ones'.
+        The points take so many ``numbers`` of the stream of eps. If ``differs`` names any conditions, ``conds`` has
+        first all those of the real samples and then all those of the fake ones.
         """
         weight, numbers, differs = fixed
         if self._settings.independent_samples:

@@ -69,7 +69,7 @@ class StepRecord:
 
 
 def halves(outputs: tuple[Any, ...], rows: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Return the parts of real and of fake samples in what a critic returned for both, ``rows`` scores in all."""
+    """Return the further outputs for real and for fake samples, of a pass on both that gave ``rows`` scores."""
 
     def half(x: Any, place: int) -> Any:
         if isinstance(x, Tensor) and x.dim() and len(x) % rows == 0:  # a row for each pack, or for each sample
