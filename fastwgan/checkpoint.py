@@ -19,14 +19,6 @@ __all__ = ["LAST", "clean", "export_safetensors", "load", "save", "save_newest",
 FORMAT, VERSION, LAST = "fastwgan", 2, "last.pt"
 
 
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
 def written(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary file to write, which becomes ``path`` once it is on disk; where the block raises it goes."""
@@ -34,13 +26,18 @@ def written(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
-        _sync(temporary, os.O_RDWR)
+        with temporary.open("rb+") as file:
+            os.fsync(file)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     if os.name == "posix":  # the new name, too, is to be on disk
-        _sync(path.parent, os.O_RDONLY)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def clean(directory: Path) -> None:
@@ -85,8 +82,7 @@ def save_newest(directory: Path, content: dict[str, Any], *, step: int, keep: in
     """:func:`save` to ``directory``/last.pt and, unless ``keep`` is 1, have the ``keep`` newest there by step.
 
     Those are named as step-000002000.pt; the newest is the same file as last.pt, which is never older than the newest
-    but one. Older ones go only after that; those of later steps, as of a run that was taken up again from further back,
-    stay until they are overwritten or old.
+    but one. Older ones go only then; those of later steps, of a run resumed from before, stay until overwritten or old.
     """
     newest = directory / (LAST if keep == 1 else f"step-{step:09d}.pt")
     save(newest, content)

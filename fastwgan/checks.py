@@ -14,10 +14,7 @@ from fastwgan.reference import PENALTY_KINDS
 def tensor(
     name: str, x: object, *, may_be_empty: bool = False, batched: bool = False, device: torch.device | None = None
 ) -> Tensor:
-    """Return ``x`` if it is a floating tensor, with elements unless it may be empty, or raise.
-
-    If ``batched`` it has to be [N, ...]; and on ``device`` where that is given.
-    """
+    """Return ``x``, a floating tensor, [N, ...] if ``batched``, on ``device``, not empty unless it may be; or raise."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:

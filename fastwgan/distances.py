@@ -1,13 +1,13 @@
 """Exact distances between distributions, to measure a generator by and to check a critic's estimate against.
 
-Everything is computed in float64 on the inputs' device, except :func:`wasserstein`, which matches points on the CPU.
-Logarithms are natural. An argument of the wrong type, on another device than the first, or not finite raises TypeError
-or ValueError, and so does one that is empty or of the wrong shape.
+All is computed in float64 on the inputs' device, but :func:`wasserstein` matches points on the CPU. Logarithms are
+natural. Arguments that are empty, not finite, of wrong type or shape, or on two devices raise TypeError or ValueError.
 """
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -80,10 +80,9 @@ def wasserstein_1d(
 ) -> Tensor:
     """Return W_p between weighted samples on a line: (integral over u of abs(F^-1(u) - G^-1(u))^p)^(1/p), exactly.
 
-    ``x`` and ``y`` are samples [n] and [m] of any floating dtype, ``x_weights`` and ``y_weights`` weights [n] and [m],
-    >= 0 and of any positive sum, or None for equal ones; ``p`` >= 1 is the order of the cost. The result is a 0-d
-    float64 tensor in the samples' unit, differentiable in ``x`` and ``y``.
-    Source: Peyre and Cuturi, Computational Optimal Transport, arXiv 1803.00567, section 2.6.
+    ``x`` [n] and ``y`` [m] are samples of any floating dtype, their weights [n] and [m] >= 0 and of any positive sum,
+    None for equal ones; ``p`` >= 1 is the cost's order. The result, 0-d float64 in the samples' unit, is differentiable
+    in ``x`` and ``y``. Source: Peyre and Cuturi, Computational Optimal Transport, arXiv 1803.00567, section 2.6.
 
     >>> wasserstein_1d(torch.tensor([0.0, 1.0]), torch.tensor([5.0, 6.0, 7.0]))
     tensor(5.5000, dtype=torch.float64)
@@ -152,45 +151,44 @@ def wasserstein(x: Tensor, y: Tensor) -> Tensor:
     ``x`` and ``y`` are points [n, d] and [m, d], or samples [n, ...] and [m, ...] which are flattened, of any floating
     dtype; the result is a 0-d float64 tensor on their device, without a graph. Takes seconds for 2000 points against
     2000, and memory and time for n times m distances.
+    Source: Villani, Optimal Transport, Old and New, 2009, definition 6.1; for equal weights the optimum is a matching
+    by Birkhoff's theorem, Peyre and Cuturi, arXiv 1803.00567, proposition 2.1.
 
     Raises:
         ImportError: SciPy is not installed; or POT is not, and n and m differ with a common multiple above both and
             above 4096, so that points cannot be copied until they match one to one.
 
-    Source: Villani, Optimal Transport, Old and New, 2009, definition 6.1; for equal weights the optimum is a matching
-    by Birkhoff's theorem, Peyre and Cuturi, arXiv 1803.00567, proposition 2.1.
-
     >>> wasserstein(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 2.0], [0.0, 2.0]]))
     tensor(2., dtype=torch.float64)
     """
     a, b = (cloud.detach() for cloud in _clouds(x, y))
-    n, m = len(a), len(b)
-    common = math.lcm(n, m)
-    if common <= max(n, m, COPIES):
-        a, b = a.repeat_interleave(common // n, 0), b.repeat_interleave(common // m, 0)
+    common = math.lcm(len(a), len(b))
+    if common <= max(len(a), len(b), COPIES):
+        a, b = (cloud.repeat_interleave(common // len(cloud), 0) for cloud in (a, b))
     # By differences: through a matrix product near points would lose their distance.
     cost = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").cpu().numpy()
     total = _matching_cost(cost) if len(a) == len(b) else _transport_cost(cost)
     return torch.tensor(total, dtype=torch.float64, device=x.device)
 
 
+def _solver(module: str, use: str) -> Any:
+    """Return a module that may not be installed, or raise ImportError with what to do then."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{use} with it; pip install 'fastwgan[distances]'") from error
+
+
 def _matching_cost(cost: np.ndarray) -> float:
     """Return the least mean cost of matching rows with columns one to one."""
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise ImportError("scipy: wasserstein matches points with it; pip install 'fastwgan[distances]'") from error
-    return float(cost[linear_sum_assignment(cost)].mean())
+    assigned = _solver("scipy.optimize", "scipy: wasserstein matches points").linear_sum_assignment(cost)
+    return float(cost[assigned].mean())
 
 
 def _transport_cost(cost: np.ndarray) -> float:
     """Return the least mean cost of carrying equally weighted rows to equally weighted columns."""
     n, m = cost.shape
-    try:
-        import ot
-    except ImportError as error:
-        needed = "pip install 'fastwgan[distances]'"
-        raise ImportError(f"ot: wasserstein matches {n} with {m} points with it; {needed}") from error
+    ot = _solver("ot", f"ot: wasserstein matches {n} with {m} points")
     total, log = ot.emd2([], [], cost, numItermax=10**9, log=True)
     if log["warning"] is not None:
         raise RuntimeError(f"ot: no optimum was found for {n} and {m} points: {log['warning']}")
@@ -200,10 +198,9 @@ def _transport_cost(cost: np.ndarray) -> float:
 def sliced_wasserstein(x: Tensor, y: Tensor, *, projections: int = 128, seed: int = 0, p: float = 1) -> Tensor:
     """Return (mean over directions, drawn from the sphere, of W_p(x's projection, y's projection)^p)^(1/p).
 
-    Each projection's distance is exact; their mean estimates that over all directions. It is at most W_p. ``x`` and
-    ``y`` are as of :func:`wasserstein`; ``projections`` is the number of directions, and ``seed`` in [0, 2^63) is
-    theirs, for the same ones on any device; ``p`` >= 1 is the order of the cost. The result is a 0-d float64 tensor in
-    the points' unit, differentiable in ``x`` and ``y``.
+    Each projection's distance is exact; their mean, at most W_p, estimates the one over all directions. ``x`` and
+    ``y`` are as of :func:`wasserstein`; ``seed`` in [0, 2^63) draws ``projections`` directions, alike on any device;
+    ``p`` >= 1 is the cost's order. The result, 0-d float64 in the points' unit, is differentiable in ``x`` and ``y``.
     Source: Bonneel, Rabin, Peyre and Pfister, Sliced and Radon Wasserstein Barycenters of Measures, JMIV 51, 2015.
 
     >>> sliced_wasserstein(torch.zeros(3, 1), torch.ones(5, 1))  # on a line there are no other directions
@@ -240,9 +237,8 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     """Return KL(p || q) = sum of p * log(p / q), with 0 log 0 = 0; infinite where p has mass and q has none.
 
     ``p`` and ``q`` are probabilities [..., n] of any floating dtype; the result is [...] float64, in nats, >= 0. They
-    add up to 1 along the last dimension, to 1e-5 or the square root of the dtype's rounding error, and are divided by
-    their sum; what is no distribution raises ValueError.
-    Source: Kullback and Leibler, On Information and Sufficiency, Ann. Math. Statist. 22, 1951.
+    add up to 1 along the last dimension, to 1e-5 or the root of the dtype's rounding error (else ValueError), and are
+    divided by their sum. Source: Kullback and Leibler, On Information and Sufficiency, Ann. Math. Statist. 22, 1951.
 
     >>> kl_divergence(torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.25, 0.75, 0.0]))
     tensor(0.1438, dtype=torch.float64)
@@ -261,8 +257,7 @@ def js_divergence(p: Tensor, q: Tensor) -> Tensor:
     tensor(0.6931, dtype=torch.float64)
     """
     a, b = _distributions(p, q)
-    total = a + b  # not its half: that of the least float64 is 0
-    total = total.where(total > 0, 1)
+    total = (a + b).where(a + b > 0, 1)  # not its half: that of the least float64 is 0
     twice = (torch.xlogy(a, 2 * (a / total)) + torch.xlogy(b, 2 * (b / total))).sum(-1)
     return (twice / 2).clamp(0, math.log(2))
 
@@ -329,9 +324,7 @@ def gaussian_js(mean_p: Numbers, cov_p: Numbers, mean_q: Numbers, cov_q: Numbers
     nodes, weights = (torch.as_tensor(a, device=m_p.device) for a in np.polynomial.legendre.leggauss(16))
     half = edges.diff()[:, None] / 2
     x = edges[:-1, None] + half * (1 + nodes)
-    log_p, log_q = (
-        -(((x - m) / s) ** 2) / 2 - s.log() - math.log(2 * math.pi) / 2 for m, s in ((m_p, s_p), (m_q, s_q))
-    )
+    log_p, log_q = (-(((x - m) / s) ** 2 + math.log(2 * math.pi)) / 2 - s.log() for m, s in ((m_p, s_p), (m_q, s_q)))
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     density = log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)
     return ((density * weights * half).sum() / 2).clamp(0, math.log(2))

@@ -56,12 +56,7 @@ PARTS = (
 
 def _entry(name: str, i: Any, player: int = CRITIC) -> Tensor | None:
     """Return a property that gives an entry of a step's results, or None. It is typed as what it gives."""
-
-    def entry(metrics: "Metrics") -> Any:
-        entries = metrics._read(name, player)
-        return None if entries is None else entries[i]
-
-    return property(entry)  # type: ignore[return-value]
+    return property(lambda own: None if (x := own._read(name, player)) is None else x[i])  # type: ignore[return-value]
 
 
 class Metrics:
@@ -76,9 +71,8 @@ class Metrics:
         real_score, fake_score: mean(D(real)), mean(D(fake)).
         gradient_norm, gradient_norm_min, gradient_norm_max: mean, least and greatest norm, over the samples, of the
             critic's input gradient; None where penalty is.
-        saturation: share of the clamped weights that lie on their bound, on a CPU counted when it is read, at the
-            latest as the next critic step begins; under NormClip, of the rows whose norm was the
-            bound or more before the projection; None under GradientPenalty.
+        saturation: share of the clamped weights on their bound, on a CPU counted when it is read, or as the next critic
+            step begins; under NormClip, of rows whose norm was the bound or more before; None under GradientPenalty.
         generator_loss: -mean(D(G(z))) + generator_term, if any; None when no generator step was due.
         critic_term, generator_term: the values of these functions of the user's; None where the step had none.
         nonfinite: how many elements of the gradients were infinite or NaN. Unless it is 0, the update was skipped.

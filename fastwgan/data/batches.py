@@ -1,7 +1,4 @@
-"""Streams of batches: endless iterators whose position can be saved, so that a resumed run sees the same batches.
-
-Other iterables of batches are made endless here, too, on the trainer's device and in whole packs.
-"""
+"""Streams of batches, endless and with a position to save for a resumed run; other iterables are made endless, too."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -111,9 +108,7 @@ class SampledBatches(_Batches):
         device: where the batches go.
     """
 
-    def __init__(
-        self, draw: Draw, batch_size: int, seed: int, device: torch.device, *, rank: int = 0, world: int = 1
-    ) -> None:
+    def __init__(self, draw: Draw, batch_size: int, seed: int, device: torch.device, *, rank: int = 0, world: int = 1):
         super().__init__(batch_size, seed, rank, world)
         self._draw, self._device = draw, device
 
@@ -134,10 +129,7 @@ def refuse_samples(batches: object) -> None:
 
 
 def endless(batches: Iterable[Any], device: torch.device, pack: int) -> Iterator[list[Any] | None]:
-    """Yield the samples and conditions of each batch, begun again when the batches end, in whole packs, on ``device``.
-
-    Samples that fill no pack are left out; None is yielded for a batch that fills none.
-    """
+    """Yield each batch's samples and conditions on ``device``, endlessly, in whole packs; None where it fills none."""
     set_epoch = getattr(getattr(batches, "sampler", None), "set_epoch", None)
     for epoch in count():
         if set_epoch is not None:  # a DistributedSampler would have the same order again
@@ -151,9 +143,9 @@ def endless(batches: Iterable[Any], device: torch.device, pack: int) -> Iterator
             whole = n - n % pack
             if n and not whole:
                 yield None
-                continue
-            empty = False
-            yield parts if whole == n else [x[:whole] if checks.is_batched(x, n) else x for x in parts]
+            else:
+                empty = False
+                yield parts if whole == n else [x[:whole] if checks.is_batched(x, n) else x for x in parts]
         if empty:
             got = "is empty, has no batch that fills a pack, or has ended or been closed and cannot be started again"
             raise ValueError(f"batches: expected more batches, but the iterable {got}")

@@ -75,9 +75,8 @@ def _mode(path: Path) -> tuple[str, str]:
 class ImageFolder:
     """All image files under a directory, in the order of their names, without transparency. Needs Pillow.
 
-    Every file is decoded once at the start, by ``workers`` threads, and then whenever its turn comes. Those that cannot
-    be are left out, and in ``unusable`` with the reason. ``channels`` is 3 for RGB, 1 for gray; None takes what the
-    first usable image is.
+    Every file is decoded once at the start, by ``workers`` threads, and when its turn comes. Those that cannot be are
+    left out, in ``unusable`` with the reason. ``channels`` is 3 for RGB, 1 for gray, None for the first usable image's.
     """
 
     def __init__(self, path: Path | str, size: int = FOLDER_SIZE, channels: int | None = None, workers: int = 1):
@@ -188,8 +187,7 @@ class ArrayImages(Points):
 def read_npy(path: Path | str, size: int | None = None) -> Points | ArrayImages:
     """Return the samples of a .npy file, which is mapped into memory and not read.
 
-    Floats [N, D] are points, which take no ``size``; uint8, or floats in [-1, 1], of three or four dimensions are
-    images, as :class:`ArrayImages` takes them.
+    Floats [N, D] are points, which take no ``size``; images are what :class:`ArrayImages` takes.
     """
     _check_size(size)
     path = _existing(Path(path))

@@ -77,9 +77,8 @@ class Capture:
     def on_stream(self) -> Iterator[None]:
         """Run the block's device work on the captures' stream: after the current stream's work so far, before its next.
 
-        All steps run there, captured or not. PyTorch has one autograd node for each parameter, which belongs to the
-        stream that it was made on and lives for as long as any graph refers to it. One of another stream breaks a
-        capture.
+        All steps run there, captured or not: PyTorch has one autograd node for each parameter, of the stream that it
+        was made on, which lives for as long as any graph refers to it. One of another stream breaks a capture.
         """
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
@@ -137,11 +136,6 @@ class _Graph:
         self.args = tuple(torch.empty_like(x) if isinstance(x, Tensor) else x for x in args)
         self.runs = 0
         self.replay: Callable[[], None] | None = None
-
-    def fill(self, args: tuple[Any, ...]) -> None:
-        for static, x in zip(self.args, args, strict=True):
-            if isinstance(x, Tensor):
-                static.copy_(x.detach(), non_blocking=True)
 
     def pack(self, outputs: Outputs) -> None:
         """Have all outputs in one tensor, so that one launch copies them."""
@@ -256,7 +250,9 @@ class Graphs:
         graph = None if self._refused or self._foreign else self._graph(key, args)
         if graph is None:
             return self.run_uncaptured(work, *args)
-        graph.fill(args)
+        for static, x in zip(graph.args, args, strict=True):
+            if isinstance(x, Tensor):
+                static.copy_(x.detach(), non_blocking=True)
         if graph.replay is None and graph.runs < WARM_UP:
             graph.runs += 1
             outputs, problem = self._capture.warm_up(lambda: work(*graph.args))

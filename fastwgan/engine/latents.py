@@ -71,8 +71,6 @@ class Latents:
         if self._place is not None:
             self._place += count
 
-    # State
-
     def position(self) -> tuple[Any, Any] | None:
         """Return where the streams of latents stand, or None in a capture, when that cannot be read."""
         if self._device.type == "cpu":
@@ -88,15 +86,14 @@ class Latents:
 
     def state_dict(self) -> dict[str, Any]:
         """Return where all streams stand, the process's own included."""
+        latent, sample = self.stream.get_state(), self._sampling.get_state()
         return {
             "seed": self.seed,
             "eps_offset": self.used,
-            "random": {
-                "device": self._device.type, "latent": self.stream.get_state(), "sample": self._sampling.get_state()
-            },
+            "random": {"device": self._device.type, "latent": latent, "sample": sample},
             "world": self._ranks.world,
             "ranks": {self._ranks.rank: process_streams(self._device)},
-        }  # fmt: skip
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there; warn where that cannot be."""

@@ -1,7 +1,6 @@
 """One network in training, with its optimizer, guard, bound and running averages. It settles its own step.
 
-A network may change while it trains: layers come and go, are frozen and unfrozen, and a user adds parameter groups. So
-each step looks at its parameters anew.
+Networks change while they train: layers come, go, freeze and unfreeze, users add groups. So each step looks anew.
 """
 
 import copy
@@ -57,21 +56,20 @@ class Player:
         self._left: dict[Any, Any] = {}  # states of parameters that have left, until a step is taken without them
         # What all ranks have the same of.
         self._shared: set[Any] = set() if ranks.world == 1 else {*module.modules(), *module.parameters()}
-        if optimizer is None:
-            default = settings.constraint.default_optimizer(_trainable(module.parameters()), settings.backend)
-            self._replace(default, default=True)
-        else:
-            self._replace(adopt(optimizer, self._given))
+        default = settings.constraint.default_optimizer
+        given = default(_trainable(module.parameters()), settings.backend) if optimizer is None else optimizer
+        self._replace(given, default=optimizer is None)
         self.follow()
 
     def assign(self, optimizer: torch.optim.Optimizer) -> None:
         """Take another optimizer of the user's. It may leave out any of the parameters that can be trained by now."""
         check_optimizer(f"{self.name}_optimizer", optimizer, self.module)
-        self._replace(adopt(optimizer, self._given))
+        self._replace(optimizer)
 
     def _replace(self, optimizer: torch.optim.Optimizer, *, default: bool = False) -> None:
-        self.optimizer, self._default = optimizer, default
-        self.gated = optimizer if isinstance(optimizer, Gated) else None  # whose step obeys the gate on the device
+        self.optimizer, self._default = adopt(optimizer, self._given), default
+        # Whose step obeys the gate on the device.
+        self.gated = self.optimizer if isinstance(self.optimizer, Gated) else None
         self._known = set() if default else {p for p in self.module.parameters() if p.requires_grad}
         self._listed = _trainable(self.module.parameters())
         self._watch = None
@@ -136,10 +134,7 @@ class Player:
         return self._watch
 
     def follow(self) -> list[nn.Parameter]:
-        """Take up changes of the network; return the parameters to be trained.
-
-        Raise ValueError if there are none, or if the optimizer lacks some that came later.
-        """
+        """Take up changes; return the parameters to train. ValueError: there are none, or the optimizer lacks some."""
         watch = self.look()
         if self._followed == self.version:
             return watch.trained
@@ -148,8 +143,7 @@ class Player:
         if not self._default:
             self._refuse_unknown(watch.trained)
         self._follow(watch.parameters)
-        of_groups = (p for group in self.optimizer.param_groups for p in group["params"])
-        self._dropped = list({id(p): p for p in (*watch.parameters, *of_groups)}.values())
+        self._dropped = {*watch.parameters, *self._held_by_optimizer()}
         together = Together(gate=self.guard.gate, averages=self.averages, decay=self.ema or 0.0)
         self._together = together if self._constraint is None else self._constraint.fuse_into(together, self._held)
         self._watch = Watch(self.module, self.optimizer)  # anew, as the optimizer's groups may have followed
@@ -158,9 +152,7 @@ class Player:
 
     def _refuse_unknown(self, trained: list[nn.Parameter]) -> None:
         """Raise ValueError if the user's optimizer lacks parameters that are trained since it was given."""
-        new = [p for p in trained if p not in self._known]
-        held = self._held_by_optimizer() if new else set()
-        if lacks := {p for p in new if id(p) not in held}:
+        if lacks := {*trained} - self._known - self._held_by_optimizer():
             names = ", ".join(name for name, p in self.module.named_parameters() if p in lacks)
             raise ValueError(
                 f"{self.name}_optimizer: expected the parameters that are trainable since the trainer was made, lacks "
@@ -187,27 +179,25 @@ class Player:
             saturation()
         self._unread = None
 
-    def _held_by_optimizer(self) -> set[int]:
-        return {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+    def _held_by_optimizer(self) -> set[nn.Parameter]:
+        return {p for group in self.optimizer.param_groups for p in group["params"]}
 
     def _follow(self, parameters: list[nn.Parameter]) -> None:
         """Give a default optimizer, the bound and the averages the parameters that the network has now."""
         self._follow_by_default(parameters)
         if self._constraint is not None:
-            if self._constraint.exclude:  # by the names that parameters come with, which may be others' later
-                now, seen = self._constraint.excluded(self.module), {*self._held, *self._excluded}
-                self._excluded = {p for p in parameters if p in (self._excluded if p in seen else now)}
+            # By the names that parameters come with, which may be others' later.
+            now, seen = self._constraint.excluded(self.module), {*self._held, *self._excluded}
+            self._excluded = {p for p in parameters if p in (self._excluded if p in seen else now)}
             self._held = [p for p in parameters if p not in self._excluded]
             self._constraint.prepare(self._held, self._backend)
         if self.ema is not None:
             floating = [*filter(torch.is_floating_point, parameters)]
             self._averaged = len(floating)
             for p in floating:
-                average = self.averages.get(p)
-                if average is None or average.shape != p.shape or average.device != p.device:
-                    self.averages[p] = p.detach().to(wide(p.dtype), copy=True)
-                elif average.dtype != wide(p.dtype):
-                    self.averages[p] = average.to(wide(p.dtype))
+                average = self.averages.get(p, p)
+                begins = average is p or average.shape != p.shape or average.device != p.device
+                self.averages[p] = (p.detach() if begins else average).to(wide(p.dtype), copy=begins)
 
     def _follow_by_default(self, parameters: list[nn.Parameter]) -> None:
         """Give a default optimizer the network's parameters, but those that the user took out or gave to a group."""
@@ -218,9 +208,9 @@ class Player:
         out = {p for group in others for p in group["params"]} | (set(before) - set(first["params"]))
         first["params"][:] = [p for p in self._listed if p not in out]
         held, state, left = self._held_by_optimizer(), self.optimizer.state, self._left
-        for p in [p for p in state if id(p) not in held]:
+        for p in [p for p in state if p not in held]:
             left[p] = state.pop(p)
-        for p in [p for p in left if id(p) in held]:
+        for p in [p for p in left if p in held]:
             state[p] = left.pop(p)
 
     # After the passes
@@ -275,9 +265,8 @@ class Player:
             if skip:
                 MarksStepTaken(self.optimizer)()
             else:
-                if factor != 1:  # not in place, as two gradients may share memory
-                    for p in trained:
-                        p.grad = None if p.grad is None else p.grad * factor
+                for p in trained if factor != 1 else ():  # not in place, as two gradients may share memory
+                    p.grad = None if p.grad is None else p.grad * factor
                 self.optimizer.step()
         for weight, average in self.averages.items():
             if weight not in averaged:
@@ -298,8 +287,6 @@ class Player:
         """Have a step that a CUDA graph replays use the optimizer's present numbers."""
         if self.gated is not None:
             self.gated.refresh(self._together)
-
-    # State
 
     def named_averages(self) -> dict[str, Tensor]:
         """Return the averages by name: of a parameter that has just come, what it is."""
@@ -346,10 +333,10 @@ class Player:
 
     def _widened(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return an optimizer's state for all parameters; an older default had those alone that were trained."""
-        trained = [i for i, p in enumerate(self.optimizer.param_groups[0]["params"]) if p.requires_grad]
-        group = state["param_groups"][0]
+        listed, group = self.optimizer.param_groups[0]["params"], state["param_groups"][0]
+        trained = [i for i, p in enumerate(listed) if p.requires_grad]
         if not self._default or len(state["param_groups"]) > 1 or len(group["params"]) != len(trained):
             return state
         places = dict(zip(group["params"], trained, strict=True))
-        group["params"] = list(range(len(self.optimizer.param_groups[0]["params"])))
+        group["params"] = [*range(len(listed))]
         return {**state, "state": {places[i]: kept for i, kept in state["state"].items()}}

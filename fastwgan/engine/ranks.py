@@ -16,8 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def _place() -> tuple[int, int]:  # this process's rank, and how many there are
-    there = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 class Ranks:
@@ -101,12 +100,12 @@ def refuse_uneven(name: str, sizes: Tensor, gradients: Sequence[Tensor]) -> None
 
     On a GPU, where looking at the sizes would wait, a gradient is made NaN instead, for the guard to find.
     """
-    if sizes.device.type == "cpu":
+    uneven = sizes.amin() != sizes.amax()
+    if sizes.device.type != "cpu":
+        gradients[0].masked_fill_(uneven, torch.nan)
+    elif uneven:
         found = [int(size) for size in sizes]
-        if len(set(found)) > 1:
-            raise ValueError(f"{name}: expected batches of one size on all ranks, got scores of {found}")
-    else:
-        gradients[0].masked_fill_(sizes.amin() != sizes.amax(), torch.nan)
+        raise ValueError(f"{name}: expected batches of one size on all ranks, got scores of {found}")
 
 
 def unwrapped(name: str, module: object) -> nn.Module:

@@ -139,7 +139,7 @@ def _common_device(networks: dict[str, nn.Module], amp: torch.dtype | None) -> t
             if p.is_inference():
                 raise ValueError(f"{name}: expected parameters made outside of inference mode, got {of} made in it")
     parameters = [p for module in networks.values() for p in module.parameters()]
-    if len({id(p) for p in parameters}) < len(parameters):
+    if len({*parameters}) < len(parameters):
         raise ValueError("critic: expected parameters of its own, got some that are the generator's too")
     if len(devices := {p.device for p in parameters}) > 1:
         raise ValueError(f"critic: expected all parameters of both networks on one device, got {devices}")
@@ -156,8 +156,7 @@ def check_optimizer(name: str, optimizer: object, module: nn.Module) -> None:
         raise TypeError(f"{name}: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError(f"{name}: expected an optimizer that steps on given gradients, got LBFGS")
-    own = {id(p) for p in module.parameters()}
-    if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
+    if not {p for group in optimizer.param_groups for p in group["params"]} <= {*module.parameters()}:
         raise ValueError(f"{name}: expected parameters of its own network only, got others")
 
 

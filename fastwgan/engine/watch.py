@@ -1,8 +1,7 @@
 """Notice what has changed about a network and its optimizer since the last step, in a few passes that run in C.
 
-A step depends on layers and tensors, on plain attributes, hooks and code of layers, and on the optimizer's groups. All
-of them may change between two steps. What is made of them (lists of parameters, decisions, CUDA graphs) serves for as
-long as a :class:`Watch` finds no change.
+A step depends on layers and tensors, on layers' plain attributes, hooks and code, and on the optimizer's groups. What
+is made of them (lists of parameters, decisions, CUDA graphs) serves for as long as a :class:`Watch` finds no change.
 """
 
 from itertools import chain

@@ -40,8 +40,7 @@ def saturation(params: list[Tensor], bound: float) -> tuple[Tensor, int]:
     limit = checks.bound("bound", bound, params[0].dtype)
     arrays = [p.detach().to(wide(p.dtype)).reshape(-1) for p in params]
     total = sum(map(len, arrays))
-    small = [x for x in arrays if len(x) < FEW]
-    if small:
+    if small := [x for x in arrays if len(x) < FEW]:
         arrays = [*(x for x in arrays if len(x) >= FEW), torch.cat(small)]
     on_bound = [x.abs().ge_(limit).sum() for x in arrays]  # in place of booleans, whose sum takes longer
     return torch.stack(on_bound).sum() / total, total
@@ -58,10 +57,7 @@ def _by_kind(parameters: Iterable[Tensor], bound: float, backend: Backend) -> li
         if p.numel():
             kinds.setdefault((p.device, p.dtype), []).append(p)
     checks.number("bound", bound, minimum=0, exclusive=True)
-    return [
-        (params, checks.bound("bound", bound, dtype), resolve(backend, device))
-        for (device, dtype), params in kinds.items()
-    ]
+    return [(own, checks.bound("bound", bound, dtype), resolve(backend, at)) for (at, dtype), own in kinds.items()]
 
 
 @lru_cache(64)

@@ -81,8 +81,7 @@ class RMSprop(Gated):
             # decay), and not if it may be infinite (the step would write inf - inf).
             kept = finite and not group["maximize"] and group["weight_decay"] == 0
             means = grads if kept else [grad.clone() for grad in grads]
-            counts = [NO_BIAS_CORRECTION] * len(params)
-            _step_fused(params, grads, means, squares, counts, group, (0.0, group["alpha"]))
+            _step_fused(params, grads, means, squares, [NO_BIAS_CORRECTION] * len(params), group, (0.0, group["alpha"]))
         else:
             options = {k: group[k] for k in ("lr", "alpha", "eps", "weight_decay", "momentum", "maximize")}
             for p, grad, state in zip(params, grads, states, strict=True):

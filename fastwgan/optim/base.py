@@ -137,7 +137,7 @@ class Gated(Optimizer):
             dtype = torch.float32 if name == "step" else p.dtype
             if name not in state:
                 state[name] = p.new_zeros((), dtype=dtype) if name == "step" else torch.zeros_like(p)
-            elif state[name].dtype != dtype or state[name].device != p.device:
+            else:
                 state[name] = state[name].to(p.device, dtype)
         return state
 
@@ -150,9 +150,7 @@ class Gated(Optimizer):
         return result
 
     def load_state_dict(self, state_dict: Options) -> None:
-        """Take a state from :meth:`state_dict`, or from ``torch.optim``'s optimizer of the same name.
-
-        A torch state has no ``clip``; the groups keep theirs.
+        """Take a state from :meth:`state_dict`, or from torch.optim's namesake, without ``clip``: groups keep theirs.
 
         Raises:
             ValueError: the state belongs to other parameters, or to a variant this optimizer does not compute
@@ -181,8 +179,7 @@ class Gated(Optimizer):
 
     def _check_loaded(self, group: Options, own: Options, states: dict[int, Options]) -> None:
         """Give a group to be loaded the options that it lacks; raise unless it and its state can be ``own``'s."""
-        missing = [name for name in self._required if name not in group]
-        if missing:
+        if missing := [name for name in self._required if name not in group]:
             raise ValueError(f"state_dict: expected a state of {type(self).__name__}, missing {', '.join(missing)}")
         group.setdefault("clip", own.get("clip"))
         for name, default in self.defaults.items():
@@ -191,8 +188,7 @@ class Gated(Optimizer):
             self._check_group(group)
         except (TypeError, ValueError) as error:
             raise type(error)(f"state_dict: {error}") from error
-        expected, got = len(own["params"]), len(group["params"])
-        if got != expected:
+        if (got := len(group["params"])) != (expected := len(own["params"])):
             raise ValueError(f"state_dict: expected {expected} parameters in a group, got {got}")
         for i, p in zip(group["params"], own["params"], strict=True):
             state = states.get(i, {})
@@ -240,18 +236,15 @@ class Gated(Optimizer):
         gate = together.gate if getattr(self, "found_inf", None) is None or not self._plan else self._gate_of_scaler()
         with torch.no_grad():
             for launch in self._plan:
-                if launch.backend == "torch":
-                    self._step_torch(launch, gate, together)
-                else:
-                    self._step_triton(launch, gate, together)
+                take = self._step_torch if launch.backend == "torch" else self._step_triton
+                take(launch, gate, together)
         return loss
 
     def _seen(self, together: Together) -> Any:
         """Return what a plan depends on: groups, tensors, and how they lie in memory; None where that is unusual."""
         params, numbers = [*flat(map(_params, self.param_groups))], [*flat(map(dict.values, self.param_groups))]
-        grads, averages = [*map(_grad, params)], together.averages
         states = [*flat([state.values() for state in map(self.state.get, params) if state])]
-        others = [*grads, *(map(averages.get, params) if averages else ())]
+        others = [*map(_grad, params), *(map(together.averages.get, params) if together.averages else ())]
         arrays = [*params, *states, *[x for x in others if x is not None]]
         if any(map(Tensor.is_neg, arrays)) or {*map(_layout, arrays)} != {torch.strided}:
             return None
@@ -311,10 +304,9 @@ class Gated(Optimizer):
         if (grad.shape, grad.dtype, grad.device, grad.layout) != (p.shape, p.dtype, p.device, torch.strided):
             expected, got = (f"{tuple(x.shape)} {x.dtype} {x.layout} on {x.device}" for x in (p, grad))
             raise TypeError(f"grad: expected {expected}, got {got}")
-        state = self.state.get(p, {})
-        for name in self._states:
-            if name in state and state[name].shape != p.shape:
-                raise ValueError(f"state: {name}: expected shape {tuple(p.shape)}, got {tuple(state[name].shape)}")
+        for name, x in self.state.get(p, {}).items():
+            if name in self._states and x.shape != p.shape:
+                raise ValueError(f"state: {name}: expected shape {tuple(p.shape)}, got {tuple(x.shape)}")
         if bound is not None:
             checks.bound("clip", bound, p.dtype)
 
@@ -344,8 +336,7 @@ class Gated(Optimizer):
         skip, factor = (0.0, 1.0) if gate is None else gate.tolist()  # on a GPU this waits, as PyTorch's optimizers do
         if skip:
             if launch.clamped:
-                nan = launch.params[0].new_tensor(math.nan, dtype=torch.float32)
-                self.shares.append((nan, launch.clamped))
+                self.shares.append((launch.params[0].new_tensor(math.nan, dtype=torch.float32), launch.clamped))
             return
         if factor != 1:  # not in place, as two gradients may share memory
             for p, grad in zip(launch.params, torch._foreach_mul([*map(_grad, launch.params)], factor), strict=True):

@@ -34,16 +34,13 @@ def fit(
 ) -> int:  # fmt: skip
     """Call ``trainer.step`` on ``steps`` batches; return how many: fewer after Ctrl-C, or if a callback returns True.
 
-    Where ``trainer.iteration`` takes batches alike as one CUDA graph, and no row, picture or checkpoint is due among
-    them, it does, to the same end. An iteration's batches are then read before its first step.
-
     Either ends the loop after the step or iteration under way, with everything written. If batches, a callback or
-    ``draw`` raise, a checkpoint is left behind. A :class:`fastwgan.training.HealthWarning` tells of numbers that look
-    like a known kind of failure, each kind once.
+    ``draw`` raise, a checkpoint is left behind. A :class:`fastwgan.training.HealthWarning` tells, once for each known
+    kind of failure, of numbers that look like it. Where ``trainer.iteration`` takes batches alike as one CUDA graph and
+    no row, picture or checkpoint is due among them, it does, to the same end; all are read before its first step then.
 
-    With several ranks every one calls this, on batches of its own. Rank 0 writes, draws, calls back and tells of
-    progress; the others have to name ``out`` as well. They agree on an early end, at the rows of the log. Where one
-    raises, the last checkpoint is the one before.
+    Several ranks all call this, with ``out``, and batches of their own; rank 0 writes, draws, calls back and tells of
+    progress. They agree on an early end at the rows of the log. If one raises, the last checkpoint is the one before.
 
     Args:
         trainer: goes on from where it is.
@@ -55,8 +52,7 @@ def fit(
         steps: critic steps to take.
         out: directory for ``metrics.csv``, the checkpoint ``last.pt``, and what else is asked for; None writes nothing.
         config: numbers and strings to keep in the checkpoint.
-        log_every: steps between rows of the log, which has their averages. Reading waits for the device, at least once
-            in 100 steps.
+        log_every: steps between rows of the log, their averages; reading, at least once in 100, waits for the device.
         tensorboard, progress: log to TensorBoard (needs tensorboard) and show a bar (needs rich) as well.
         sample_every: steps between pictures ``samples/step-00002000.png`` of the same latents; the last step has one.
         draw: (samples [sample_count, ...], path) -> None, writes such a picture. The generator takes no conditions.
@@ -172,9 +168,8 @@ class _Run:
     def taken(self, ended: Callable[[], bool], marks: Sequence[int]) -> Iterator[list[Metrics]]:
         """Take all steps, unless it ended; yield each one's Metrics, or an iteration's, with nothing due within it.
 
-        Every so many steps as ``marks`` has, something is due. Where the next batch raises, is of another form, and so
-        may be unusable, or Ctrl-C has come, those that have been read go step by step: the batches' position in a
-        checkpoint is then the trainer's.
+        Every so many steps as ``marks`` has, something is due. Where the next batch raises or is of another form, maybe
+        unusable, or Ctrl-C has come, those read go step by step, so that a checkpoint has batches where the trainer is.
         """
         trainer, alone, form = self.trainer, self.trainer.ranks.world == 1, None  # the last batch's
         stream = endless(self.batches, trainer.device, trainer.pack)

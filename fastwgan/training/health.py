@@ -1,4 +1,4 @@
-"""What goes wrong in WGAN training as its numbers show it, and what to do about it.
+"""Tells by the numbers of WGAN training what goes wrong in it, and what to do about it.
 
 The thresholds lie between what was measured, over windows of 500 steps, on training that works (``fastwgan train`` on
 all its data, both constraints) and on training made to fail (learning rates, bounds and weights off by 10 to 1000).
@@ -52,43 +52,37 @@ class Health:
             self._bad += step.get("nonfinite", 0) != 0 or not math.isfinite(step.get("wasserstein", 0))
             advice = {}
             if self._bad >= NONFINITE:
-                bad = f"{self._bad} of {len(self._window)} steps had gradients or scores that were infinite or NaN"
-                advice["finite"] = f"{bad}: lower the learning rates, and look for such numbers in the data"
+                symptom = f"{self._bad} of {len(self._window)} steps had gradients or scores that were infinite or NaN"
+                advice[symptom] = "lower the learning rates, and look for such numbers in the data"
             if len(self._window) == WINDOW:
                 advice |= {} if self._first else self._judge_window()
                 self._window, self._bad, self._first = [], 0, False
-            new += [text for kind, text in advice.items() if kind not in self._given]
-            self._given |= advice.keys()
+            new += [f"{symptom}: {remedy}" for symptom, remedy in advice.items() if remedy not in self._given]
+            self._given |= set(advice.values())
         return new
 
     def _judge_window(self) -> dict[str, str]:
-        kind, target, advice = self._kind, self._target, {}
+        """Return what is wrong with the window's steps: the symptom and its remedy."""
+        kind, target = self._kind, self._target
         norm, saturation = (_mean(self._window, name) for name in ("gradient_norm", "saturation"))
         most = max(step.get("gradient_norm_max", 0.0) for step in self._window)
-        if kind in ("two-sided", "one-sided") and target and (norm > STEEP_MEAN * target or most > STEEP_MAX * target):
-            advice["steep"] = (
-                f"the critic's gradient norm was {norm:.3g} on average and {most:.3g} at most, far above the "
-                f"penalty's target {target:g}: raise the penalty's weight or lower the critic's learning rate"
-            )
-        elif norm <= (FLAT_MEAN * target if kind == "two-sided" else 0):
-            advice["flat"] = (
-                f"the critic's gradient norm was {norm:.3g} on average, so the generator learns next to nothing from "
-                "it: raise the critic's learning rate or n_critic, and look for layers that died"
-            )
-        elif self._clamps and saturation > SATURATION:
-            advice["saturation"] = (
-                f"{saturation:.0%} of the clipped weights lie on their bound, which leaves the critic little but "
-                "their signs: widen WeightClip's bound or lower the critic's learning rate"
-            )
         values = [step["wasserstein"] for step in self._window if "wasserstein" in step]
         negative = sum(value < 0 for value in values) / max(1, len(values))
         changes = sum(a * b < 0 for a, b in pairwise(values)) / max(1, len(values))
-        lags = negative > NEGATIVE or changes > SIGN_CHANGES
-        if lags and self._lagged and not advice:  # a more definite cause comes first
-            advice["lag"] = (
-                f"the Wasserstein estimate was negative in {negative:.0%} of the last {WINDOW} steps and changed its "
-                f"sign in {changes:.0%}, as when the critic does not keep ahead of the generator: raise n_critic or "
-                "the critic's learning rate (lower that one if its scores jump)"
-            )
-        self._lagged = lags
-        return advice
+        lagged, self._lagged = self._lagged, negative > NEGATIVE or changes > SIGN_CHANGES
+        average = f"the critic's gradient norm was {norm:.3g} on average"
+        if kind in ("two-sided", "one-sided") and target and (norm > STEEP_MEAN * target or most > STEEP_MAX * target):
+            symptom = f"{average} and {most:.3g} at most, far above the penalty's target {target:g}"
+            return {symptom: "raise the penalty's weight or lower the critic's learning rate"}
+        if norm <= (FLAT_MEAN * target if kind == "two-sided" else 0):
+            symptom = f"{average}, so the generator learns next to nothing from it"
+            return {symptom: "raise the critic's learning rate or n_critic, and look for layers that died"}
+        if self._clamps and saturation > SATURATION:
+            symptom = f"{saturation:.0%} of the clipped weights lie on their bound"
+            symptom += ", which leaves the critic little but their signs"
+            return {symptom: "widen WeightClip's bound or lower the critic's learning rate"}
+        if lagged and self._lagged:  # last, as any other cause is more definite
+            symptom = f"the Wasserstein estimate was negative in {negative:.0%} of the last {WINDOW} steps and changed "
+            symptom += f"its sign in {changes:.0%}, as when the critic does not keep ahead of the generator"
+            return {symptom: "raise n_critic or the critic's learning rate (lower that one if its scores jump)"}
+        return {}

@@ -1,4 +1,4 @@
-"""What is told of a run while it goes on: averages over intervals of steps, in a CSV file, TensorBoard and a bar."""
+"""Tells of a run while it goes on: averages over intervals of steps, in a CSV file, TensorBoard and a bar."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ EXTREMES: dict[str, Callable[[float, float], float]] = {"gradient_norm_min": min
 
 
 class Interval:
-    """The steps since the last row of the log. Their Metrics stay on the device, a bounded number of them."""
+    """Averages the finite values of the steps since the last row; holds a bounded number of Metrics on the device."""
 
     HELD = 100  # reading waits for the device, which is nothing once in so many steps
 
@@ -55,10 +55,7 @@ class Interval:
                 self._totals[name] = join(self._totals[name], value) if name in self._totals else value
 
     def end(self) -> dict[str, float]:
-        """Return the mean, least or greatest of each value over the steps in which it is there and finite.
-
-        They are of all steps read since the last end; ``skipped`` counts those whose gradients were not finite.
-        """
+        """Return each value's mean or extreme since the last end; ``skipped`` counts steps of non-finite gradients."""
         averages = {name: x if name in EXTREMES else x / self._counts[name] for name, x in self._totals.items()}
         averages["skipped"] = self._counts["skipped"]
         self._totals.clear()
@@ -113,10 +110,7 @@ class TensorBoardLog:
 
 
 class Progress:
-    """A bar with steps per second, the Wasserstein estimate and how the critic's constraint fares.
-
-    Where the output is no terminal, only its last state is printed.
-    """
+    """A bar shows steps per second, Wasserstein estimate and constraint; without a terminal, only its last state."""
 
     def __init__(self, start: int, total: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
