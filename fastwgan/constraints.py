@@ -67,6 +67,7 @@ class Draw(NamedTuple):
 class Constraint:
     """The base of all constraints: what a trainer asks of one. This one asks for nothing."""
 
+    commutes = False  # whether the points of W real + b and W fake + b are W x + b at the points x
     bounds_weights = False  # whether weights are held to a bound, but for parameters that ``exclude`` names
     exclude: tuple[str | type[nn.Module], ...] = ()
 
@@ -89,8 +90,10 @@ class Constraint:
     def check_conditions(self, real: Tensor, pairs: Iterable[tuple[Any, Any]]) -> None:
         """Raise ValueError for a pair of different conditions, of real and of fake samples, that cannot be used."""
 
-    def points(self, samples: Samples, weight: float, draw: Draw, pack: int, backend: Resolved) -> Penalised:
-        """Return the points that are penalised in a step."""
+    def points(
+        self, samples: Samples, weight: float, draw: Draw, pack: int, backend: Resolved, out: Tensor | None = None
+    ) -> Penalised:
+        """Return the points that are penalised in a step, in ``out`` if they commute with linear maps."""
         raise NotImplementedError
 
     def excluded(self, critic: nn.Module, *, strict: bool = False) -> set[nn.Parameter]:
@@ -272,6 +275,10 @@ class GradientPenalty(Constraint):
         checks.number("noise", self.noise, minimum=0, exclusive=True)
         checks.count("every", self.every)
 
+    @property
+    def commutes(self) -> bool:  # type: ignore[override]
+        return self.at == "interpolates"
+
     def default_optimizer(self, parameters: list[nn.Parameter], backend: Backend) -> Gated:
         return Adam(parameters, lr=1e-4, betas=(0.0, 0.9), backend=backend)
 
@@ -300,7 +307,9 @@ class GradientPenalty(Constraint):
                     'real and fake samples the same conditions, or take GradientPenalty(at="real")'
                 )
 
-    def points(self, samples: Samples, weight: float, draw: Draw, pack: int, backend: Resolved) -> Penalised:
+    def points(
+        self, samples: Samples, weight: float, draw: Draw, pack: int, backend: Resolved, out: Tensor | None = None
+    ) -> Penalised:
         real, fake, cond, fake_cond, joined, _ = samples
         if self.at == "interpolates":
             pair = [real.detach(), fake]
@@ -309,7 +318,7 @@ class GradientPenalty(Constraint):
                     parts = [x.reshape(len(real), -1).to(real.dtype) for x in (pair[i], *(own[j] for j in joined))]
                     pair[i] = torch.cat(parts, 1)
             pair = pair if pack == 1 else [packed(x, pack) for x in pair]
-            x = interpolates(pair[0], pair[1], draw.seed, draw.offset, backend)
+            x = interpolates(pair[0], pair[1], draw.seed, draw.offset, backend, out)
             x = x if pack == 1 else x.flatten(0, 1)
             return Penalised(x.detach(), cond, weight, self.kind, self.target, joined, tuple(real.shape))
         if self.at == "perturbed":

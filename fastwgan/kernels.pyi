@@ -7,11 +7,45 @@ import torch
 
 INTERPRETED: bool
 
+class activation:
+    @staticmethod
+    def activate_(
+        z: torch.Tensor,
+        bias: torch.Tensor | None,
+        factors: torch.Tensor | None,
+        slope: float,
+        seeds: torch.Tensor | None = None,
+        top: torch.Tensor | None = None,
+    ) -> torch.Tensor | None: ...
+
 class arrival:
     @staticmethod
     def stream_of(device: torch.device) -> int: ...
     @staticmethod
     def capturing(device: torch.device) -> bool: ...
+
+class batchnorm:
+    @staticmethod
+    def batch_norm(
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        running: tuple[torch.Tensor, ...],
+        of_batch: bool,
+        momentum: float | None,
+        eps: float,
+        slope: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    @staticmethod
+    def batch_norm_backward(
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        weight: torch.Tensor | None,
+        stats: torch.Tensor,
+        of_batch: bool,
+        slope: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 class guard:
     class Guard:
@@ -29,7 +63,7 @@ class guard:
 class interpolate:
     @staticmethod
     def interpolate(
-        real: torch.Tensor, fake: torch.Tensor, seed: int, offset: int | torch.Tensor
+        real: torch.Tensor, fake: torch.Tensor, seed: int, offset: int | torch.Tensor, out: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 class penalty:

@@ -20,9 +20,7 @@ class InstanceNoise(nn.Module):
     """A critic that is shown samples [N, ...] with Gaussian noise while it trains, and as they are in evaluation.
 
     The noise's standard deviation, ``scale`` >= 0 in the samples' units, is kept in a buffer, for noise that decays:
-    ``critic.scale.fill_(0.1)``. Conditions go to the critic as they are.
-
-    Source: arXiv 1701.04862, section 3.
+    ``critic.scale.fill_(0.1)``. Conditions go to the critic as they are. Source: arXiv 1701.04862, section 3.
 
     >>> InstanceNoise(mlp([2, 8, 1]), 0.1)(torch.zeros(4, 2)).shape
     torch.Size([4, 1])
@@ -106,7 +104,7 @@ def ctgan_critic(columns: int, *, width: int = 256, pack: int = 10) -> nn.Sequen
     return nn.Sequential(*layers, nn.Linear(width, 1))
 
 
-class _Concatenated(nn.Module):
+class Concatenated(nn.Module):
     """A residual layer that hands its input on beside its output, where others add the two."""
 
     def __init__(self, fan_in: int, fan_out: int) -> None:
@@ -118,26 +116,16 @@ class _Concatenated(nn.Module):
         return torch.cat((self.layers(x), x), dim=1)
 
 
-class _Rows(nn.Module):
-    """[N, parts * n] as [N * parts, n], or the other way round."""
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.features = features
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.reshape(-1, self.features)
-
-
 def ctgan_generator(latent: int, columns: int, *, width: int = 256, pack: int = 10) -> nn.Sequential:
     """CTGAN's generator, of packs [N, pack * columns] from z [N, pack * latent]; each row comes from its own latents.
 
     Without the activations that CTGAN puts on each column (tanh, Gumbel softmax), which are the table's.
-
     Source: arXiv 1907.00503, section 4.4.
     """
-    hidden = _Concatenated(latent, width), _Concatenated(latent + width, width)
-    return nn.Sequential(_Rows(latent), *hidden, nn.Linear(latent + 2 * width, columns), _Rows(pack * columns))
+    hidden = Concatenated(latent, width), Concatenated(latent + width, width)
+    apart = nn.Sequential(nn.Unflatten(1, (-1, latent)), nn.Flatten(0, 1))
+    together = nn.Sequential(nn.Unflatten(0, (-1, pack)), nn.Flatten())
+    return nn.Sequential(apart, *hidden, nn.Linear(latent + 2 * width, columns), together)
 
 
 class Residual(nn.Module):
@@ -180,8 +168,7 @@ def resnet_generator(latent: int = 128, *, channels: int = 3, width: int = 128) 
 
     Source: arXiv 1704.00028, appendix, the CIFAR-10 ResNet.
     """
-    return nn.Sequential(
-        nn.Linear(latent, 16 * width), nn.Unflatten(1, (width, 4, 4)),
-        *(Residual(width, width, 2, norm=True) for _ in range(3)),
-        nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, channels, 3, padding=1), nn.Tanh(),
-    )  # fmt: skip
+    small = nn.Linear(latent, 16 * width), nn.Unflatten(1, (width, 4, 4))
+    blocks = [Residual(width, width, 2, norm=True) for _ in range(3)]
+    image = nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, channels, 3, padding=1), nn.Tanh()
+    return nn.Sequential(*small, *blocks, *image)

@@ -57,43 +57,38 @@ class Trainer:
         generator: maps latents z (and conditions) to samples [N, ...].
         critic: maps samples [N, ...] (and conditions) to scores [N, ...]. Either network may return a tuple that begins
             with these, and goes on with what a term of a loss is to have.
-        latent: width of a standard normal z [N, latent], or a callable (batch_size, device) -> z. With several
-            processes a callable has to draw other latents in each.
+        latent: width of a standard normal z [N, latent], or a callable (batch, device) -> z, another in each process.
         constraint: :class:`WeightClip` (WGAN), :class:`NormClip` or :class:`GradientPenalty` (WGAN-GP).
         critic_optimizer, generator_optimizer: any ``torch.optim.Optimizer``; a plain torch RMSprop or Adam is
             replaced by ours, sharing its groups and state. None takes the paper's: RMSprop at lr 5e-5 for
             WeightClip and NormClip, Adam at lr 1e-4 and betas (0, 0.9) for GradientPenalty.
         critic_scheduler, generator_scheduler: learning-rate schedulers of the given optimizers, or None. Each takes a
             step after each of its network's, and is part of the state.
-        n_critic: critic steps to a generator step, or a callable of the generator iteration, such as
-            :func:`warmup_schedule`.
+        n_critic: critic steps per generator step, or a callable of the generator iteration, as :func:`warmup_schedule`.
         seed: of the latents and of eps; int in [0, 2^63).
         backend: see :mod:`fastwgan.backend`.
-        compile: whether torch.compile makes each step's forward and backward passes one graph. The first step of each
-            kind and each new batch size take a while. Layers that torch.compile cannot take whole make it raise.
-            Random layers, such as dropout, draw other numbers than without.
+        compile: whether torch.compile makes each step's forward and backward passes one graph, which takes a while at
+            the first step of each kind and batch size, and raises for layers that it cannot take whole. Random layers,
+            such as dropout, draw other numbers than without.
         cuda_graph: whether steps are captured in CUDA graphs after a few runs, and replayed from then on. A replay runs
             no Python. "auto" captures networks of PyTorch's and this package's layers alone, whose numbers, hooks and
-            parts are compared at each step, and warns once where it captures nothing on a GPU. True captures networks
-            of any class, or raises: it is your word that their forward passes read nothing that changes but tensors
-            and plain attributes of modules.
-        independent_samples: your word that nothing the critic returns of a sample depends on another of its batch, and
+            parts are compared at each step, and warns once where it captures nothing on a GPU. True captures any
+            networks, or raises: your word that they read nothing that changes but tensors and plain module attributes.
+        independent_samples: your word that what the critic returns of a sample depends on no other of its batch, and
             that each tensor among its conditions has a row for each sample. Real and fake samples then share one pass
-            of the critic. A Sequential of PyTorch's layers that keep samples apart needs no such word; see
-            ``repr(trainer)``.
+            of the critic. Sequentials of PyTorch's layers that keep samples apart need no word: see ``repr(trainer)``.
         amp: torch.bfloat16 or torch.float16 to run the networks under autocast, or None. Weights, gradients, penalty
             and statistics stay float32. With float16 each network has a loss scale: it starts at 65536, is halved where
             gradients overflow (that step is left out, as the first few may be) and doubled after 2000 other steps.
         ema: decay in [0, 1) of a running average of the generator's weights, or None.
         critic_term, generator_term: functions of one :class:`StepRecord`. Each returns a 0-d tensor with a graph, which
             is added to what its network minimises: ``lambda s: 0.001 * s.real_scores.square().mean()``. It runs in
-            each of the network's steps, under the same autocast, on a rank's own samples; steps with a term are
-            captured in CUDA graphs only with ``cuda_graph=True``.
+            each step, under the same autocast, on a rank's own samples; in CUDA graphs only with ``cuda_graph=True``.
         pack: how many consecutive samples of a batch get one score together. The penalty is then of a pack.
         max_norm: number > 0, or a dict of them for "critic", "generator" or both, or None: a network's gradients are
             multiplied by min(1, max_norm / (norm + 1e-6)), as by ``torch.nn.utils.clip_grad_norm_``. The norm is of all
             of them together, averaged over all processes and without the loss scale.
-        nonfinite: what to do about gradients that are infinite or NaN. Such a step is left out whole: no weight and no
+        nonfinite: what to do about infinite or NaN gradients. Such a step is left out whole: no weight and no
             optimizer's state changes, only what a forward pass itself writes, such as BatchNorm's averages. "raise"
             raises FloatingPointError at the first, "skip" after 20 in a row; so does "raise" with float16, where steps
             are left out to find a loss scale. On a GPU, where the host does not wait, the error comes some steps late.
@@ -111,8 +106,7 @@ class Trainer:
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, or they do not fit together.
-        RuntimeError: ``backend="triton"`` or ``cuda_graph=True`` cannot be met, or it is used inside
-            ``torch.inference_mode``.
+        RuntimeError: ``backend="triton"`` or ``cuda_graph=True`` cannot be met, or ``torch.inference_mode`` is on.
 
     Attributes:
         critic_iterations, generator_iterations: steps taken so far, those left out included.
@@ -173,7 +167,7 @@ class Trainer:
             f"Trainer(constraint={self.constraint!r}, optimizers={self._optimizer_names()}, device={self.device}, "
             f"backend={resolve(self.backend, self.device)!r}, cuda_graph={self._steps.graphs is not None}; "
             f"{self.critic_iterations} critic steps, {self.generator_iterations} generator steps; "
-            f"{self._steps.sharing})"
+            f"{self._steps})"
         )
 
     critic_optimizer, generator_optimizer = _optimizer("critic"), _optimizer("generator")
@@ -186,17 +180,12 @@ class Trainer:
     ema = property(attrgetter("_settings.ema"))
     seed = property(attrgetter("_steps.latents.seed"))
 
-    # Steps
-
     def critic_step(self, real: Tensor, *cond: Any, fake_cond: Sequence[Any] | None = None) -> Metrics:
-        """Update the critic once on a batch of real samples and as many fresh fake ones.
-
-        Return Metrics without ``generator_loss``.
+        """Update the critic once on real and as many fresh fake samples; return Metrics without ``generator_loss``.
 
         Args:
             real: samples [N, ...] on the networks' device.
-            cond: conditions, passed on to generator and critic after their first argument. A tensor whose first
-                dimension is N counts as one row per sample.
+            cond: conditions, both networks' further arguments. A tensor whose length is N counts as one row per sample.
             fake_cond: as many conditions for the fake samples, where they are others. A penalty at interpolates is then
                 taken between samples with their conditions, which have to be floating, and its norms are of both.
 
@@ -278,9 +267,8 @@ class Trainer:
     def iteration(self, batches: Iterable[Any]) -> list[Metrics]:
         """Take the critic steps up to the next generator step, and that one, as ``step`` does on each batch in turn.
 
-        On a GPU the whole iteration is one CUDA graph, where that can be. ``batches`` has for each critic step left its
-        real samples [N, ...], or a tuple of them and their conditions. Return the Metrics of each critic step;
-        ``generator_loss`` is set in the last.
+        On a GPU all is one CUDA graph, where that can be. ``batches`` has for each critic step left its real samples
+        [N, ...], or a tuple of them and their conditions. Return each one's Metrics; the last has ``generator_loss``.
         """
         if not isinstance(batches, Iterable):
             raise TypeError(f"batches: expected an iterable, got {type(batches).__name__}")
@@ -357,10 +345,9 @@ class Trainer:
         before = self._steps.latents.position()
         try:
             with self._steps.generator.evaluating(), kept:
-                z = self._steps.latents.of_sample(n, seed)
-                averages = self.averages() if ema else {}
-                found = functional_call(self.generator, averages, (z, *cond)) if ema else self.generator(z, *cond)
-                found, _ = split(found)
+                inputs = (self._steps.latents.of_sample(n, seed), *cond)
+                output = functional_call(self.generator, self.averages(), inputs) if ema else self.generator(*inputs)
+                found, _ = split(output)
         except BaseException as error:
             self._steps.latents.go_back(before)
             self._settings.explain(error)
@@ -378,13 +365,10 @@ class Trainer:
             due = checks.count("n_critic: its result", due(self.generator_iterations))
         return max(1, due - self._critic_steps_due)
 
-    # State
-
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a bit-identical continuation needs, as a contiguous copy that later steps leave alone.
 
-        With several ranks, what is a rank's own (random streams of the process) is this one's only; :meth:`save` and
-        :meth:`fit` have all ranks'.
+        Of what is a rank's own (random streams of the process) it has this one's; :meth:`save` and :meth:`fit`, all.
         """
         schedulers = (self.generator_scheduler, self.critic_scheduler)
         state = self._steps.state_dict() | {
@@ -411,8 +395,7 @@ class Trainer:
         """Take up a state from :meth:`state_dict`, PyTorch's global random state included.
 
         Raises:
-            TypeError, ValueError, RuntimeError: the state does not fit these networks and optimizers. Nothing is
-                changed then.
+            TypeError, ValueError, RuntimeError: it does not fit these networks and optimizers. Nothing is changed then.
         """
         checks.refuse_inference_mode()
         if not isinstance(state_dict, dict):
@@ -424,8 +407,7 @@ class Trainer:
             raise ValueError(f"state_dict: expected the optimizers {before['optimizers']}, got {got}")
         if state_dict["ema"] is not None and self.ema is None:
             raise ValueError("state_dict: has running averages of weights; expected a trainer made with ema=")
-        checks.seed("state_dict: seed", state_dict["seed"])
-        for name in ("critic_iterations", "generator_iterations", "critic_steps_due", "eps_offset"):
+        for name in ("seed", "critic_iterations", "generator_iterations", "critic_steps_due", "eps_offset"):
             checks.seed(f"state_dict: {name}", state_dict[name])
         try:
             self._restore(state_dict)

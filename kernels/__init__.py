@@ -6,12 +6,12 @@ and launches once. Nothing here checks arguments or knows autograd: that is fast
 
 import triton
 
-from . import arrival, guard, interpolate, penalty, perturb, project, scores, table, update
+from . import activation, arrival, batchnorm, guard, interpolate, penalty, perturb, project, scores, table, update
 
 # Triton decides at definition time whether a kernel is compiled or interpreted, so this holds for the process.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
 __all__ = [
-    "INTERPRETED", "arrival", "guard", "interpolate", "penalty", "perturb", "project", "scores", "table",
-    "update",
+    "INTERPRETED", "activation", "arrival", "batchnorm", "guard", "interpolate", "penalty", "perturb", "project",
+    "scores", "table", "update",
 ]  # fmt: skip

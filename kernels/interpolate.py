@@ -50,15 +50,18 @@ def _interpolate_kernel(
 
 
 def interpolate(
-    real: torch.Tensor, fake: torch.Tensor, seed: int, offset: int | torch.Tensor
+    real: torch.Tensor, fake: torch.Tensor, seed: int, offset: int | torch.Tensor, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch once; return (out like fake, eps [N] float32). ``offset`` is an int or a one-element int64 tensor."""
+    """Launch once; return (out like fake, eps [N] float32). ``offset`` is an int or a one-element int64 tensor.
+
+    ``out`` may be given, contiguous, for samples that are.
+    """
     with torch.cuda.device_of(fake):
         real, fake = dense_samples(real), dense_samples(fake)
         if real.stride() != fake.stride():
             real, fake = real.contiguous(), fake.contiguous()
         batch, size = fake.shape[0], fake[0].numel()
-        out = torch.empty_like(fake)
+        out = torch.empty_like(fake) if out is None else out
         eps = torch.empty(batch, dtype=torch.float32, device=fake.device)
         on_device = isinstance(offset, torch.Tensor)
         block = min(triton.next_power_of_2(size), BLOCK)

@@ -16,7 +16,13 @@ SHARED_PASSES = """
 real and fake samples in a critic step
   share one pass of a critic whose layers are known to keep samples apart, as those of fastwgan train do
   have a pass each of any other, such as a class of your own, or one with BatchNorm or conditions;
-  repr(trainer) says which, and Trainer(independent_samples=True) is your word that they may share one"""
+  repr(trainer) says which, and Trainer(independent_samples=True) is your word that they may share one
+
+the critic's gradients
+  take no second backward pass, with a penalty or without, where its layers are known to be piecewise linear:
+  Linear, convolutions, ReLU and leaky ReLU, average pooling, Flatten, Dropout;
+  take one for the penalty of any other critic, in mixed precision, for packs, and with compile=True;
+  repr(trainer) says which, and why"""
 
 
 def run(args: argparse.Namespace) -> int:

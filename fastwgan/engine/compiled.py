@@ -18,7 +18,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from fastwgan import checks, reference
 from fastwgan.constraints import Penalised, Samples
 from fastwgan.engine import structure
-from fastwgan.engine.eager import Eager, Passed, conditions_of_both, hooks_of
+from fastwgan.engine.eager import Eager, Passed, conditions_of_both, hand_over
 from fastwgan.engine.terms import Scored, StepRecord, halves, split
 from fastwgan.ops.calls import call_module, changed_tensors, empty_buffers, rebind_buffers
 from fastwgan.ops.penalty import packed, traced_input_gradient
@@ -79,6 +79,9 @@ class Compiled(Eager):
                 "got too many: keep such a number in a buffer (register_buffer, fill_), or leave compile out"
             ) from error
 
+    def doubt(self) -> str | None:
+        return "compile=True has passes of its own"
+
     def samples(self, z: Any, *cond: Any) -> tuple[Any, tuple[Any, ...]]:
         shape = z.shape if isinstance(z, Tensor) else None
         return self._call(super().samples, shape, z, *cond)  # type: ignore[no-any-return]
@@ -111,14 +114,11 @@ class Compiled(Eager):
 
     @staticmethod
     @torch.no_grad()
-    def _hand_over(parameters: Tensors, gradients: Tensors) -> None:
-        for name, p in parameters.items():
+    def _hand_over(parameters: Any, gradients: Tensors) -> None:
+        for name in parameters:
             if gradients[name] is None:
                 raise RuntimeError(f"compile: the compiled pass gave no gradient for {name}")
-            if any(hooks_of(p)):
-                torch.autograd.backward([p], [gradients[name]])
-            else:
-                p.grad = gradients[name]
+        hand_over({p: gradients[name] for name, p in parameters.items()})
 
     def _traced_term(self, name: str, record: StepRecord, state: State) -> Tensor:
         """Return the value of a network's term, in which that network has the tensors that are differentiated."""

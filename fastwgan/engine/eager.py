@@ -20,15 +20,18 @@ from torch import Tensor, nn
 from fastwgan import checks
 from fastwgan.backend import resolve
 from fastwgan.constraints import Penalised, Samples
+from fastwgan.engine.fused import fused
+from fastwgan.engine.piecewise import Block, Pass
 from fastwgan.engine.settings import Settings
 from fastwgan.engine.terms import Scored, StepRecord, halves, split
-from fastwgan.models import InstanceNoise
 from fastwgan.ops.penalty import NO_DEPENDENCE, WRITES, input_gradient, packed, penalty_cotangent
-from fastwgan.ops.rectifiers import through
 
 _form = attrgetter("shape", "dtype", "device", "layout")
 hooks_of = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")  # of a parameter, which backward passes call
 NO_GRAPH = "its output: expected to depend on its parameters, got one without a graph"
+
+
+Points = Callable[..., Penalised]  # of samples, and of where to put them
 
 
 class Passed(NamedTuple):
@@ -52,6 +55,15 @@ def _without_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+def hand_over(gradients: dict[nn.Parameter, Tensor]) -> None:
+    """Give parameters without gradients theirs, as a backward pass does."""
+    for p, gradient in gradients.items():
+        if p._backward_hooks or p._post_accumulate_grad_hooks:
+            torch.autograd.backward([p], [gradient])
+        else:
+            p.grad = gradient
+
+
 def conditions_of_both(samples: Samples) -> list[Any]:
     """Return the conditions of real samples and fake ones as one batch."""
     n, pairs = len(samples.real), zip(samples.cond, samples.fake_cond, strict=True)
@@ -63,9 +75,12 @@ class Eager:
 
     def __init__(self, generator: nn.Module, critic: nn.Module, settings: Settings, share: float) -> None:
         self._generator, self._critic, self._settings, self._share = generator, critic, settings, share
-        self._device = next(critic.parameters()).device
+        self._device, self._commutes = next(critic.parameters()).device, settings.constraint.commutes
         self._backend = resolve(settings.backend, self._device)
         self._constants: dict[tuple[Any, ...], Tensor] = {}
+        self._fused: Callable[[Any], Any] = generator
+        self._version = 0  # of the generator, which that is of
+        self.way: Callable[..., Pass] = Pass
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """Return the context of forward passes: the trainer's mixed precision, or the caller's."""
@@ -74,6 +89,17 @@ class Eager:
         wanted = amp is not None or torch.is_autocast_enabled(kind)
         return torch.autocast(kind, amp, cache_enabled=False) if wanted else nullcontext()
 
+    def doubt(self) -> str | None:
+        """Return why no critic's gradients can be had by blocks now, or None."""
+        mixed = self._settings.amp is not None or torch.is_autocast_enabled(self._device.type)
+        packs = "packs of samples are scored together" if self._settings.pack > 1 else None
+        return "mixed precision is on" if mixed else packs
+
+    def follow(self, version: int) -> None:
+        """Take up a version of the generator, whose launches a compiler would merge by itself."""
+        if self._backend == "triton" and self._version != version and not self._settings.compile:
+            self._fused, self._version = fused(self._generator), version
+
     def score(self, samples: Tensor, *cond: Any) -> Scored:
         """Return the critic's scores, and what it returned behind them."""
         with self._autocast():
@@ -81,15 +107,10 @@ class Eager:
         scores = checks.scores("critic", output, samples.shape[0], self._settings.pack, self._device)
         return scores, output[1:] if isinstance(output, tuple) else ()
 
-    def _score_by(self, layers: Sequence[nn.Module], samples: Tensor) -> Tensor:
-        """Return the scores by the critic's layers, in which rectifiers have no second derivative."""
-        with self._autocast():
-            return through(layers, samples)
-
     def samples(self, z: Any, *cond: Any) -> tuple[Any, tuple[Any, ...]]:
         """Return the generator's samples, whatever they are, and what it returned behind them."""
         with self._autocast():
-            output = self._generator(z, *cond)
+            output = self._generator(z, *cond) if cond else self._fused(z)
         return (output, ()) if isinstance(output, Tensor) else split(output)
 
     def pair(self, given: Samples, z: Any) -> Samples:
@@ -132,16 +153,14 @@ class Eager:
                     torch.autograd.backward(roots, seeds, inputs=parameters)
                     roots, seeds = [], []
                 x, cond, weight, kind, target, joined, _ = penalised
-                seeds_like: Callable[[Tensor], Tensor] = partial(self._constant, value=1.0)
+                seeds_like: Callable[[Tensor], Tensor] = partial(self._constant, values=(1.0,))
                 if scale is not None:
                     rounded = (scale / (len(x) // pack)).half()  # as in the loss; float16 holds no 65536
                     seeds_like = rounded.expand_as
                 score: Callable[..., Any] = self.score
-                if rectified := layers is not None and InstanceNoise not in map(type, layers):
-                    score = partial(self._score_by, layers)
-                elif joined:
+                if joined:
                     score, cond = lambda x: self.score(*penalised.inputs(x)), ()
-                gradients = input_gradient(score, x.requires_grad_(), cond, seeds_like, pack, rectified=rectified)
+                gradients = input_gradient(score, x.requires_grad_(), cond, seeds_like, pack)
                 unscaled = gradients.detach() if scale is None else gradients.detach() / rounded.float()
                 of_packs = unscaled if pack == 1 else packed(unscaled, pack)
                 penalty, cotangent = penalty_cotangent(of_packs, kind, target, weight * self._share, self._backend)
@@ -152,6 +171,48 @@ class Eager:
             if roots:
                 torch.autograd.backward(roots, seeds, inputs=parameters)
         return Passed((real[0].detach(), fake[0].detach()), None, penalty, term)
+
+    @torch.no_grad()
+    def critic_by_blocks(
+        self, parameters: list[nn.Parameter], samples: Samples, points: Points | None, blocks: Sequence[Block]
+    ) -> Passed:
+        """Take the same gradients without a graph, for a critic of blocks; see :mod:`fastwgan.engine.piecewise`."""
+        n, penalised, gradients = len(samples.real), list[Penalised](), dict[nn.Parameter, Tensor]()
+        term = penalty = None
+
+        def seeds(scores: Tensor) -> Tensor:
+            parts = len(scores) // n
+            value = self._share * parts / scores.numel()
+            return self._constant(scores, (-value, value, 1.0)[:parts])
+
+        def between(real: Tensor, fake: Tensor, out: Tensor | None = None) -> Tensor:
+            assert points is not None
+            penalised.append(points(samples._replace(real=real, fake=fake), out=out))
+            return penalised[0].x
+
+        termless = self._settings.critic_term is None
+        given = samples.real.detach(), samples.fake, points and between, self._commutes, seeds if termless else None
+        run = self.way(blocks, self._backend, *given)
+        scores = checks.scores("critic", run.states[-1], len(run.states[0]), 1, self._device)
+        at_scores, real, fake = run.seeds if run.seeds is not None else seeds(scores), scores[:n], scores[n : 2 * n]
+        if not termless:
+            with torch.enable_grad():
+                both, roots, cotangents = scores[: 2 * n].detach().requires_grad_(), list[Tensor](), list[Tensor]()
+                record = StepRecord(samples, self.score, *((x, ()) for x in both.tensor_split(2)))
+                term = self._add_term("critic", record, roots, cotangents, None)
+            of_both, *own = torch.autograd.grad(roots, [both, *parameters], cotangents, allow_unused=True)
+            gradients = {p: g for p, g in zip(parameters, own, strict=True) if g is not None}
+            if of_both is not None:
+                at_scores = at_scores.clone()
+                at_scores[: 2 * n] += of_both
+        if (g := run.backward(at_scores)) is not None:
+            _, _, weight, kind, target, *_ = penalised[0]
+            penalty, v = penalty_cotangent(g, kind, target, weight * self._share, self._backend)
+            run.states[0][2 * n :] = v
+        for p, gradient in run.gradients({*parameters}):
+            gradients[p] = gradients[p] + gradient if p in gradients else gradient  # of tied weights
+        hand_over(gradients)
+        return Passed((real, fake), None, penalty, term)
 
     def generator(
         self, parameters: list[nn.Parameter], frozen: list[nn.Parameter], given: Samples, z: Any, batch: int,
@@ -170,7 +231,7 @@ class Eager:
             scored = scores, _ = self.score(fake, *given.fake_cond)
             if not scores.requires_grad:
                 raise ValueError(NO_DEPENDENCE)
-            roots, seeds = [scores], [self._constant(scores, -self._share / scores.numel(), scale=scale)]
+            roots, seeds = [scores], [self._constant(scores, (-self._share / scores.numel(),), scale)]
             if self._settings.generator_term is not None:
                 record = StepRecord(given._replace(fake=fake, outputs=outputs), self.score, None, scored)
                 term = self._add_term("generator", record, roots, seeds, scale)
@@ -191,7 +252,7 @@ class Eager:
         if not value.requires_grad:
             raise ValueError(f"{name}_term: its result: expected to depend on the {name}, got one without a graph")
         roots.append(value)
-        seeds.append(self._constant(value, self._share, scale=scale))
+        seeds.append(self._constant(value, (self._share,), scale))
         return value.detach().reshape(1)
 
     def _scores(
@@ -202,7 +263,7 @@ class Eager:
             root, outputs = self.score(*batch, *(conditions_of_both(samples) if samples.cond else ()))
             (real, fake), rest = root.tensor_split(2), halves(outputs, len(root)) if outputs else ((), ())
             value = self._share / real.numel()
-            return [root], [self._constant(root, -value, value, scale=scale)], (real, rest[0]), (fake, rest[1])
+            return [root], [self._constant(root, (-value, value), scale)], (real, rest[0]), (fake, rest[1])
         versions = [x._version for x in batch]
         scored = self.score(batch[0], *samples.cond), self.score(batch[1], *samples.fake_cond)
         if [x._version for x in batch] != versions:  # another batch than the caller's from then on
@@ -210,22 +271,20 @@ class Eager:
         roots = [scores for scores, _ in scored]
         checks.like("critic: its output", roots[1], "that for real samples", roots[0], shape=True)
         value = self._share / roots[0].numel()
-        seeds = [self._constant(root, sign * value, scale=scale) for root, sign in zip(roots, (-1, 1), strict=True)]
+        seeds = [self._constant(root, (sign * value,), scale) for root, sign in zip(roots, (-1, 1), strict=True)]
         return roots, seeds, *scored
 
-    def _constant(
-        self, like: Tensor, value: float, second_half: float | None = None, *, scale: Tensor | None = None
-    ) -> Tensor:
-        """Return a constant shaped like ``like``, made once; the later half of the batch may have another value.
+    def _constant(self, like: Tensor, values: tuple[float, ...], scale: Tensor | None = None) -> Tensor:
+        """Return a constant shaped like ``like``, made once, whose rows have these values, in equal parts.
 
         It is scaled before it is rounded, as 1 / N may be too small for float16.
         """
         dtype = like.dtype if scale is None else torch.float32
-        key = (like.shape, dtype, like.device, value, second_half)
+        key = (like.shape, dtype, like.device, values)
         constant = self._constants.get(key)
         if constant is None:
-            constant = torch.full_like(like, value, requires_grad=False, dtype=dtype)
-            if second_half is not None:
-                constant[len(constant) // 2 :] = second_half
+            constant = torch.full_like(like, values[0], requires_grad=False, dtype=dtype)
+            for i, value in enumerate(values[1:], 1):
+                constant[i * len(constant) // len(values) :] = value
             self._constants[key] = constant  # for good: a graph may read it
         return constant if scale is None else (constant * scale).to(like.dtype)

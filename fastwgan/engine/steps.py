@@ -1,6 +1,7 @@
 """The device's part of a trainer's steps, each of which is replayed as a CUDA graph where it can be."""
 
 import warnings
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -11,8 +12,9 @@ from fastwgan.backend import resolve
 from fastwgan.constraints import Samples
 from fastwgan.engine import graphs
 from fastwgan.engine.compiled import Compiled
-from fastwgan.engine.eager import Eager
+from fastwgan.engine.eager import Eager, Points
 from fastwgan.engine.latents import Latents
+from fastwgan.engine.piecewise import Block
 from fastwgan.engine.player import Player
 from fastwgan.engine.ranks import Ranks
 from fastwgan.engine.settings import Settings
@@ -43,6 +45,7 @@ class Steps:
         self.players = (self.generator, self.critic)
         # The dtype in which the critic gets real samples: the last ones', or most likely the first ones'.
         self._sample_dtype = next(p.dtype for p in critic.parameters() if p.is_floating_point())
+        self.blocks: tuple[Block, ...] | str = ""  # the critic's in the last step, or why it had none
         self.graphs = graphs.made(settings, device, self.latents.stream, self.players, ranks)
         self._uncaptured = list[str]()  # the steps that no graph may have, as they call a term of the user's
         for name, term in (("critic", settings.critic_term), ("generator", settings.generator_term)):
@@ -53,6 +56,13 @@ class Steps:
                     "keep; cuda_graph=True says that it does not",
                     stacklevel=3,
                 )
+
+    def __str__(self) -> str:
+        if not self.blocks:  # as no step was taken
+            return str(self.sharing)
+        if isinstance(self.blocks, str):
+            return f"{self.sharing}; a penalty takes a second backward pass, as {self.blocks}"
+        return f"{self.sharing}; there is no second backward pass, as its layers are piecewise linear"
 
     # What a trainer calls
 
@@ -138,20 +148,29 @@ class Steps:
         parameters = self.critic.prepare()
         z = z if callable(self.latents.latent) else self.latents.normal(real.shape[0])
         n = len(conds) // 2 if differs else len(conds)
+        if self._backend == "triton":
+            self.generator.look()
+            self.passes.follow(self.generator.version)
         samples = self.passes.pair(Samples(real, None, conds[:n], conds[-n:], differs), z)
-        penalised = None
+        points: Points | None = None
         if weight:
             draw = self.latents.draw(numbers)
-            penalised = self._constraint.points(samples, weight, draw, self._pack, self._backend)
-            if self.graphs is not None:
-                self.latents.go_on(numbers * self._ranks.world)
-        batch = self.sharing.batch(samples, self.critic.version)
-        scale = self.critic.guard.scale if self._scaled else None
-        found = self.passes.critic(parameters, samples, batch, penalised, layers=self.sharing.layers, scale=scale)
+            points = partial(self._constraint.points, weight=weight, draw=draw, pack=self._pack, backend=self._backend)
+        self.sharing.decide(samples, self.critic.version)
+        self.blocks = self.passes.doubt() or self.sharing.blocks
+        if isinstance(self.blocks, str):
+            penalised = None if points is None else points(samples)
+            batch, scale = self.sharing.batch(samples), self.critic.guard.scale if self._scaled else None
+            found = self.passes.critic(parameters, samples, batch, penalised, layers=self.sharing.layers, scale=scale)
+        else:
+            found = self.passes.critic_by_blocks(parameters, samples, points, self.blocks)
+        if weight and self.graphs is not None:
+            self.latents.go_on(numbers * self._ranks.world)
         return self.critic.settle(found)
 
     def _generator_step(self, fixed: tuple[int, torch.dtype, int], real: Any, z: Any, *conds: Any) -> Settled:
         (batch, dtype, n), parameters = fixed, self.generator.prepare()
+        self.passes.follow(self.generator.version)
         z, frozen = z if callable(self.latents.latent) else self.latents.normal(batch), self.critic.look().trained
         given = Samples(None if real is None else real.to(dtype), None, conds[:n], conds[n:] or conds)
         found = self.passes.generator(parameters, frozen, given, z, batch, dtype, self.generator.guard.scale)

@@ -17,6 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastwgan import checks, models
 from fastwgan.constraints import Samples
+from fastwgan.engine.piecewise import Block, blocks
 
 
 def hooked_everywhere() -> bool:
@@ -116,7 +117,7 @@ def class_code(kind: Any) -> tuple[Any, ...]:
     return kind.__call__, kind._call_impl, kind.forward, getattr(kind, "_conv_forward", None)
 
 
-_CODE: dict[Any, tuple[Any, ...]] = {kind: class_code(kind) for kind in (*_CONTAINERS, *_RULES)}
+_CODE: dict[Any, tuple[Any, ...]] = {kind: class_code(kind) for kind in (*_CONTAINERS, models.Concatenated, *_RULES)}
 
 
 def _home(function: Any) -> str:
@@ -147,12 +148,17 @@ def _untouched(m: nn.Module) -> bool:
     return not hooks(m) and own.get("_compiled_call_impl") is None and _methods(kind).isdisjoint(own)
 
 
+def is_itself(m: nn.Module) -> bool:
+    """Return whether a layer of a known class does what that did when it was imported."""
+    return class_code(type(m)) == _CODE[type(m)] and _untouched(m)
+
+
 def _output_rank(m: nn.Module, rank: int, found: list[nn.Module]) -> int:
     """Return the rank of the output for input of a rank, and collect the layers; raise if one may mix samples."""
     kind = type(m)
-    if kind not in _CODE:
+    if kind not in _RULES and kind not in _CONTAINERS:
         raise _UnknownError(kind.__name__, "is not among the layers known to keep samples apart")
-    if class_code(kind) != _CODE[kind] or not _untouched(m):
+    if not is_itself(m):
         raise _UnknownError(kind.__name__, "has hooks, or is patched or compiled")
     if kind is models.InstanceNoise:
         found.append(m)
@@ -214,6 +220,9 @@ def may_write(module: nn.Module) -> bool:
     )
 
 
+UNKNOWN: tuple[Block, ...] | str = "its layers are not known to keep samples apart"
+
+
 class Sharing:
     """The decision, made anew in each step: by the critic's layers, or by the user's word (``independent``)."""
 
@@ -222,24 +231,27 @@ class Sharing:
         # Of the last step: the layers, if they were known to keep samples apart, and whether these shared a pass.
         self.layers: tuple[nn.Module, ...] | None = None
         self.together: bool | None = None
-        self._seen = 0, 0  # the critic's version and the samples' rank, for which it is known
+        self.blocks = self._blocks = UNKNOWN  # or why the critic has none
+        self._seen: tuple[Any, ...] = (0, 0)  # the critic's version and the samples' rank and dtype, for which all is
         self._layers: tuple[nn.Module, ...] | None = None
         self._writes = self._conditional = False
 
-    def batch(self, samples: Samples, version: int) -> tuple[Tensor, ...]:
-        """Return both as one batch for one pass, or as two; copies where a pass may write to the caller's samples.
-
-        What was decided for a ``version`` of the critic holds until there is another.
-        """
-        real, fake, cond, fake_cond, differs, _ = samples
-        if self._seen != (seen := (version, real.dim())):
+    def decide(self, samples: Samples, version: int) -> None:
+        """Take a decision. What was found out about a ``version`` of the critic holds until there is another."""
+        real, _, cond, fake_cond, differs, _ = samples
+        if self._seen != (seen := (version, real.dim(), real.dtype)):
             self._layers, self._writes = layers(self._critic, real.dim()), may_write(self._critic)
+            self._blocks = UNKNOWN if self._layers is None else blocks(self._layers, real.dim(), real.dtype)
             self._seen = seen
         self._conditional = bool(cond)
-        self.layers = None if cond else self._layers
+        self.layers, self.blocks = (None, UNKNOWN) if cond else (self._layers, self._blocks)
         plain = self._independent and all(isinstance(c, (Tensor, bool, int, float, str, NoneType)) for c in cond)
         rows = all(checks.is_batched(c[i], len(real)) for c in (cond, fake_cond) for i in differs)
         self.together = self.layers is not None or (plain and rows)
+
+    def batch(self, samples: Samples) -> tuple[Tensor, ...]:
+        """Return both as one batch for one pass, or as two; copies where a pass may write to the caller's samples."""
+        real, fake = samples[:2]
         if not self.together and not self._writes:
             return real, fake
         both = torch.cat((real, fake))

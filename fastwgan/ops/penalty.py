@@ -82,11 +82,10 @@ def penalty_cotangent(
 
 def input_gradient(
     critic: Callable[..., Tensor], x: Tensor, args: tuple[Any, ...],
-    ones_like: Callable[[Tensor], Tensor] = torch.ones_like, pack: int = 1, *, rectified: bool = False,
+    ones_like: Callable[[Tensor], Tensor] = torch.ones_like, pack: int = 1,
 ) -> Tensor:  # fmt: skip
     """Return d sum(critic(x, *args)) / dx, [N, ...], with a graph.
 
-    If ``rectified``, the critic has no rectifier or attention but such as this needs, and checks its scores itself.
     Raise ValueError for a critic that does not give scores for each of the N samples, writes to ``x``, or gives scores
     that do not depend on ``x`` (which is not seen inside torch.compile: the gradient is zero then).
     """
@@ -98,11 +97,8 @@ def input_gradient(
         rebind_buffers(critic, changed_tensors(given, rest))
         return gradient
     try:
-        if rectified:
-            scores = critic(x, *args)
-        else:
-            with LinearPieces(), sdpa_kernel(SDPBackend.MATH):  # the other attention kernels have no second derivative
-                scores = checks.scores("critic", critic(x, *args), x.shape[0], pack)
+        with LinearPieces(), sdpa_kernel(SDPBackend.MATH):  # the other attention kernels have no second derivative
+            scores = checks.scores("critic", critic(x, *args), x.shape[0], pack)
     except RuntimeError as error:
         if "leaf Variable" in str(error):
             raise ValueError(WRITES) from error

@@ -6,12 +6,11 @@ pass computes weight gradients that are exactly zero, and adds them up. Here the
 pass, as it is almost everywhere, so that graph is not entered at all.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
@@ -50,21 +49,6 @@ _OURS: dict[Any, Any] = {
     F.leaky_relu: lambda input, negative_slope=0.01, inplace=False: _rectify(input, float(negative_slope), inplace),
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), lambda input, inplace=False: _rectify(input, None, inplace)),
 }
-
-
-def through(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """Return the output of layers, one after the other, with the rectifiers above in place of PyTorch's."""
-    for m in layers:
-        if isinstance(m, nn.ReLU) and not m.inplace:
-            x = _Rectify.apply(x, None, False)  # type: ignore[no-untyped-call]
-        elif isinstance(m, nn.LeakyReLU) and not m.inplace and m.negative_slope >= 0:
-            x = _Rectify.apply(x, float(m.negative_slope), False)  # type: ignore[no-untyped-call]
-        elif isinstance(m, (nn.ReLU, nn.LeakyReLU)) or not type(m).__module__.startswith("torch.nn."):
-            with LinearPieces():
-                x = m(x)
-        else:
-            x = m(x)
-    return x
 
 
 class LinearPieces(TorchFunctionMode):

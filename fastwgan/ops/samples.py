@@ -117,14 +117,17 @@ def interpolate(
     return apply(_Interpolate, real, fake, seed, offset)
 
 
-def interpolates(real: Tensor, fake: Tensor, seed: int, offset: int | Tensor, backend: Resolved) -> Tensor:
+def interpolates(
+    real: Tensor, fake: Tensor, seed: int, offset: int | Tensor, backend: Resolved, out: Tensor | None = None
+) -> Tensor:
     """Return :func:`interpolate` of samples that match, with no graph from a launch. For the trainer."""
     if backend == "triton":
-        return kernels.interpolate.interpolate(real, fake, seed, offset)[0]
+        return kernels.interpolate.interpolate(real, fake, seed, offset, out)[0]
     eps, n = None, len(fake)
     on_cpu = fake.device.type == "cpu" and not torch.compiler.is_compiling()
     if on_cpu and n <= AT_ONCE and not isinstance(offset, Tensor) and offset < 2**62:
         first, start = divmod(offset, AT_ONCE)
         blocks = [_uniform(seed, first + i) for i in range(1 + (start + n > AT_ONCE))]
         eps = (torch.cat(blocks) if len(blocks) > 1 else blocks[0])[start : start + n]
-    return reference.interpolate(real, fake, seed=seed, offset=offset, eps=eps)
+    x = reference.interpolate(real, fake, seed=seed, offset=offset, eps=eps)
+    return x if out is None else out.copy_(x)
