@@ -217,15 +217,19 @@ def replayed(trainer: Trainer, device: torch.device) -> Record:
     return figures
 
 
-def generator_products(device: torch.device) -> list[Record]:
-    """Return microseconds of each product of the MLP's generator, at its batch, in each way that PyTorch has for it."""
-    given = WORKLOADS["mlp-clip"]
-    generator = setting(given, device, torch.float32).generator
-    rows = []
-    for name, layer in generator.named_modules():
+def network_products(device: torch.device) -> list[Record]:
+    """Return microseconds of each product of the penalised MLP's forward passes, in each way that PyTorch has for it.
+
+    The critic's have real samples, fake ones and the penalty's points in one batch.
+    """
+    given = WORKLOADS["mlp-penalty"]
+    made, rows = setting(given, device, torch.float32), []
+    batches = ((made.generator, "generator", given.batch), (made.critic, "critic", 3 * given.batch))
+    layers = [(f"{of}.{name}", m, n) for network, of, n in batches for name, m in network.named_modules()]
+    for name, layer, batch in layers:
         if not isinstance(layer, nn.Linear):
             continue
-        x = torch.randn(given.batch, layer.in_features, device=device)
+        x = torch.randn(batch, layer.in_features, device=device)
         weight, bias = layer.weight.detach(), layer.bias.detach()
 
         def addmm(x: Tensor = x, weight: Tensor = weight, bias: Tensor = bias) -> Tensor:
@@ -240,8 +244,7 @@ def generator_products(device: torch.device) -> list[Record]:
                 repeats = 20 if device.type == "cuda" else 1
                 timed: timing.Call = timing.capture(call, repeats=repeats) if device.type == "cuda" else call
                 ways[name_of + by] = _rounded(1e3 * milliseconds(timed, device) / repeats)
-        shape = [given.batch, layer.in_features, layer.out_features]
-        rows.append({"layer": f"generator.{name}", "shape": shape, "us": ways})
+        rows.append({"layer": name, "shape": [batch, layer.in_features, layer.out_features], "us": ways})
     return rows
 
 
@@ -270,7 +273,7 @@ def run(workloads: Iterable[str], device: torch.device, path: Path) -> Record:
 
     jobs: list[tuple[str, Callable[[], None]]] = [(name, partial(add, name)) for name in workloads]
     # Not last, as it is short and the time may be over by then.
-    jobs.insert(1, ("generator_products", lambda: record.update(generator_products=generator_products(device))))
+    jobs.insert(1, ("network_products", lambda: record.update(network_products=network_products(device))))
     for name, job in jobs:
         try:
             job()

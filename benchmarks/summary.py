@@ -90,6 +90,6 @@ def profile(record: Record) -> list[str]:
         total = sum(row["count"] * row["us"] for row in kernels)
         found.append(f"  {sum(row['count'] for row in kernels):.0f} kernels, {total:.0f} us in all:")
         found += [f"  {row['count']:4g} x {row['us']:g} us {row['kernel']}" for row in kernels[:SLOWEST]]
-    for row in record.get("generator_products", []):
+    for row in record.get("network_products", []):
         found.append(f"{row['layer']}, us: " + "; ".join(f"{way} {us:g}" for way, us in row["us"].items()))
     return found + [f"  left out: {why}" for why in record["left_out"]]

@@ -113,8 +113,8 @@ class Judge:
         assert seen.fake is not None
         points = partial(step.points, like=step.real if seen.x is None else seen.x)
         size = lambda real, fake: real.norm() + (points(real, fake) - real if perturbed else fake).norm()  # noqa: E731
-        given = step.real, seen.fake.to(step.real.dtype)
-        self._stage("perturb" if perturbed else "interpolate", "points", seen.x, given, points, size)
+        *given, x = seen.between or (step.real, seen.fake.to(step.real.dtype), seen.x)
+        self._stage("perturb" if perturbed else "interpolate", "points", x, given, points, size)
 
     def _scores(self, scores: Sequence[Tensor]) -> None:
         """Judge the means of scores, and the gradients that the backward pass began with there."""

@@ -4,7 +4,8 @@ The formulas here are on purpose not those of :mod:`fastwgan.reference`, which t
 alone are its.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,6 +135,19 @@ def gradients(terms: Iterable[Tensor], at: Sequence[Tensor]) -> list[tuple[Tenso
     return found
 
 
+@contextmanager
+def _bent(critic: nn.Module, above: list[Tensor]) -> Iterator[None]:
+    """Have a critic's rectifiers bend where those did whose outputs were ``above`` zero, if these are as many."""
+    own = [m for m in critic.modules() if isinstance(m, (nn.ReLU, nn.LeakyReLU)) and not m.inplace]
+    hooks = []
+    for m, at in zip(own, above, strict=True) if len(own) == len(above) else ():
+        bent: Any = lambda m, x, _, at=at: torch.where(at, x[0], getattr(m, "negative_slope", 0.0) * x[0])  # noqa: E731
+        hooks.append(m.register_forward_hook(bent))
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
 def _seeded(values: Iterable[Tensor], seeds: Iterable[Tensor | None]) -> list[Tensor]:
     """Return sums whose gradients are ``seeds`` at ``values``."""
     return [(x * seed).sum() for x, seed in zip(values, seeds, strict=True) if seed is not None]
@@ -150,9 +164,11 @@ def passes(networks: nn.ModuleDict, step: Step, seen: Observed, *, beside: bool 
     made: Any = seen.fake if given else own
     found: Found = {} if beside else {("generate", "fake samples"): (made.detach(), 0.0)}
     samples = (step.real, made.to(step.real.dtype))[-len(kinds) :]
+    rows = len(kinds) * len(step.real)
     if beside and len(seen.scores) == 1 < len(kinds):
         cond = (torch.cat([c] * len(kinds)) if checks.is_batched(c, len(step.real)) else c for c in step.cond)
-        both, rest = split(critic(torch.cat(samples), *cond))
+        with _bent(critic, [x[:rows] for x in seen.bent]):
+            both, rest = split(critic(torch.cat(samples), *cond))
         scored = [*zip(both.tensor_split(len(kinds)), halves(rest, len(both)), strict=True)]
     else:
         scored = [split(critic(x, *step.cond)) for x in samples]
@@ -173,7 +189,8 @@ def passes(networks: nn.ModuleDict, step: Step, seen: Observed, *, beside: bool 
         if x is None:
             x = step.points(samples[0], samples[1], step.real if seen.x is None else seen.x)
         x = x.detach().clone().requires_grad_()
-        with sdpa_kernel(SDPBackend.MATH):  # the other attention kernels have no second derivative
+        # The other attention kernels have no second derivative.
+        with sdpa_kernel(SDPBackend.MATH), _bent(critic, [each[rows:] for each in seen.bent] if beside else []):
             at_x = split(critic(x, *step.cond))[0]
         (gradient,) = torch.autograd.grad(at_x, x, torch.ones_like(at_x), create_graph=True)
         terms.append(step.weight * step.penalties(gradient))

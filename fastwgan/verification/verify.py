@@ -26,7 +26,6 @@ from fastwgan.constraints import GradientPenalty, NormClip, WeightClip
 from fastwgan.engine.latents import Latent
 from fastwgan.engine.ranks import Ranks, unwrapped
 from fastwgan.engine.settings import REMOVED
-from fastwgan.engine.structure import layers
 from fastwgan.engine.terms import Term, split
 from fastwgan.streams import process_streams, set_process_streams
 from fastwgan.trainer import Trainer
@@ -119,15 +118,14 @@ def _rows(networks: nn.ModuleDict, step: Step, latent: Latent | None, backend: B
         for m in random:
             m.training = False  # by itself, whatever is within
     width = _width(template["generator"]) if latent is None else latent
-    known = not step.cond and layers(template["critic"], step.real.dim()) is not None  # as hooks hide it
     ours, apart, beside, exact = (_copy(template) for _ in range(4))
     trainer = Trainer(
-        *ours.values(), latent=width, independent_samples=known, constraint=step.constraint, **step.terms,
+        *ours.values(), latent=width, constraint=step.constraint, **step.terms,
         pack=step.pack, seed=step.seed, backend=backend, cuda_graph=False, nonfinite="skip",
     )  # fmt: skip
     _check_networks(template, step, width, guessed=latent is None)
     exact.double()
-    seen = Observed(*ours.values())
+    seen = Observed(trainer._steps.passes)
     for name, given in (("critic", step.real), ("generator", len(step.real))):
         module, optimizer, take = (getattr(trainer, name + suffix) for suffix in ("", "_optimizer", "_step"))
         seen.forget()

@@ -131,7 +131,7 @@ def profile_record(workloads=4):
     ways = dict.fromkeys([f"{name}{way}" for name in ("addmm", "mm+bias") for way in profiling.WAYS], 15.6)
     return {
         "workloads": [{"workload": f"w{i}", "eager": figures, "graph": figures} for i in range(workloads)],
-        "generator_products": [{"layer": f"generator.{i}", "shape": [64, 9, 9], "us": ways} for i in range(5)],
+        "network_products": [{"layer": f"generator.{i}", "shape": [64, 9, 9], "us": ways} for i in range(5)],
         "left_out": ["x: y"],
     }  # fmt: skip
 
@@ -247,15 +247,16 @@ def test_a_step_that_was_not_captured_is_no_figure():
         profiling.replayed(trainer, CPU)
 
 
-def test_each_way_of_the_generators_products_is_timed_and_put_back(tmp_path, monkeypatch):
+def test_each_way_of_a_networks_products_is_timed_and_put_back(tmp_path, monkeypatch):
     monkeypatch.setattr(profiling, "SAMPLES", 1)
     record = profiling.run((), CPU, tmp_path / "profile.json")
     assert record == json.loads((tmp_path / "profile.json").read_text())
     assert record["left_out"] == []
-    assert [row["shape"] for row in record["generator_products"]] == [
+    assert [row["shape"] for row in record["network_products"]] == [
         [64, 100, 128], [64, 128, 256], [64, 256, 512], [64, 512, 1024], [64, 1024, 784],
+        [192, 784, 512], [192, 512, 256], [192, 256, 1],
     ]  # fmt: skip
-    assert all(len(row["us"]) == 8 for row in record["generator_products"])
+    assert all(len(row["us"]) == 8 for row in record["network_products"])
     before = torch.backends.cuda.matmul.allow_tf32
     with profiling.products_by(tf32=not before):
         assert torch.backends.cuda.matmul.allow_tf32 != before
@@ -281,7 +282,7 @@ def test_how_a_part_ended(log, status, expected, tmp_path):
 
 def test_what_fails_in_a_profile_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(profiling, "workload", lambda *_: 1 / 0)
-    monkeypatch.setattr(profiling, "generator_products", lambda *_: [])
+    monkeypatch.setattr(profiling, "network_products", lambda *_: [])
     assert profiling.main(["--out", str(tmp_path), "--workloads", "mlp-clip"]) == 1
     assert "left out: mlp-clip: ZeroDivisionError" in capsys.readouterr().out
     assert gpu.outcome("profile", 0, tmp_path) == "no result"

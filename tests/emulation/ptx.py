@@ -42,18 +42,18 @@ ARITHMETIC |= {"and": "a & b", "or": "a | b", "xor": "a ^ b", "not": "~a", "neg"
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 
 # All that there is a meaning for here, each to the last modifier: one more can be another instruction.
-_INTEGER, _RELATION, _MATRIX = "[us](16|32|64)", "(eq|ne|lt|le|gt|ge)", "sync.aligned.m8n8.x4"
+_INTEGER, _RELATION, _MATRIX = "[us](16|32|64)", "(eq|ne|lt|le|gt|ge)", "sync.aligned.m8n8.x[124]"
 _PATTERNS = (
     "ret|bra(.uni)?|bar.sync",
     "(and|or|not|mov).pred|(mov|selp).([bus]16|[busf](32|64))",
     f"(add|sub|mul.lo|mad.lo|div|rem|min|max).{_INTEGER}|neg.s(16|32|64)|(mul|mad).wide.[us]32|mul.hi.[us]32",
     "(and|or|xor|not|shl).b(16|32|64)|shr.[bus](16|32|64)|bfe.[us]32|popc.b(32|64)|prmt.b32",
     "((add|sub|mul)(.rn)?|(fma|div|sqrt).rn|neg|abs|min|max)((.ftz)?.f32|.f64)",
-    "(min|max)(.ftz)?.NaN.f32|abs.b?f16(x2)?|ex2.approx(.ftz)?.f32|rcp.approx.ftz.f64",
-    f"setp.{_RELATION}.{_INTEGER}|setp.(eq|ne).b(16|32|64)|setp.({_RELATION}u?|nan|num).(b?f16|f32|f64)",
+    "mul.b?f16(x2)?|(min|max)(.ftz)?.NaN.f32|abs.b?f16(x2)?|ex2.approx(.ftz)?.f32|rcp.approx.ftz.f64",
+    f"setp.{_RELATION}.{_INTEGER}|setp.(eq|ne).b(16|32|64)|setp.({_RELATION}u?|nan|num).(b?f16(x2)?|f32|f64)",
     f"cvt.{_INTEGER}.{_INTEGER}|cvt.rn.f(32|64).{_INTEGER}|cvt.rzi.s32.f(32|64)",
     "cvt.f(32|64).b?f16|cvt.f64.f32|cvt.rn.f32.f64|cvt.rn.b?f16(x2)?.f32",
-    f"ld.param.[bus](32|64)|ld(.volatile)?.global(.cg)?(.v2|.v4)?.(b16|b32|b64|{_INTEGER})",
+    f"ld.param.[bus](32|64)|ld(.volatile)?.global(.cg)?(.v2|.v4)?.(b8|b16|b32|b64|{_INTEGER})",
     f"(st.global|ld.shared|st.shared)(.v2|.v4)?.(b16|b32|b64|{_INTEGER})",
     "(atom|red).global.gpu.(relaxed|acq_rel).(add.u(32|64)|max.[us](32|64)|exch.b(32|64))",
     f"shfl.sync.(bfly|idx).b32|redux.sync.add.s32|(ldmatrix.{_MATRIX}(.trans)?|stmatrix.{_MATRIX}).shared.b16",
@@ -199,8 +199,15 @@ class _Translation:
             a, *b = (self.predicate(o) if "%p" in o else str(int(int(o) != 0)) for o in operands[1:])
             logic = {"and": f"{a} & {b[0]}", "or": f"{a} | {b[0]}"} if b else {"not": f"!{a}", "mov": a}
             return f"{self.predicate(operands[0])} = {logic[name]};"
+        if name == "setp" and kind.endswith("x2"):  # the predicate of the lower halves comes first
+            words, kind = [value(o, "u32") for o in operands[1:]], kind.removesuffix("x2")
+            halves = ([f"{kind}_of((u16)({word} >> {shift}))" for word in words] for shift in (0, 16))
+            places = map(self.predicate, operands[0].split("|"))
+            found = (self.comparison(modifiers[0], kind, *half) for half in halves)
+            return " ".join(f"{place} = {result};" for place, result in zip(places, found, strict=True))
         if name == "setp":
-            return f"{self.predicate(operands[0])} = {self.comparison(modifiers[0], kind, operands[1:])};"
+            result = self.comparison(modifiers[0], kind, *(value(o, kind) for o in operands[1:]))
+            return f"{self.predicate(operands[0])} = {result};"
         if name == "selp":
             kind = kind.replace("f", "b")
             a, b = (value(o, kind) for o in operands[1:3])
@@ -212,6 +219,10 @@ class _Translation:
         if name == "abs" and kind in ("f16", "bf16", "f16x2", "bf16x2"):
             mask, bits = (0x7FFF7FFF, "b32") if kind.endswith("x2") else (0x7FFF, "b16")
             return store(operands[0], bits, f"{value(operands[1], bits)} & {mask}")
+        if name == "mul" and kind.endswith("f16x2"):
+            words, kind = [value(o, "u32") for o in operands[1:]], kind.removesuffix("x2")
+            low, high = (" * ".join(f"{kind}_of((u16)({word} >> {n}))" for word in words) for n in (0, 16))
+            return store(operands[0], "u32", f"(u32)of_{kind}({high}) << 16 | of_{kind}({low})")
         divisor = name in ("div", "rem") and kind not in FLOATS and value(operands[2], kind)
         checked = f'if (!{divisor}) FAIL("line {number}: a division by zero"); ' if divisor else ""
         return checked + self.arithmetic(operation, operands)
@@ -266,8 +277,7 @@ class _Translation:
             raise UnknownError(operation)
         return self.store(operands[0], out, expression)
 
-    def comparison(self, relation: str, kind: str, operands: list[str]) -> str:
-        a, b = (self.value(o, kind) for o in operands)
+    def comparison(self, relation: str, kind: str, a: str, b: str) -> str:
         unordered = f"({a} != {a} || {b} != {b})"
         if relation in ("nan", "num"):
             return unordered if relation == "nan" else f"!{unordered}"
@@ -349,9 +359,9 @@ class _Translation:
             part = f'if (~{self.value(operands[2], "u32")}) FAIL("line {number}: a sum over part of a warp");'
             both = self.collective([self.value(operands[1], "u32")], f"{total} {self.store(operands[0], 'u32', 'sum')}")
             return f"{part} {both}"
-        kind = operation.split(".", 1)[1]
         at = f"shared(m, {seen}[8 * %d + %s][0] + %s, %d, %s, {number})"
-        if operation == "stmatrix.sync.aligned.m8n8.x4.shared.b16":
+        form = re.fullmatch(r"(st|ld)matrix.sync.aligned.m8n8.x([124])(.trans)?.shared.b16", operation)
+        if form and form[1] == "st":
             values = _split(operands[1].strip("{} "))
             place = self.address(operands[0], "u32")
             then = " ".join(
@@ -359,13 +369,13 @@ class _Translation:
                 f" memcpy({at % (i, 'tid % WARP / 4', '4 * (tid % 4)', 4, '&data')}, &data, 4); }}"
                 for i, v in enumerate(values)
             )
-        elif kind in ("sync.aligned.m8n8.x4.shared.b16", "sync.aligned.m8n8.x4.trans.shared.b16"):
+        elif form:
             values = _split(operands[0].strip("{} "))
             place = self.address(operands[1], "u32")
             row, column = "tid % WARP / 4", "2 * (tid % 4)"
 
             def element(matrix: int, second: int) -> str:
-                if "trans" in kind:
+                if form[3]:
                     return at % (matrix, f"{column} + {second}", f"2 * ({row})", 2, "0")
                 return at % (matrix, row, f"2 * ({column} + {second})", 2, "0")
 
@@ -375,7 +385,11 @@ class _Translation:
             )
         else:
             raise UnknownError(operation)
-        aligned = f'if (({place}) % 16) FAIL("line {number}: a matrix row that is not aligned to 16 bytes");'
+        if len(values) != int(form[2]):
+            raise UnknownError(f"{len(values)} registers")
+        # Of so many matrices, threads give the places of eight rows each; the others' are of no account.
+        fault = f'FAIL("line {number}: a matrix row that is not aligned to 16 bytes");'
+        aligned = f"if (tid % WARP < {8 * len(values)} && ({place}) % 16) {fault}"
         return f"{aligned} {self.collective([place], then)}"
 
 

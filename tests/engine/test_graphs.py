@@ -313,7 +313,7 @@ def test_ever_new_batch_sizes_leave_a_graph_what_it_reads(graphed):
         trainer.step(real)
     for size in range(1, 80):
         if size != 8:
-            trainer._steps.passes._constant(torch.empty(size, device=graphed), 1 / size)
+            trainer._steps.passes._constant(torch.empty(size, device=graphed), (1 / size,))
     assert trainer.step(real).wasserstein.isfinite()
     assert Recorded.made == 1
 

@@ -49,7 +49,7 @@ def test_an_eager_critic_step_calls_few_functions(constraint, backend, device):
         trainer.critic_step(real)
     # The least of some, as gradients may come to lie where they have not been before, which makes a table.
     names = min((own_calls(lambda: trainer.critic_step(real)) for _ in range(8)), key=len)
-    assert len(names) <= 80, "\n".join(names)
+    assert len(names) <= (80 if backend == "torch" else 102), "\n".join(names)
 
 
 class Operations(TorchDispatchMode):

@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastwgan.kernels import guard, interpolate, penalty, perturb, project, scores, table, update
+from fastwgan.kernels import activation, batchnorm, guard, interpolate, penalty, perturb, project, scores, table, update
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -85,6 +85,19 @@ def _project(shape: tuple[int, ...], size: int, dtype: torch.dtype) -> None:
     project.Project(torch.device("meta"), dtype).launch(params, [size] * 6, 1.0)
 
 
+def _activate(x: torch.Tensor, slope: float, dropout: bool, bias: bool, seeded: bool) -> None:
+    row, seeds = x.new_empty(x.shape[1]), (x.new_empty(len(x), 1), x.new_empty(1, x.shape[1])) if seeded else ()
+    activation.activate_(x, row if bias else None, x if dropout else None, slope, *seeds)
+
+
+def _batchnorm(x: torch.Tensor, affine: bool, kept: bool, training: bool, momentum: float | None, slope: float) -> None:
+    """Forward and backward."""
+    row, tracked = x.new_empty(x.shape[1]), torch.empty((), dtype=torch.int64, device="meta")
+    weights, running = (row, row) if affine else (None, None), (row, row, tracked) if kept else ()
+    y, stats = batchnorm.batch_norm(x, *weights, running, training or not kept, momentum, 1e-5, slope)
+    batchnorm.batch_norm_backward(x, x, y, weights[0], stats, training or not kept, slope)
+
+
 def cases(dtype: torch.dtype) -> Iterator[Case]:
     """Every specialisation: each form and option, each block size, arguments that are 1, odd, 16-fold and past 2^31."""
 
@@ -117,6 +130,22 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         if size in (784, 17):
             yield f"perturb {size} on device", False, partial(noise, x, scale, 7, on_device)
             yield f"perturb {size} unaligned", False, partial(noise, _unaligned(x), 0.1, 7, 2**40)
+
+    for slope, dropout, seeded in product((0.2, 0.0, 1.0), (False, True), (True, False)):
+        name = f"activation {slope}" + " dropout" * dropout + " seeded" * seeded
+        yield name, slope == 0.2, partial(_activate, new(192, 512), slope, dropout, True, seeded)
+    for shape in ((1, 1), (3, 17), (7, 2049), (2, HUGE), (HUGE, 2), (12, 40)):
+        yield f"activation {shape}", False, partial(_activate, new(*shape), 0.2, True, shape != (3, 17), True)
+
+    for affine, training, slope in product((True, False), (True, False), (0.2, 0.0, 1.0)):
+        name = "batchnorm" + " affine" * affine + " training" * training + f" {slope}"
+        main = affine and training and slope == 0.2
+        yield name, main, partial(_batchnorm, new(64, 512), affine, True, training, 0.1, slope)
+    yield "batchnorm training cumulative", False, partial(_batchnorm, new(64, 512), True, True, True, None, 0.2)
+    yield "batchnorm without averages", False, partial(_batchnorm, new(64, 512), True, False, True, 0.1, 0.2)
+    for shape in ((500, 256), (2, 1), (129, 17), (1025, 40), (HUGE, 3), (3, HUGE)):
+        name, main = f"batchnorm training {shape}", shape == (500, 256)
+        yield name, main, partial(_batchnorm, new(*shape), True, True, True, 0.1, 0.2)
 
     run = penalty.gradient_penalty
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -213,7 +242,8 @@ def compile_all(target_name: str, dtype: torch.dtype, main_only: bool) -> list[d
         name, main, _ = case
         row = {"kernel": self.__name__, "case": name, "main": main, "target": target_name, "dtype": str(dtype)[6:]}
         row["threads"] = kwargs["num_warps"] * target.warp_size
-        row["elements"] = kwargs["BLOCK"] / row["threads"]  # of a block, per thread
+        block = kwargs["BLOCK"] if "BLOCK" in kwargs else kwargs["ROWS"] * kwargs["COLUMNS"]
+        row["elements"] = block / row["threads"]  # of a block, per thread
         rows[compiled.hash] = row | (_nvidia(compiled, main) if target.backend == "cuda" else _amd(compiled))
 
     JITFunction.run = compile_one

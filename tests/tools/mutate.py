@@ -26,6 +26,7 @@ GUARD = "engine/test_guard.py engine/test_ema.py engine/test_amp.py"
 PROJECT = "ops/test_project.py"
 CLIPPED = "engine/test_max_norm.py"
 OBJECTIVES = "engine/test_objectives.py"
+LAYERS = "kernels/test_layers.py engine/test_piecewise.py verification/test_verify.py"
 
 
 class Fault(NamedTuple):
@@ -220,6 +221,42 @@ FAULTS = [
     Fault("rows that end elsewhere taken for aligned", "project", "if ALIGNED:", "if True:", PROJECT),
     Fault("vectors in chunks of a block", "project", "chunks = [block // 4 if", "chunks = [block if", PROJECT),
     Fault("factor of the row's size hidden", "project", "size = size // width * width", "size = size", CODE),
+    # activation
+    Fault("bias forgotten", "activation", "    if BIAS:\n", "    if False:\n", LAYERS),
+    Fault("swallows NaN", "activation", "h = tl.maximum(h, 0, propagate_nan=tl.PropagateNan.ALL)", "h = tl.maximum(h, 0)", LAYERS),
+    Fault("slope at zero", "activation", "s = tl.where(h <= 0, 0, s)", "s = tl.where(h < 0, 0, s)", LAYERS),
+    Fault("slope of zero at NaN", "activation", "s = tl.where(h <= 0, 0, s)", "s = tl.where(h > 0, s, 0)", LAYERS),
+    Fault("slope of one at NaN", "activation", "s = tl.where(h > 0, s, SLOPE * s)", "s = tl.where(h <= 0, SLOPE * s, s)", LAYERS),
+    Fault("rectified before the slope is taken", "activation", "        s = tl.where(h > 0, s, SLOPE * s)\n        h = tl.where(h > 0, h, SLOPE * h)\n", "        h = tl.where(h > 0, h, SLOPE * h)\n        s = tl.where(h > -0.1, s, SLOPE * s)\n", LAYERS),
+    Fault("dropout left out of h", "activation", "s, h = s * f, h * f", "s, h = s * f, h", LAYERS),
+    Fault("dropout left out of delta", "activation", "s, h = s * f, h * f", "s, h = s, h * f", LAYERS),
+    Fault("seeds of the first rows", "activation", "seeds_ptr + row,", "seeds_ptr + row % ROWS,", LAYERS),
+    Fault("weights of the first columns", "activation", "top_ptr + column,", "top_ptr + column % COLUMNS,", LAYERS),
+    Fault("last columns left out", "activation", "tl.cdiv(columns, COLUMNS)\n", "tl.maximum(columns // COLUMNS, 1)\n", LAYERS),
+    # batchnorm
+    Fault("mean of the first rows", "batchnorm", "        for first in range(0, rows, ROWS):\n            at, inside = _tile(first, rows, columns, column, ROWS)\n            total +=", "        for first in range(0, ROWS, ROWS):\n            at, inside = _tile(first, rows, columns, column, ROWS)\n            total +=", LAYERS),
+    Fault("variance over N - 1", "batchnorm", "var = mean(squares, rows)\n", "var = mean(squares, rows - 1)\n", LAYERS),
+    Fault("biased running variance", "batchnorm", "mean(squares, rows - 1), own)", "mean(squares, rows), own)", LAYERS),
+    Fault("rows past the end in the variance", "batchnorm", "tl.where(inside, x * x, 0)", "x * x", LAYERS),
+    Fault("variance by cancellation", "batchnorm", "to(acc) - center[None, :]\n            total += tl.where(inside, x * x, 0)\n        squares = tl.sum(total, axis=0)\n", "to(acc)\n            total += x * x\n        squares = tl.sum(total, axis=0) - center * center * rows\n", LAYERS),
+    Fault("eps outside the root", "batchnorm", "sqrt(var + EPS)", "sqrt(var) + EPS", LAYERS),
+    Fault("momentum for its complement", "batchnorm", "(1 - momentum) * old_mean + momentum * center", "momentum * old_mean + (1 - momentum) * center", LAYERS),
+    Fault("cumulative average over the old count", "batchnorm", "tracked.to(acc))", "tracked.to(acc) - 1)", LAYERS),
+    Fault("batches not counted", "batchnorm", "tl.store(tracked_ptr, tracked)", "tl.store(tracked_ptr, tracked - 1)", LAYERS),
+    Fault("counted by each program", "batchnorm", "if is_last(counter_ptr):", "if True:", LAYERS),
+    Fault("swallows NaN", "batchnorm", "y = tl.maximum(y, 0, propagate_nan=tl.PropagateNan.ALL)", "y = tl.maximum(y, 0)", LAYERS),
+    Fault("zero times infinity", "batchnorm", "if SLOPE == 0:\n            y =", "if False:\n            y =", LAYERS),
+    Fault("slope at zero", "batchnorm", "d = tl.where(y <= 0, 0, d)", "d = tl.where(y < 0, 0, d)", LAYERS),
+    Fault("slope of zero at NaN", "batchnorm", "d = tl.where(y <= 0, 0, d)", "d = tl.where(y > 0, d, 0)", LAYERS),
+    Fault("slope of one at NaN", "batchnorm", "d = tl.where(y > 0, d, SLOPE * d)", "d = tl.where(y <= 0, SLOPE * d, d)", LAYERS),
+    Fault("slope forgotten in the gradients", "batchnorm", "d = tl.where(y > 0, d, SLOPE * d)", "d = d", LAYERS),
+    Fault("weight's gradient is the bias's", "batchnorm", "of_weight += d * xhat", "of_weight += d", LAYERS),
+    Fault("bias's gradient not subtracted", "batchnorm", "d -= mean(dbias, rows)[None, :] + xhat", "d -= xhat", LAYERS),
+    Fault("weight's gradient not subtracted", "batchnorm", " + xhat * mean(dweight, rows)[None, :]", "", LAYERS),
+    Fault("sums in evaluation", "batchnorm", "        if OF_BATCH:\n            d -=", "        if True:\n            d -=", LAYERS),
+    Fault("weight forgotten in the gradient", "batchnorm", "factor *= tl.load(weight_ptr + column, own, other=0).to(center.dtype)", "factor *= 1", LAYERS),
+    Fault("last columns left out", "batchnorm", "triton.cdiv(columns, COLUMNS)", "max(columns // COLUMNS, 1)", LAYERS),
+    Fault("sums in half precision", "batchnorm", "x.shape[1], dtype=accumulator(x.dtype)", "x.shape[1], dtype=x.dtype", LAYERS),
 ]  # fmt: skip
 
 
@@ -250,7 +287,7 @@ def caught_by(fault: Fault) -> str:
         plant(fault, tree)
         env = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         env["FASTWGAN_KERNELS"] = "interpreter"  # compiles nothing
-        for suite in sorted((RUN, PROJECT, OBJECTIVES, GUARD, CLIPPED, GRAPHS, CODE), key=fault.first.__ne__):
+        for suite in sorted((RUN, PROJECT, OBJECTIVES, GUARD, CLIPPED, LAYERS, GRAPHS, CODE), key=fault.first.__ne__):
             command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--deselect"]
             # Which any change fails.
             command.append("tests/tools/test_compiled.py::test_generated_code_is_the_committed")

@@ -8,9 +8,12 @@ from compile_kernels import DTYPES, SNAPSHOT, TARGETS, summary
 
 KERNELS = (
     "_guard_kernel", "_scores_kernel", "_interpolate_kernel", "_perturb_kernel", "_penalty_kernel", "_project_kernel",
-    "_update_kernel",
+    "_update_kernel", "_activation_kernel", "_batchnorm_kernel", "_batchnorm_backward_kernel",
 )  # fmt: skip
-ELEMENTWISE = ("_interpolate_kernel", "_perturb_kernel")  # no reduction, so nothing arrives
+# No program has a share of a reduction, so nothing arrives.
+APART = (
+    "_interpolate_kernel", "_perturb_kernel", "_activation_kernel", "_batchnorm_backward_kernel",
+)  # fmt: skip
 ARRAYS = {  # read and written, by case; each 16 bytes at a time
     "scores critic": (2, 0),
     "guard of a large network": (1, 0),
@@ -23,6 +26,9 @@ ARRAYS = {  # read and written, by case; each 16 bytes at a time
     "update rmsprop momentum centered": (5, 4),
     "update adam": (4, 3),
     "update clamp": (1, 1),
+    "activation 0.2": (1, 1),
+    "activation 0.2 seeded": (1, 2),
+    "batchnorm training (500, 256)": (2, 1),  # the last reading, and one for each sum
 }
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -109,10 +115,14 @@ def test_minima_and_maxima_keep_nan(rows):
 
 def test_partial_results_are_published_before_the_arrival(rows):
     """No store between the barrier and the acquire-release increment that says a program has arrived."""
+
+    def arrives(row):
+        return row["kernel"] not in APART and (row["kernel"] != "_batchnorm_kernel" or "training" in row["case"])
+
     for row in nvidia(rows) + nvidia(rows, double=True):
-        assert row["arrives"] == (row["kernel"] not in ELEMENTWISE), row
+        assert row["arrives"] == arrives(row), row
     for row in rows:
-        if row["target"] == "gfx942" and row["kernel"] not in ELEMENTWISE:
+        if row["target"] == "gfx942" and arrives(row):
             assert {"buffer_wbl2", "buffer_inv"} <= set(row["opcodes"]), row  # release and acquire
 
 

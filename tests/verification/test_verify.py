@@ -21,7 +21,6 @@ from fastwgan.backend import kernels
 from fastwgan.cli import verify as command
 from fastwgan.engine import eager, structure
 from fastwgan.metrics import Metrics
-from fastwgan.ops import rectifiers
 from fastwgan.streams import process_streams
 from fastwgan.verification.report import Report, Row
 
@@ -66,7 +65,7 @@ KERNELS = Path(kernels.__file__).parent
 
 
 def mlps():
-    return models.mlp([6, 16, 10], norm=True), models.mlp([10, 24, 16, 1], slope=0.2)
+    return models.mlp([6, 16, 12, 10], norm=True), models.mlp([10, 24, 16, 1], slope=0.2)
 
 
 def check(generator, critic, real, *, expected=True, **options):
@@ -508,11 +507,15 @@ def lighter(original):
 
 
 def slanted(original):
-    def backward(ctx, grad):
-        first, *rest = original(ctx, grad)
-        return 1.001 * first, *rest
+    return lambda d, h, factors, slope, *rest: original(d, h, factors, slope + 0.001, *rest)
 
-    return backward
+
+def unbiased(original):
+    return lambda z, bias, *rest: original(z, bias if bias is None else 0.99 * bias, *rest)
+
+
+def forgetful(original):
+    return lambda x, weight, bias, running, of_batch, _, *rest: original(x, weight, bias, running, of_batch, 0.2, *rest)
 
 
 def biased(original):
@@ -541,8 +544,9 @@ ELSEWHERE = {  # a fault: (form, backend, what holds it, its name, what makes a 
                                ("critic", "penalty")),
     "seeds of the wrong sign": ("clip", "triton", eager.Eager, "_constant", negated, ("critic", "scores")),
     "penalty's weight off": ("penalty", "triton", GradientPenalty, "penalty_weight", lighter, ("critic", "penalty")),
-    "a rectifier's slope off": ("penalty", "triton", rectifiers._Rectify, "backward", slanted,
-                                ("critic", "input gradient")),
+    "a rectifier's slope off": ("penalty", "triton", reference, "slopes", slanted, ("critic", "input gradient")),
+    "a bias off": ("clip", "triton", kernels.activation, "activate_", unbiased, ("critic", "forward")),
+    "running averages off": ("clip", "triton", kernels.batchnorm, "batch_norm", forgetful, ("critic", "buffers")),
     "generator's gradient off": ("clip", "triton", eager.Eager, "generator", biased, ("generator", "backward")),
     "torch: one eps for the batch": ("penalty", "torch", reference, "interpolate", one_eps, ("critic", "interpolate")),
     "torch: cotangent times 1.001": ("penalty", "torch", reference, "penalty_cotangent", stretched,
@@ -565,7 +569,7 @@ ELSEWHERE = {  # a fault: (form, backend, what holds it, its name, what makes a 
 def test_a_fault_elsewhere_is_named(fault, monkeypatch):
     form, backend, holder, name, make, expected = ELSEWHERE[fault]
     fault = make(getattr(holder, name))
-    monkeypatch.setattr(holder, name, staticmethod(fault) if holder is rectifiers._Rectify else fault)
+    monkeypatch.setattr(holder, name, fault)
     report = small(backend=backend, **(FORMS.get(form) or {"constraint": CONSTRAINTS[form]}))
     assert not report.passed
     first = report.failed[0]
