@@ -59,12 +59,12 @@ def activate_(
     z: torch.Tensor, bias: torch.Tensor | None, factors: torch.Tensor | None, slope: float,
     seeds: torch.Tensor | None = None, top: torch.Tensor | None = None,
 ) -> torch.Tensor | None:  # fmt: skip
-    """Launch once on z, [rows, columns]; return delta where there are ``seeds`` [rows, 1], else None."""
+    """Launch once on contiguous z, [rows, columns]; return delta where there are ``seeds`` [rows, 1], else None."""
     rows, columns = z.shape
     across = min(triton.next_power_of_2(columns), BLOCK)
     down = BLOCK // across
     delta = None if seeds is None else torch.empty_like(z)
-    arrays = [z if x is None else x for x in (z, bias, factors, seeds, top, delta)]
+    arrays = [z if x is None else x.contiguous() for x in (z, bias, factors, seeds, top, delta)]
     with torch.cuda.device_of(z):
         _activation_kernel[(triton.cdiv(rows, down) * triton.cdiv(columns, across),)](
             *arrays, rows, columns, SLOPE=slope, BIAS=bias is not None, DROPS=factors is not None,

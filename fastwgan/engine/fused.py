@@ -48,6 +48,7 @@ class _Norm(NamedTuple):
         m, slope = self
         kept = m.running_mean, m.running_var, m.num_batches_tracked
         whole = len({a is None for a in kept}) == 1 and (m.weight is None) == (m.bias is None)
+        whole = whole and all(a is None or a.is_contiguous() for a in (*kept, m.weight, m.bias))
         of_batch = m.training or kept[0] is None
         if x.dim() != 2 or not whole or (of_batch and len(x) == 1):
             return F.leaky_relu(m(x), slope)

@@ -126,6 +126,7 @@ class Pass:
         self._first, self._last = first, weighted[-1]
         straight = isinstance(blocks[first].layer, nn.Linear) and not any(block.bends for block in blocks[:first])
         early = points if commutes and straight else None
+        one_score = getattr(blocks[-1].layer, "out_features", 0) == 1 and not blocks[-1].bends
         third = [] if points is None else [real if early else points(real, fake)]
         self.states = [torch.cat((real, fake, *third))]  # what goes into each block; the last are the scores
         self._factors: list[Tensor | None] = []  # of dropout
@@ -146,12 +147,7 @@ class Pass:
             if kept < 1:
                 factors = torch.empty_like(z).bernoulli_(kept).div_(kept or 1.0)
             if fused:
-                if (
-                    seeds
-                    and i == len(blocks) - 2
-                    and not blocks[-1].bends
-                    and getattr(blocks[-1].layer, "out_features", 0) == 1
-                ):
+                if seeds and i == len(blocks) - 2 and one_score:
                     self.seeds, top = seeds(z.new_empty(len(z), 1)), blocks[-1].layer.weight
                 self._delta = kernels.activation.activate_(z, bias, factors, slope, self.seeds, top)
             elif bends:

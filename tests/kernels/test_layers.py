@@ -62,6 +62,15 @@ def test_infinities_and_nan_go_as_in_pytorch(slope, device):
     torch.testing.assert_close(h, y.detach(), equal_nan=True)
 
 
+def test_a_bias_and_a_last_layer_may_be_parts_of_others(device):
+    z, bias, _, seeds, top = drawn((5, 70), torch.float32, device)
+    expected = by_reference(z, bias, None, 0.2, seeds, top)
+    bias, top = (torch.stack((x, x + 1), -1)[..., 0] for x in (bias, top))
+    delta = kernels.activation.activate_(z, bias, None, 0.2, seeds, top)
+    for a, b in zip((z, delta), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_without_seeds_there_is_no_delta(device):
     z, bias, *_ = drawn((5, 70), torch.float32, device)
     h = z.clone()
@@ -261,6 +270,15 @@ def test_one_sample_is_refused_as_by_pytorch(device):
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         fused(generator().to(device))(torch.randn(1, 4, device=device))
     assert fused(generator().to(device).eval())(torch.randn(1, 4, device=device)).shape == (1, 3)
+
+
+def test_batchnorm_whose_numbers_are_parts_of_others(device):
+    net, x = generator().to(device), torch.randn(5, 4, device=device)
+    whole = torch.rand(6, 2, device=device)
+    net[1].weight, net[1].running_mean = nn.Parameter(whole[:, 0]), whole[:, 1]
+    twin = copy.deepcopy(net)
+    torch.testing.assert_close(fused(net)(x), twin(x))
+    torch.testing.assert_close(net[1].running_mean, twin[1].running_mean)
 
 
 def test_averages_of_a_step_that_saved_them_are_another_version(device):
