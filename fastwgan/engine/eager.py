@@ -188,11 +188,12 @@ class Eager:
         def between(real: Tensor, fake: Tensor, out: Tensor | None = None) -> Tensor:
             assert points is not None
             penalised.append(points(samples._replace(real=real, fake=fake), out=out))
-            return penalised[0].x
+            return penalised[-1].x
 
         termless = self._settings.critic_term is None
         given = samples.real.detach(), samples.fake, points and between, self._commutes, seeds if termless else None
         run = self.way(blocks, self._backend, *given)
+        options: Any = penalised.pop()[2:5] if penalised else None  # without the points, whose memory is free then
         scores = checks.scores("critic", run.states[-1], len(run.states[0]), 1, self._device)
         at_scores, real, fake = run.seeds if run.seeds is not None else seeds(scores), scores[:n], scores[n : 2 * n]
         if not termless:
@@ -206,7 +207,7 @@ class Eager:
                 at_scores = at_scores.clone()
                 at_scores[: 2 * n] += of_both
         if (g := run.backward(at_scores)) is not None:
-            _, _, weight, kind, target, *_ = penalised[0]
+            weight, kind, target = options
             penalty, v = penalty_cotangent(g, kind, target, weight * self._share, self._backend)
             run.states[0][2 * n :] = v
         for p, gradient in run.gradients({*parameters}):
