@@ -513,10 +513,8 @@ def test_what_a_trainer_says_of_itself():
     for trainer in (known, own):
         trainer.step(torch.randn(N, 2))
     assert "GradientPenalty(weight=10.0" in repr(known)
-    assert (
-        "real and fake samples share a pass of the critic, as its layers keep samples apart; there is no second backward pass"
-        in repr(known)
-    )
+    assert "real and fake samples share a pass of the critic, as its layers keep samples apart;" in repr(known)
+    assert "there is no second backward pass" in repr(known)
     assert "have a pass of the critic each, as BatchStatistic is not among the layers known" in repr(own)
     assert "independent_samples=True" in repr(own)
 
