@@ -80,7 +80,7 @@ class Eager:
         self._constants: dict[tuple[Any, ...], Tensor] = {}
         self._fused: Callable[[Any], Any] = generator
         self._version = 0  # of the generator, which that is of
-        self.way: Callable[..., Pass] = Pass
+        self.way: Callable[..., Pass] = Pass  # of a critic of blocks; verification puts its own here
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """Return the context of forward passes: the trainer's mixed precision, or the caller's."""
