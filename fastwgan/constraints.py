@@ -67,7 +67,7 @@ class Draw(NamedTuple):
 class Constraint:
     """The base of all constraints: what a trainer asks of one. This one asks for nothing."""
 
-    commutes = False  # whether the points of W real + b and W fake + b are W x + b at the points x
+    commutes = False  # whether W x + b at the points x are the points of W real + b and W fake + b
     bounds_weights = False  # whether weights are held to a bound, but for parameters that ``exclude`` names
     exclude: tuple[str | type[nn.Module], ...] = ()
 

@@ -168,7 +168,7 @@ def penalty_cotangent(
 
 
 def activate_(z: Tensor, factors: Tensor | None, slope: float) -> None:
-    """Take h = factors * (z if z > 0 else slope * z) in place: a rectifier, and dropout where it has factors."""
+    """Take h = factors * (z if z > 0 else slope * z) in place: a rectifier, then dropout if there are factors."""
     if slope != 1:
         _ = z.relu_() if slope == 0 else F.leaky_relu_(z, slope)
     if factors is not None:

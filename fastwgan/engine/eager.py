@@ -31,7 +31,7 @@ hooks_of = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")  # of a 
 NO_GRAPH = "its output: expected to depend on its parameters, got one without a graph"
 
 
-Points = Callable[..., Penalised]  # of samples, and of where to put them
+Points = Callable[..., Penalised]  # takes samples, and perhaps an ``out`` tensor for the points
 
 
 class Passed(NamedTuple):
@@ -79,8 +79,8 @@ class Eager:
         self._backend = resolve(settings.backend, self._device)
         self._constants: dict[tuple[Any, ...], Tensor] = {}
         self._fused: Callable[[Any], Any] = generator
-        self._version = 0  # of the generator, which that is of
-        self.way: Callable[..., Pass] = Pass  # of a critic of blocks; verification puts its own here
+        self._version = 0  # the generator's when ``_fused`` was made
+        self.way: Callable[..., Pass] = Pass  # makes the pass of critic_by_blocks; verification replaces it
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """Return the context of forward passes: the trainer's mixed precision, or the caller's."""
@@ -90,13 +90,13 @@ class Eager:
         return torch.autocast(kind, amp, cache_enabled=False) if wanted else nullcontext()
 
     def doubt(self) -> str | None:
-        """Return why no critic's gradients can be had by blocks now, or None."""
+        """Return why :meth:`critic_by_blocks` cannot take a step now, or None."""
         mixed = self._settings.amp is not None or torch.is_autocast_enabled(self._device.type)
         packs = "packs of samples are scored together" if self._settings.pack > 1 else None
         return "mixed precision is on" if mixed else packs
 
     def follow(self, version: int) -> None:
-        """Take up a version of the generator, whose launches a compiler would merge by itself."""
+        """Merge the layers of a new version of the generator; a compiler merges them by itself."""
         if self._backend == "triton" and self._version != version and not self._settings.compile:
             self._fused, self._version = fused(self._generator), version
 
@@ -176,7 +176,7 @@ class Eager:
     def critic_by_blocks(
         self, parameters: list[nn.Parameter], samples: Samples, points: Points | None, blocks: Sequence[Block]
     ) -> Passed:
-        """Take the same gradients without a graph, for a critic of blocks; see :mod:`fastwgan.engine.piecewise`."""
+        """Take the gradients of a piecewise linear critic's loss, as :mod:`fastwgan.engine.piecewise` explains."""
         n, penalised, gradients = len(samples.real), list[Penalised](), dict[nn.Parameter, Tensor]()
         term = penalty = None
 
@@ -193,7 +193,7 @@ class Eager:
         termless = self._settings.critic_term is None
         given = samples.real.detach(), samples.fake, points and between, self._commutes, seeds if termless else None
         run = self.way(blocks, self._backend, *given)
-        options: Any = penalised.pop()[2:5] if penalised else None  # without the points, whose memory is free then
+        options: Any = penalised.pop()[2:5] if penalised else None  # drops the points, which frees their memory
         scores = checks.scores("critic", run.states[-1], len(run.states[0]), 1, self._device)
         at_scores, real, fake = run.seeds if run.seeds is not None else seeds(scores), scores[:n], scores[n : 2 * n]
         if not termless:
@@ -211,7 +211,7 @@ class Eager:
             penalty, v = penalty_cotangent(g, kind, target, weight * self._share, self._backend)
             run.states[0][2 * n :] = v
         for p, gradient in run.gradients({*parameters}):
-            gradients[p] = gradients[p] + gradient if p in gradients else gradient  # of tied weights
+            gradients[p] = gradients[p] + gradient if p in gradients else gradient  # tied weights have several
         hand_over(gradients)
         return Passed((real, fake), None, penalty, term)
 

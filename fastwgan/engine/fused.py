@@ -29,7 +29,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, y, stats = ctx.saved_tensors
-        if torch.is_grad_enabled():  # in PyTorch for a graph, which the kernel's result lacks
+        if torch.is_grad_enabled():  # a graph is wanted, which the kernel's result lacks
             wanted = [a for a, needed in zip((x, weight, bias), ctx.needs_input_grad, strict=False) if needed]
             again = reference.batch_norm(x, weight, bias, *ctx.options)
             found = iter(torch.autograd.grad(again, wanted, dy, create_graph=True))
@@ -39,7 +39,7 @@ class _BatchNorm(torch.autograd.Function):
 
 
 class _Norm(NamedTuple):
-    """A BatchNorm, with the slope below zero of the rectifier behind it; 1 for none."""
+    """A BatchNorm and the rectifier behind it, by its slope below zero: 1 where there is none."""
 
     module: Any
     slope: float = 1.0
@@ -58,7 +58,7 @@ class _Norm(NamedTuple):
 
 
 def fused(module: nn.Module) -> Call:
-    """Return a function that does what a network does: itself, where it has no BatchNorm that a launch can have.
+    """Return a function that does what a network does, with its BatchNorm layers fused; or the network, if it has none.
 
     Layers are merged where they follow each other in a Sequential, and nothing about these is patched or hooked.
     """
@@ -89,7 +89,7 @@ def _calls(m: Any) -> list[Any]:
     for call in [call for child in m for call in _calls(child)]:
         rectifies = type(call) in (nn.ReLU, nn.LeakyReLU) and is_itself(call)
         slope = getattr(call, "negative_slope", 0.0) if rectifies else -1.0
-        plain = slope > 0 or (type(call) is nn.ReLU and rectifies)  # a leaky one of slope 0 is another at NaN
+        plain = slope > 0 or (type(call) is nn.ReLU and rectifies)  # at NaN, a leaky ReLU of slope 0 is no ReLU
         if plain and merged and isinstance(merged[-1], _Norm) and merged[-1].slope == 1:
             merged[-1] = merged[-1]._replace(slope=slope)
         else:

@@ -30,7 +30,7 @@ _of_convolution: Any = torch.ops.aten.convolution_backward
 
 
 class Block(NamedTuple):
-    """A layer that is linear but for its bias, with the rectifiers and the dropout behind it."""
+    """A linear layer, perhaps with a bias, and the rectifiers and dropout that follow it."""
 
     layer: Any
     slope: float = 1.0  # of the rectifiers below zero
@@ -40,7 +40,7 @@ class Block(NamedTuple):
 
 
 def blocks(layers: Sequence[Any], ndim: int, dtype: torch.dtype) -> tuple[Block, ...] | str:
-    """Return the blocks of a critic with these layers, or why it has none, for samples of ``ndim`` dimensions."""
+    """Return the blocks that a critic's layers make up, or why they cannot, for samples of ``ndim`` dimensions."""
     found: list[Block] = []
     for m in layers:
         kind, weighted, slope, kept = type(m), _is_affine(m, dtype), 1.0, 1.0
@@ -61,7 +61,7 @@ def blocks(layers: Sequence[Any], ndim: int, dtype: torch.dtype) -> tuple[Block,
 
 
 def _is_affine(m: nn.Module, dtype: torch.dtype) -> bool:
-    """Return whether a layer multiplies by a plain parameter of ``dtype``, and adds another one perhaps."""
+    """Return whether a layer is a product with a plain parameter of ``dtype``, perhaps with a bias."""
     own = {name: p for name in ("weight", "bias") if (p := m._parameters.get(name)) is not None}
     plain = all(type(p) is nn.Parameter and (p.layout, p.dtype) == (torch.strided, dtype) for p in own.values())
     padded = isinstance(m, _ConvNd) and (m.padding_mode != "zeros" or isinstance(m.padding, str))
@@ -69,7 +69,7 @@ def _is_affine(m: nn.Module, dtype: torch.dtype) -> bool:
     return affine and plain and not padded and {"weight", "bias"}.isdisjoint(vars(m))
 
 
-# A layer with x at its input and d, a gradient, at its output.
+# Each function is of one layer m: x is its input, d the gradient at its output.
 
 
 def _sizes(m: Any) -> tuple[Any, ...]:
@@ -77,7 +77,7 @@ def _sizes(m: Any) -> tuple[Any, ...]:
 
 
 def _forward(m: Any, x: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """Return the layer's output, with this bias in place of its own; a linear one's in ``out``, if that is given."""
+    """Return the layer's output, with ``bias`` in place of its own. ``out`` is for linear layers only."""
     if isinstance(m, _ConvNd):
         return torch.convolution(x, m.weight, bias, *_sizes(m))
     if not isinstance(m, nn.Linear):
@@ -109,7 +109,7 @@ def _of_weight(m: Any, x: Tensor, d: Tensor) -> Tensor:
 
 
 class Pass:
-    """The way of real samples, fake ones and the penalty's points, as rows of one batch, through a critic and back.
+    """A pass of real samples, fake ones and the penalty's points through a critic, as one batch, and its way back.
 
     ``points`` returns the points of two tensors, in ``out`` if that is given; it is None for a step without a penalty.
     If it ``commutes``, a linear layer's outputs at the points are the points of its outputs, so that the first needs no
@@ -130,7 +130,7 @@ class Pass:
         third = [] if points is None else [real if early else points(real, fake)]
         self.states = [torch.cat((real, fake, *third))]  # what goes into each block; the last are the scores
         self._factors: list[Tensor | None] = []  # of dropout
-        # If the seeds were given early, these and the gradient behind the last block but one.
+        # The seeds and the gradient behind the last block but one, if the launch of that block has made them.
         self.seeds: Tensor | None = None
         self._delta: Tensor | None = None
         for i, (m, slope, kept, _, bends) in enumerate(blocks):
@@ -156,7 +156,7 @@ class Pass:
             self.states.append(z)
 
     def backward(self, seeds: Tensor) -> Tensor | None:
-        """Return the gradient of the scores at the points, or None without them; keep those behind weights."""
+        """Return the gradient at the points, or None without a penalty; keep the gradients at layers with weights."""
         self._deltas, d, part, top = dict[int, Tensor](), seeds, slice(None), len(self._blocks) - 1
         for i in range(top, -1, -1):
             m, slope, _, weighted, bends = self._blocks[i]
@@ -164,14 +164,14 @@ class Pass:
                 d = self._delta
             elif bends:
                 f = self._factors[i]
-                out = d if i < self._last else None  # above it may be a constant
+                out = d if i < self._last else None  # the seeds may be a constant, which is kept
                 d = reference.slopes(d, self.states[i + 1][part], f if f is None else f[part], slope, out)
             if weighted:
                 self._deltas[i] = d
             if i == self._first:
                 if not self._penalised:
                     return None
-                part = slice(self._rows, None)  # below, the gradient at the points alone is of use
+                part = slice(self._rows, None)  # below, only the points' gradient is needed
                 d = d[part]
             if i < top or self._delta is None:
                 d = _backward(m, self.states[i][part], d)
@@ -189,13 +189,13 @@ class Pass:
                 d = self._deltas.pop(i)
                 if m.weight in wanted:
                     found.append((m.weight, _of_weight(m, x, d)))
-                if m.bias in wanted:  # of points it has none
+                if m.bias in wanted:  # which the penalty does not depend on
                     channel = d.dim() - 1 if isinstance(m, nn.Linear) else 1
                     found.append((m.bias, d[: self._rows].sum([k for k in range(d.dim()) if k != channel])))
             if self._penalised and i < self._last:
                 u, place = _forward(m, x[points], None), self.states[i + 1][points]
                 if bends:
                     reference.slopes(u, place, f if f is None else f[points], slope, place)
-                elif u.data_ptr() != place.data_ptr():
+                elif u.data_ptr() != place.data_ptr():  # a view of the state before it has u already
                     place.copy_(u)
         return found

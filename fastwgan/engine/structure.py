@@ -149,7 +149,7 @@ def _untouched(m: nn.Module) -> bool:
 
 
 def is_itself(m: nn.Module) -> bool:
-    """Return whether a layer of a known class does what that did when it was imported."""
+    """Return whether a layer of a known class is unpatched and without hooks, and its class as it was imported."""
     return class_code(type(m)) == _CODE[type(m)] and _untouched(m)
 
 
@@ -231,13 +231,13 @@ class Sharing:
         # Of the last step: the layers, if they were known to keep samples apart, and whether these shared a pass.
         self.layers: tuple[nn.Module, ...] | None = None
         self.together: bool | None = None
-        self.blocks = self._blocks = UNKNOWN  # or why the critic has none
-        self._seen: tuple[Any, ...] = (0, 0)  # the critic's version and the samples' rank and dtype, for which all is
+        self.blocks = self._blocks = UNKNOWN  # the critic's blocks, or why it has none
+        self._seen: tuple[Any, ...] = (0, 0)  # the critic's version, the samples' rank and dtype
         self._layers: tuple[nn.Module, ...] | None = None
         self._writes = self._conditional = False
 
     def decide(self, samples: Samples, version: int) -> None:
-        """Take a decision. What was found out about a ``version`` of the critic holds until there is another."""
+        """Decide for a step. The critic's layers are looked at again when its ``version`` is another."""
         real, _, cond, fake_cond, differs, _ = samples
         if self._seen != (seen := (version, real.dim(), real.dtype)):
             self._layers, self._writes = layers(self._critic, real.dim()), may_write(self._critic)

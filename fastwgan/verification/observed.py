@@ -58,7 +58,7 @@ class Observed:
 
 
 class _ObservedPass(Pass):
-    """A critic's pass without a second backward pass, of which ``seen`` is told."""
+    """A pass of a piecewise linear critic that records its tensors in ``seen``."""
 
     def __init__(self, seen: Observed, blocks: Any, backend: Any, real: Tensor, fake: Tensor, points: Any, *rest: Any):
         def between(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

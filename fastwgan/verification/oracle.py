@@ -137,7 +137,7 @@ def gradients(terms: Iterable[Tensor], at: Sequence[Tensor]) -> list[tuple[Tenso
 
 @contextmanager
 def _bent(critic: nn.Module, above: list[Tensor]) -> Iterator[None]:
-    """Have a critic's rectifiers bend where those did whose outputs were ``above`` zero, if these are as many."""
+    """Give a critic's rectifiers the slopes of those whose outputs were ``above`` zero, if there are as many."""
     own = [m for m in critic.modules() if isinstance(m, (nn.ReLU, nn.LeakyReLU)) and not m.inplace]
     hooks = []
     for m, at in zip(own, above, strict=True) if len(own) == len(above) else ():
